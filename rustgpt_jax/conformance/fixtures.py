@@ -24,7 +24,7 @@ MAX_MESSAGE_LENGTH = 240
 
 
 class CheckFailure(Exception):
-    """A component fails a check: what is wrong, where, and by how much."""
+    """Raised if a component fails a check; says what is wrong, where, and by how much."""
 
     def __init__(self, what: str, where: str, how_much: str) -> None:
         super().__init__(what, where, how_much)
@@ -153,7 +153,7 @@ def assert_finite_outputs(outputs: "Outputs", where: str) -> None:
 
 @contextmanager
 def check_settings() -> Iterator[None]:
-    """Sets what checks run under: fast compilation, and float32 matmuls in float32 on every device."""
+    """Sets JAX options for checks: fast compilation, and full float32 precision of matmuls on every device."""
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     try:
@@ -165,7 +165,7 @@ def check_settings() -> Iterator[None]:
 
 @cache
 def _quick_options() -> dict[str, Any]:
-    """Compiler options that save most of the compilation time, if this version of XLA has them."""
+    """Compiler options that make compilation fast, if this version of XLA has them."""
     options = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
     try:
         jax.jit(jnp.negative, compiler_options=options).lower(0.0).compile()
@@ -175,7 +175,7 @@ def _quick_options() -> dict[str, Any]:
 
 
 def quick_jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`jax.jit` with compiler options for fast compilation; nothing is done before the first call."""
+    """`jax.jit` with compiler options for fast compilation. Does not initialize JAX before the first call."""
 
     @cache
     def jitted() -> Any:

@@ -67,7 +67,7 @@ VARIANTS = {
 
 
 def causality(component: Component) -> str:
-    """No output depends on later tokens, and each depends on its own token: full Jacobians, and bit-exact.
+    """Checks, by full Jacobians and bit for bit, that outputs depend on their own token and on no later one.
 
     Covers rows of many lengths with one to five documents, both dtypes, training and evaluation.
     """
@@ -111,7 +111,7 @@ def _assert_causal(found: Influence, case: Case) -> float:
 
 
 def isolation(component: Component) -> str:
-    """Packed documents, padding and rows do not influence each other: full Jacobians, and bit-exact.
+    """Checks, by full Jacobians and bit for bit, that packed documents, padding and rows are independent.
 
     Each document must also give the same outputs as it does alone.
     """
@@ -181,7 +181,7 @@ def _assert_documents_alone(model: ModelConfig, found: Influence, case: Case) ->
 
 
 def rows(component: Component) -> str:
-    """A row's outputs do not depend on the batch size, nor a prefix's outputs on the row length.
+    """Checks that a row's outputs do not depend on the batch size, and a prefix's outputs not on the row length.
 
     Covers both dtypes, training and evaluation, with and without a cache; the small scope only float32 evaluation.
     """
@@ -268,7 +268,7 @@ def _assert_same_cached_rows(params: Any, model: ModelConfig, batches: tuple[int
 
 
 def padding(component: Component) -> str:
-    """Neither the contents of padding nor its amount changes outputs, and gradients are finite with it."""
+    """Checks that neither the contents nor the amount of padding changes outputs, and that gradients are finite."""
     model = component.small_model
     params, tokens_BT = random_params(model), random_tokens(model)
     is_token_BT = POSITIONS_T[None, :] < 1 + np.arange(ROWS)[:, None] % LENGTH
@@ -305,7 +305,7 @@ WINDOW = 32
 
 
 def cache(component: Component) -> str:
-    """Cached logits equal uncached ones, after each prefix of a row, read at once or one token at a time.
+    """Checks that cached logits equal uncached ones, after each prefix of a row, in one call or token by token.
 
     Row r reads r + 1 tokens first. Rows end at different lengths: finished rows read padding, which must leave their
     caches unchanged.
@@ -351,7 +351,7 @@ def assert_cached_equals_uncached(model: ModelConfig) -> float:
 
 
 def prefill(component: Component) -> str:
-    """Prefill, at once or in pieces, and token-by-token decoding match one call without a cache.
+    """Checks that prefill, at once or in pieces, and token-by-token decoding match one call without a cache.
 
     Covers prompts of any length, positions beyond 2,048, and a ring buffer that is filled more than twice; the small
     scope only prompts of 1 to 40 tokens.
@@ -431,7 +431,7 @@ def _assert_prompts(model: ModelConfig, lengths: tuple[int, ...]) -> float:
 
 
 def heads(component: Component) -> str:
-    """All parameters are used and the cache is right for one, two and all key-value heads."""
+    """Checks that all parameters are used and the cache is right with one, two and all key-value heads."""
     model = dataclasses.replace(component.small_model, n_layers=component.small_model.period)
     counts = [count for count in (1, 2, model.attention.n_heads) if model.attention.n_heads % count == 0]
     others = {count: replace_paths(model, {"attention.n_kv_heads": count}) for count in counts}

@@ -58,7 +58,7 @@ from rustgpt_jax.pytrees import flatten_paths, format_path
 
 
 def shapes(component: Component) -> str:
-    """Blocks keep shape and dtype for any batch and length; parameters and logits are float32."""
+    """Checks that blocks keep shape and dtype for any batch and length, and parameters and logits are float32."""
     for dtype in ("float32", "bfloat16"):
         model = dataclasses.replace(component.small_model, dtype=dtype)
         params = jax.eval_shape(lambda model=model: transformer.init(jax.random.key(0), model))
@@ -118,7 +118,7 @@ LARGE = np.float32(100.0)
 
 
 def finite(component: Component) -> str:
-    """Logits and gradients are finite for ordinary activations, for large ones and for zeros, in both dtypes."""
+    """Checks that logits and gradients are finite for ordinary, large and zero activations, in both dtypes."""
     worst = 0.0
     for dtype in ("float32", "bfloat16"):
         model = dataclasses.replace(component.small_model, dtype=dtype)
@@ -147,7 +147,7 @@ FEW_TOKENS, MANY_TOKENS = 96, 384
 
 
 def precision(component: Component) -> str:
-    """A bfloat16 model takes exponents, roots and long sums in float32, and its logits are close to float32's."""
+    """Checks that a bfloat16 model computes exponents, roots and long sums in float32, with logits close to float32."""
     model = component.small_model
     low = dataclasses.replace(model, dtype="bfloat16")
     for what, line, dtype in _find_roundings(low):
@@ -250,7 +250,7 @@ BFLOAT16_GRADIENT_TOLERANCE = 0.2
 
 
 def gradients(component: Component) -> str:
-    """Gradients equal finite differences along a random direction of each parameter, in float64.
+    """Checks gradients against finite differences along a random direction of each parameter, in float64.
 
     Covers row lengths on both sides of chunk thresholds; one row holds several documents. Also checks that bfloat16
     gradients, which may use custom derivatives, are close to those of float32.
@@ -315,7 +315,7 @@ def _assert_gradients(model: ModelConfig, length: int) -> float:
 
 
 def _total_at(params: Any, name: str, change: np.ndarray, batch: Batch, model: ModelConfig) -> float:
-    """The weighted sum with one parameter changed, by the program that also computes gradients: it is compiled."""
+    """The weighted sum with one parameter changed. Reuses the program that also computes gradients."""
     changed = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf + change if format_path(path) == name else leaf, params
     )
@@ -337,7 +337,7 @@ MAX_ERROR = {"bfloat16": 0.2, "float32": 1e-3}
 
 
 def drift(component: Component) -> str:
-    """Over 4,096 tokens, bfloat16 and float32 errors against float64 grow no faster than attention's.
+    """Checks that over 4,096 tokens, bfloat16 and float32 errors against float64 grow no faster than attention's.
 
     Uses initial parameters, whose decays are as slow as at the beginning of training.
     """
@@ -369,7 +369,7 @@ def drift(component: Component) -> str:
 
 
 def _with_one_head(model: ModelConfig) -> ModelConfig:
-    """The model with one head, since scores of long rows are large, if its parameters can be initialized that way."""
+    """The model with one head, since long rows need much memory, if it can be initialized with one."""
     heads = {"attention.n_heads": 1, "attention.n_kv_heads": 1, "attention.head_dim": model.head_width}
     one = replace_paths(model, heads)
     try:
@@ -415,7 +415,7 @@ def _profile(key: jax.Array, init_std: Any, model: ModelConfig) -> tuple[jax.Arr
 
 
 def initial_scale(component: Component) -> str:
-    """Over 16 layers of initial parameters the residual stream keeps its scale, and the loss is a uniform guess's."""
+    """Checks that the residual stream keeps its scale over 16 initial layers, and the loss is a uniform guess's."""
     model = component.small_model
     model = dataclasses.replace(model, n_layers=model.period * math.ceil(DEPTH / model.period))
     # Norms on the outputs of sublayers make each of these as large as what they are added to.

@@ -74,7 +74,7 @@ FLOPS_TOKENS = 128
 
 
 def parameters(component: Component) -> str:
-    """`init` makes as many parameters as a run plans for, and every one of them is used."""
+    """Checks that `init` makes as many parameters as a run plans for, and that every one of them is used."""
     model = component.small_model
     planned = total_size(parameter_shapes(model))
     count = sum(leaf.size for leaf in jax.tree.leaves(initial_params(model)))
@@ -101,7 +101,7 @@ def assert_parameters_used(model: ModelConfig, where: str = "") -> None:
 
 
 def flops(component: Component) -> str:
-    """The FLOPs that runs report, those of matmuls, are close to XLA's count.
+    """Checks that the FLOPs that runs report, those of matmuls, are close to XLA's count.
 
     XLA counts the body of a loop once. Layers in a loop must be reported to cost what they cost without one.
     """
@@ -160,14 +160,14 @@ def assert_close_outputs(found: Outputs, expected: Outputs, what: str) -> float:
 
 
 def layers(component: Component) -> str:
-    """Scanned and unrolled layers give the same outputs and gradients."""
+    """Checks that scanned and unrolled layers give the same outputs and gradients."""
     model = component.small_model
     what = "unrolled layers differ from scanned ones"
     return f"within {_assert_same_with(model, what, scan_layers=False):.0e}"
 
 
 def remat(component: Component) -> str:
-    """Rematerialization does not change outputs or gradients."""
+    """Checks that rematerialization does not change outputs or gradients."""
     worst = _assert_same_with(component.small_model, "remat 'full' differs from 'none'", remat="full")
     return f"within {worst:.0e}"
 
@@ -179,7 +179,7 @@ def _assert_same_with(model: ModelConfig, what: str, **changes: Any) -> float:
 
 
 def dropout(component: Component) -> str:
-    """Evaluation drops nothing, with or without a cache, and training that drops nothing equals evaluation."""
+    """Checks that evaluation drops nothing, with or without a cache, and equals training that drops nothing."""
     model = model_for_long_rows(component)
     case = CASES[component.scope][0]
     dropping = dataclasses.replace(model, dropout=0.5)
@@ -216,7 +216,7 @@ def _run_trials(keys: Any, params: Any, hparams: Any, batch: Batch, model: Model
 
 
 def vmap(component: Component) -> str:
-    """Trials under vmap, their parameters and traced fields such as norm_eps as arguments, equal each trial alone.
+    """Checks that trials under vmap, with traced fields such as norm_eps as arguments, equal each trial alone.
 
     This is what a sweep in one program needs.
     """
@@ -240,7 +240,7 @@ def vmap(component: Component) -> str:
 
 
 def devices(component: Component) -> str:
-    """Logits and gradients of a batch split over eight devices equal those of one device.
+    """Checks that logits and gradients of a batch split over eight devices equal those of one device.
 
     A process with fewer devices starts a child process, `python -m rustgpt_jax.conformance.program_checks`.
     """
