@@ -585,10 +585,10 @@ TWO = [{"SpecialToken": {"id": "<s>", "type_id": 0}}] * 2 + [{"Sequence": {"id":
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"pre_tokenizer": BYTE_LEVEL}, "cuts text"),
-        ({"pre_tokenizer": BYTE_LEVEL | {"use_regex": True, "add_prefix_space": True}}, "cuts text"),
-        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [MANY, BYTE_LEVEL]}}, "cuts text"),
-        ({"pre_tokenizer": None}, "cuts text"),
+        ({"pre_tokenizer": BYTE_LEVEL}, "splits text"),
+        ({"pre_tokenizer": BYTE_LEVEL | {"use_regex": True, "add_prefix_space": True}}, "splits text"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [MANY, BYTE_LEVEL]}}, "splits text"),
+        ({"pre_tokenizer": None}, "splits text"),
         ({"normalizer": {"type": "NFC"}}, "normalizer NFC"),
         ({"model__merges": []}, "without merges"),
         ({"model__dropout": 0.1}, "kind BPE"),
@@ -606,7 +606,7 @@ def test_what_llama_cpp_would_do_otherwise_is_not_described(changes: dict[str, A
 
 def test_the_bpe_of_sentencepiece_is_described_if_all_its_merges_are_there() -> None:
     found = gguf_vocabulary(llama_2())
-    assert (found.model, found.adds_blank, found.adds_bos, found.bos_id) == ("llama", True, True, 0)
+    assert (found.model, found.adds_space, found.adds_bos, found.bos_id) == ("llama", True, True, 0)
     assert found.scores == {"▁a": 0.0}
     written = json.loads(llama_2().backend.to_str())
     written["model"]["merges"] = []

@@ -80,9 +80,11 @@ def _mixer(params: Any) -> dict[str, Any]:
 
 def test_rope_turns_neighbours_in_llama() -> None:
     """Row i of the first half of a head and row i of its second half, which RoPE turns together, lie side by side."""
-    from rustgpt_jax.interop.gguf import _interleaved
+    from rustgpt_jax.interop.gguf import _interleave_halves
 
-    np.testing.assert_array_equal(_interleaved(np.arange(12)[:, None], 6)[:, 0], [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11])
+    np.testing.assert_array_equal(
+        _interleave_halves(np.arange(12)[:, None], 6)[:, 0], [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])

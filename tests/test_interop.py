@@ -398,7 +398,7 @@ def test_a_pattern_is_the_shortest_that_gives_the_layers() -> None:
 )
 def test_a_model_that_no_architecture_can_say_is_refused(knobs: dict[str, Any], named: str, tmp_path: Path) -> None:
     model = replace_paths(LLAMA, knobs)
-    with pytest.raises(UserError, match=rf"The nearest, \w+, cannot say config.model: .*{named}"):
+    with pytest.raises(UserError, match=rf"The nearest, \w+, cannot represent config.model: .*{named}"):
         export_model({}, model, tmp_path / "there")
     with pytest.raises(UserError, match="LlamaForCausalLM cannot represent config.model"):
         export_model({}, model, tmp_path / "there", architecture="LlamaForCausalLM")
@@ -408,8 +408,8 @@ def test_a_model_that_no_architecture_can_say_is_refused(knobs: dict[str, Any], 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["FalconForCausalLM"]}, "'FalconForCausalLM' is not known"),
-        ({"architectures": None, "model_type": "lama"}, "'lama' is not known. Did you mean 'llama'"),
+        ({"architectures": ["FalconForCausalLM"]}, "unknown architecture 'FalconForCausalLM'"),
+        ({"architectures": None, "model_type": "lama"}, "'lama' is unknown. Did you mean 'llama'"),
         ({"hidden_act": "relu6"}, "hidden_act='relu6'"),
         ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "unknown type 'proportional'"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "has no 'short_factor'"),
@@ -447,7 +447,7 @@ def test_keys_of_rope_that_compute_nothing_are_ignored_with_a_warning(scaling: A
     assert knobs == architecture.knobs(config | {"rope_scaling": computed}, file)
     (warning,) = warnings
     (ignored,) = scaling.keys() - {"type", "rope_type", "factor"}
-    assert f"the key {ignored!r} computes nothing and is ignored" in warning
+    assert f"the key {ignored!r} has no effect and is ignored" in warning
 
 
 def test_dynamic_rope_is_unscaled_within_the_context_and_says_so() -> None:
@@ -459,7 +459,7 @@ def test_dynamic_rope_is_unscaled_within_the_context_and_says_so() -> None:
     assert knobs == architecture.knobs(config | {"rope_scaling": None}, file)
     assert knobs["context_length"] == config["max_position_embeddings"]
     (warning,) = warnings
-    assert "with a longer config.model.context_length it is not scaled either" in warning
+    assert "not scaled with a longer config.model.context_length either" in warning
 
 
 def test_longrope_is_read_for_texts_within_the_context_before() -> None:

@@ -10,7 +10,7 @@ from test_loop import VOCABULARY, stored_state, tiny, train
 
 from rustgpt_jax.data.preprocess import load_or_train_tokenizer
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.interop.warm_start import _choose, _initial_array, _layers_of, create_warm_started_run
+from rustgpt_jax.interop.warm_start import _initial_array, _match_layers, _unstack, create_warm_started_run
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.reproduce.run_diff import diff_configs
@@ -41,7 +41,10 @@ def parameters(path: Path) -> dict[str, np.ndarray]:
 def test_warm_start_copies_all_matching_parameters(source: Path, tmp_path: Path) -> None:
     said = begin(str(source), tmp_path / "new", **{"optimizer.learning_rate": 1e-4, "seed": 3})
     taken, given = parameters(tmp_path / "new"), parameters(source)
-    assert f"{source} at step 10: took {len(given)} of {len(given)} arrays" in said and "from the seed" not in said
+    assert (
+        f"{source} at step 10: loaded {len(given)} of {len(given)} parameter arrays" in said
+        and "from the seed" not in said
+    )
     assert taken.keys() == given.keys()
     assert all(taken[name].tobytes() == given[name].tobytes() for name in given)
     # With a rate of zero, training leaves what it began with.
@@ -58,19 +61,23 @@ def test_parameters_that_do_not_match_are_initialized_from_the_seed(source: Path
     create_run_dir(tmp_path / "fresh", tiny(**changes), {})
     taken, given = parameters(tmp_path / "new"), parameters(source)
     about = json.loads((tmp_path / "new/import.json").read_bytes())
-    assert set(about["taken"]) | set(about["from_seed"]) == set(taken)
-    for name in about["taken"]:
+    assert set(about["loaded"]) | set(about["initialized"]) == set(taken)
+    for name in about["loaded"]:
         np.testing.assert_array_equal(taken[name], given[name])
-    assert about["from_seed"]["blocks/0/mixer/query_norm/scale"] == about["from_seed"]["head/kernel"] == "not there"
-    assert "16 x 24 here" in about["from_seed"]["blocks/0/feedforward/up/kernel"]
-    assert "blocks/0/feedforward/up/kernel (" in said and "left there: " in said
+    assert (
+        about["initialized"]["blocks/0/mixer/query_norm/scale"]
+        == about["initialized"]["head/kernel"]
+        == "not in the source"
+    )
+    assert "16 x 24 here" in about["initialized"]["blocks/0/feedforward/up/kernel"]
+    assert "blocks/0/feedforward/up/kernel (" in said and "not loaded: " in said
 
 
 def test_token_embeddings_are_not_copied_with_another_tokenizer(source: Path, tmp_path: Path) -> None:
     other = {"tokenizer.name": "char", "tokenizer.vocab_size": VOCABULARY}
     begin(str(source), tmp_path / "new", **other)
     about = json.loads((tmp_path / "new/import.json").read_bytes())
-    assert about["from_seed"] == {"embedding/table": "its tokens are of another tokenizer"}
+    assert about["initialized"] == {"embedding/table": "its tokens belong to another tokenizer"}
     assert (
         load_model(tmp_path / "new").generator.tokenizer.serialized == load_or_train_tokenizer(tiny(**other)).serialized
     )
@@ -81,10 +88,12 @@ def test_warm_start_of_an_existing_run_resumes_it_or_is_refused(source: Path, tm
     before = (tmp_path / "new/parameters.safetensors").read_bytes()
     assert begin(str(source), tmp_path / "new") == ""
     assert (tmp_path / "new/parameters.safetensors").read_bytes() == before
-    with pytest.raises(UserError, match=r"new began with the parameters of .*, not with those of .*@best; choose"):
+    with pytest.raises(
+        UserError, match=r"new was created with the parameters of .*, not with those of .*@best; choose"
+    ):
         begin(f"{source}@best", tmp_path / "new")
     train(tiny(), tmp_path / "plain")
-    with pytest.raises(UserError, match=r"plain began otherwise, not with those of"):
+    with pytest.raises(UserError, match=r"plain was created without a warm start, not with those of"):
         begin(str(source), tmp_path / "plain")
 
 
@@ -94,7 +103,11 @@ def test_warm_start_of_an_existing_run_resumes_it_or_is_refused(source: Path, tm
         ("@7", {}, r"no checkpoint of step 7 yet; there are checkpoints of steps .*10\."),
         ("@beast", {}, r"no checkpoint of step beast yet"),
         ("x", {}, r"There is no run .*runx\. Did you mean 'run'\?"),
-        ("", {"model.d_model": 24}, r"No parameter of .* fits the model of this config: .* 16 there and .* 24 here"),
+        (
+            "",
+            {"model.d_model": 24},
+            r"No parameter of .* matches the model of this config: .* 16 in the source and .* 24 here",
+        ),
     ],
 )
 def test_impossible_warm_start_is_an_error_and_leaves_no_folder(
@@ -117,7 +130,7 @@ def test_warm_start_keeps_the_tokenizer_unless_another_is_requested(source: Path
     assert begun.origins == dict.fromkeys(
         ("tokenizer.name", "tokenizer.vocab_size", "model.vocab_size"), f"init_from {source}"
     )
-    assert ", and the tokenizer" in said[0] and "tokens are of another" not in "".join(said)
+    assert ", and the tokenizer" in said[0] and "tokens belong to another" not in "".join(said)
     table = "embedding/table"
     np.testing.assert_array_equal(parameters(tmp_path / "new")[table], parameters(source)[table])
     # The same command goes on, also where the source is gone, and trains.
@@ -136,8 +149,8 @@ def test_stacked_blocks_are_matched_layer_by_layer() -> None:
         {name: generator.normal(size=leaf.shape) for name, leaf in flatten_paths(parameter_shapes(model)).items()}
         for model in models
     )
-    given, fresh = (_layers_of(arrays, model) for arrays, model in zip((small, large), models, strict=True))
-    chosen = _choose(given, fresh, is_same_tokenizer=True)
+    given, fresh = (_unstack(arrays, model) for arrays, model in zip((small, large), models, strict=True))
+    chosen = _match_layers(given, fresh, is_same_tokenizer=True)
     grown = {name: _initial_array(name, leaf, fresh, given, chosen) for name, leaf in large.items()}
     names = [name.removeprefix("blocks/0/") for name in small if name.startswith("blocks/0/")]
     assert len(names) > 5
@@ -147,15 +160,14 @@ def test_stacked_blocks_are_matched_layer_by_layer() -> None:
         there += [large[f"blocks/{layer % 2}/{name}"][layer // 2] for layer in (5, 6, 7)]
         for layer, array in enumerate(there):
             np.testing.assert_array_equal(grown[f"blocks/{layer % 2}/{name}"][layer // 2], array)
-    assert chosen.partly["blocks/0/mixer/query/kernel"] == [0, 2, 4] and not chosen.left
-    assert chosen.from_seed["blocks/1/mixer/query/kernel"] == "layers 5, 7: not there"
+    assert chosen.partially_loaded["blocks/0/mixer/query/kernel"] == [0, 2, 4] and not chosen.unused
+    assert chosen.initialized["blocks/1/mixer/query/kernel"] == "layers 5, 7: not in the source"
     # And back: what is taken of the grown one is what it was grown from.
-    chosen = _choose(_layers_of(grown, models[1]), given, is_same_tokenizer=True)
-    assert not chosen.partly and not chosen.from_seed
-    assert chosen.left["blocks/0/mixer/query/kernel"] == "layer 6: not in this model"
+    chosen = _match_layers(_unstack(grown, models[1]), given, is_same_tokenizer=True)
+    assert not chosen.partially_loaded and not chosen.initialized
+    assert chosen.unused["blocks/0/mixer/query/kernel"] == "layer 6: not in this model"
     back = {
-        name: _initial_array(name, 0 * leaf, given, _layers_of(grown, models[1]), chosen)
-        for name, leaf in small.items()
+        name: _initial_array(name, 0 * leaf, given, _unstack(grown, models[1]), chosen) for name, leaf in small.items()
     }
     assert all(back[name].tobytes() == small[name].tobytes() for name in small)
 
@@ -165,7 +177,7 @@ def test_warm_start_of_a_deeper_model_copies_the_existing_layers(source: Path, t
     given, grown = parameters(source), parameters(tmp_path / "grown")
     for name, leaf in given.items():
         np.testing.assert_array_equal(grown[name][:1] if name.startswith("blocks/") else grown[name], leaf)
-    assert "(layer 1: not there)" in said and f"took {len(given)} of {len(grown)} arrays" in said
+    assert "(layer 1: not in the source)" in said and f"loaded {len(given)} of {len(grown)} parameter arrays" in said
 
 
 def test_diff_reports_the_source_of_a_warm_start(source: Path, tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def largest_difference(case: dict[str, Any], folder: Path) -> float:
     import numpy as np
     import torch
 
-    from rustgpt_jax.interop.convert import difference
+    from rustgpt_jax.interop.convert import compare_with_reference
     from rustgpt_jax.interop.hf_checkpoint import import_parameters, read_model
     from rustgpt_jax.model.flops import parameter_shapes
     from rustgpt_jax.workdir.params_io import read_parameters
@@ -236,7 +236,7 @@ def largest_difference(case: dict[str, Any], folder: Path) -> float:
     tokens_BT = np.random.default_rng(0).integers(0, case["vocab_size"], (1, TOKENS))
     with torch.no_grad():
         logits_BTV = reference(torch.tensor(tokens_BT)).logits.numpy()
-    found = difference(logits_BTV, tokens_BT, params, model).difference
+    found = compare_with_reference(logits_BTV, tokens_BT, params, model).difference
     assert found is not None
     return found
 

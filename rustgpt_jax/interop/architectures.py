@@ -1,4 +1,4 @@
-"""The Hugging Face architectures that are read and written: a family of parts, the keys of config.json, the tensors."""
+"""The supported Hugging Face architectures: the preset, config.json keys and tensors of each."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,8 +15,10 @@ from rustgpt_jax.interop.config_mapping import (
     HFConfigReader,
     KeyMapping,
     dense_width,
+    global_and_local_rope,
     model_config_differences,
     read_all,
+    rope,
     write_all,
 )
 from rustgpt_jax.interop.param_mapping import (
@@ -31,10 +33,9 @@ from rustgpt_jax.interop.param_mapping import (
     STABLELM,
     TensorRules,
 )
-from rustgpt_jax.interop.rope_config import global_and_local_rope, rope
 from rustgpt_jax.model.presets import FAMILIES
 
-# Keys that change what is computed or stored, and that no architecture here has.
+# Keys that change the computation or the storage in unsupported ways.
 UNSUPPORTED_KEYS = ("quantization_config", "adapter_config")
 # Config fields of `transformers` that do not affect logits: training, other heads, output options, names.
 IGNORED_KEYS = (
@@ -54,7 +55,7 @@ IGNORED_KEYS = (
     *("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "_sliding_window_pattern"),
 )
-# Keys that count what is gone through one by one, long before it is known whether the tensors are there.
+# Keys that determine the length of loops before the tensors are checked.
 COUNTING_KEYS = ("num_hidden_layers", "n_layer", "num_experts", "num_local_experts")
 MAX_COUNT = 4096
 
@@ -97,12 +98,12 @@ class Architecture:
         reader = HFConfigReader(file, self._without_aliases(config, file), self.defaults, warn)
         for key in UNSUPPORTED_KEYS:
             if config.get(key):
-                raise UserError(f"{file}: {key} is not read here; only models stored as plain numbers are.")
+                raise UserError(f"{file}: {key} is not supported; only unquantized models without adapters are.")
         if config.get("is_causal") is False:
-            raise UserError(f"{file}: is_causal is false, and every token sees only earlier ones here.")
+            raise UserError(f"{file}: is_causal is false; only causal attention is supported.")
         for key in COUNTING_KEYS:
             if isinstance(config.get(key), int | float) and config[key] > MAX_COUNT:
-                raise UserError(f"{file}: {key} is {short_repr(config[key])}; at most {MAX_COUNT} are read.")
+                raise UserError(f"{file}: {key} is {short_repr(config[key])}; the maximum is {MAX_COUNT}.")
         knobs = FAMILIES[self.family] | read_all(self.mappings, reader)
         return {knob: validate_value(f"model.{knob}", value, f"{file}: {knob}") for knob, value in knobs.items()}
 
@@ -122,17 +123,17 @@ class Architecture:
         return values
 
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:
-        """The config.json that comes nearest to a model; whether it mapping the same, `differences` tells."""
-        names = {"architectures": [self.name], "model_type": self.model_type}
-        return names | write_all(self.mappings, model)
+        """Return the config.json closest to a model. See `roundtrip_differences` for whether it is equivalent."""
+        return {"architectures": [self.name], "model_type": self.model_type} | write_all(self.mappings, model)
 
     def roundtrip_differences(self, model: ModelConfig) -> dict[str, tuple[Any, Any]]:
-        """The knobs in which a model differs from what its config.json would be read as: none if it can be said.
+        """Return the knobs that change when a model's config.json is written and read; none if it is equivalent.
 
-        Raises UserError for one that could not be read at all.
+        Raises:
+            UserError: The config.json cannot be read.
         """
-        there = self.knobs(self.hf_config(model), Path("config.json"))
-        return model_config_differences(model, replace_paths(model, there))
+        knobs = self.knobs(self.hf_config(model), Path("config.json"))
+        return model_config_differences(model, replace_paths(model, knobs))
 
 
 # Keys.
@@ -144,11 +145,7 @@ SIZES = (
     mapping.direct("num_hidden_layers", "n_layers"),
     mapping.direct("hidden_size", "d_model"),
     mapping.direct("num_attention_heads", "attention.n_heads"),
-    mapping.direct(
-        "num_key_value_heads",
-        "attention.n_kv_heads",
-        lambda model: model.attention.kv_heads,
-    ),
+    mapping.direct("num_key_value_heads", "attention.n_kv_heads", lambda model: model.attention.kv_heads),
     mapping.direct("head_dim", "attention.head_dim", lambda model: model.head_width),
     NORM_EPSILON,
     mapping.direct("tie_word_embeddings", "tie_embeddings"),
@@ -161,7 +158,7 @@ MLP_BIAS = mapping.feedforward_bias("mlp_bias")
 ROPE_DEFAULTS = dict.fromkeys(
     ("rope_parameters", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings")
 )
-USUAL_DEFAULTS: dict[str, Any] = ROPE_DEFAULTS | {
+COMMON_DEFAULTS: dict[str, Any] = ROPE_DEFAULTS | {
     "rope_theta": 10000.0,
     "head_dim": None,
     "num_key_value_heads": None,
@@ -174,8 +171,8 @@ USUAL_DEFAULTS: dict[str, Any] = ROPE_DEFAULTS | {
     "sliding_window": None,
     "layer_types": None,
 }
-QWEN_DEFAULTS = USUAL_DEFAULTS | {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
-GEMMA_DEFAULTS = USUAL_DEFAULTS | {
+QWEN_DEFAULTS = COMMON_DEFAULTS | {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+GEMMA_DEFAULTS = COMMON_DEFAULTS | {
     "head_dim": 256,
     "num_key_value_heads": 4,
     "tie_word_embeddings": True,
@@ -202,23 +199,23 @@ def _every_other(reader: HFConfigReader, layer: int) -> str:
     return FULL if layer % 2 else SLIDING
 
 
-def _all_but_every_sixth(reader: HFConfigReader, layer: int) -> str:
+def _all_but_every_nth(reader: HFConfigReader, layer: int) -> str:
     return SLIDING if (layer + 1) % reader.positive_int("sliding_window_pattern") else FULL
 
 
-def _without_positions(reader: HFConfigReader, layer: int) -> str:
+def _no_rope_layers(reader: HFConfigReader, layer: int) -> str:
     has_window = reader.boolean("use_sliding_window") and reader["sliding_window"] is not None
     positions = mapping.no_rope_layers().read(reader)["positions"]
     return SLIDING if has_window and positions[layer % len(positions)] == "none" else FULL
 
 
-_EVERY = (
+_ARCHITECTURES = (
     Architecture(
         name="LlamaForCausalLM",
         model_type="llama",
         family="llama2",
         mappings=(*GATED, mapping.divisible_heads(), ATTENTION_BIAS, MLP_BIAS, rope()),
-        defaults=USUAL_DEFAULTS,
+        defaults=COMMON_DEFAULTS,
         rules=DENSE,
     ),
     Architecture(
@@ -251,7 +248,7 @@ _EVERY = (
         },
         rules=GPT2,
         prefix="transformer.",
-        # Masks, which old versions of transformers stored.
+        # Old versions of transformers stored masks.
         ignored=(r"\.attn\.(masked_)?bias$",),
         aliases={
             "hidden_size": "n_embd",
@@ -265,7 +262,7 @@ _EVERY = (
         model_type="mistral",
         family="mistral",
         mappings=(*GATED, mapping.sliding_window_in_all_layers(), rope()),
-        defaults=USUAL_DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096},
+        defaults=COMMON_DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096},
         rules=DENSE,
     ),
     Architecture(
@@ -303,9 +300,9 @@ _EVERY = (
         family="gemma3",
         mappings=(
             *GEMMA,
-            # transformers reads it and does not use it.
+            # transformers reads it but does not use it.
             mapping.constant("attn_logit_softcapping", None),
-            mapping.layer_types_with_local_rope(_all_but_every_sixth),
+            mapping.layer_types(_all_but_every_nth, has_local_rope=True),
             global_and_local_rope(),
         ),
         defaults=GEMMA_DEFAULTS | {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
@@ -326,7 +323,7 @@ _EVERY = (
             mapping.rounded_embedding_scale(),
             rope(has_fraction=True, types={"default": "default"}),
         ),
-        defaults=USUAL_DEFAULTS
+        defaults=COMMON_DEFAULTS
         | {
             "tie_word_embeddings": True,
             "hidden_activation": "gelu_pytorch_tanh",
@@ -354,7 +351,7 @@ _EVERY = (
             mapping.constant("use_parallel_residual", False),
             rope(has_fraction=True),
         ),
-        defaults=USUAL_DEFAULTS
+        defaults=COMMON_DEFAULTS
         | {
             "num_key_value_heads": 32,
             "layer_norm_eps": 1e-5,
@@ -382,7 +379,7 @@ _EVERY = (
                 lambda model: {"original_max_position_embeddings": model.rope.original_context or model.context_length},
             ),
         ),
-        defaults=USUAL_DEFAULTS | {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+        defaults=COMMON_DEFAULTS | {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
         rules=PHI3,
     ),
     Architecture(
@@ -390,7 +387,7 @@ _EVERY = (
         model_type="olmo2",
         family="olmo2",
         mappings=(*GATED, ATTENTION_BIAS, rope()),
-        defaults=USUAL_DEFAULTS | {"rms_norm_eps": 1e-5},
+        defaults=COMMON_DEFAULTS | {"rms_norm_eps": 1e-5},
         rules=OUTPUT_NORMS,
     ),
     Architecture(
@@ -402,10 +399,10 @@ _EVERY = (
             ATTENTION_BIAS,
             MLP_BIAS,
             mapping.no_rope_layers(),
-            mapping.layer_types_with_switch(_without_positions),
+            mapping.layer_types(_no_rope_layers, has_switch=True),
             rope(),
         ),
-        defaults=USUAL_DEFAULTS
+        defaults=COMMON_DEFAULTS
         | {
             "num_key_value_heads": 4,
             "tie_word_embeddings": True,
@@ -426,7 +423,7 @@ _EVERY = (
             mapping.sliding_window_in_all_layers(),
             rope(),
         ),
-        defaults=USUAL_DEFAULTS | {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+        defaults=COMMON_DEFAULTS | {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
         rules=MIXTRAL,
         other_rules=(FUSED_EXPERTS,),
         aliases={"num_experts": "num_local_experts"},
@@ -443,7 +440,7 @@ _EVERY = (
             mapping.sliding_window_in_all_layers("use_sliding_window"),
             rope(),
         ),
-        defaults=USUAL_DEFAULTS
+        defaults=COMMON_DEFAULTS
         | {
             "num_key_value_heads": 4,
             "sliding_window": 4096,
@@ -458,45 +455,51 @@ _EVERY = (
     ),
 )
 
-ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in _EVERY}
+ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in _ARCHITECTURES}
 
 
 def architecture_of(config: Mapping[str, Any], file: Path) -> Architecture:
-    """The architecture that a config.json names, or else the one of its model_type.
+    """Return the architecture named in a config.json, or else the one of its model_type.
 
-    Raises UserError with the known ones, and for architectures that are no list of names.
+    Raises:
+        UserError: The architecture is unknown, or `architectures` is not a list of names.
     """
-    named, model_type = config.get("architectures"), config.get("model_type")
-    if named is None or named == []:
-        named = [architecture.name for architecture in _EVERY if architecture.model_type == model_type]
-    elif not isinstance(named, list) or not isinstance(named[0], str):
+    names, model_type = config.get("architectures"), config.get("model_type")
+    if names is None or names == []:
+        names = [architecture.name for architecture in _ARCHITECTURES if architecture.model_type == model_type]
+    elif not isinstance(names, list) or not isinstance(names[0], str):
         raise UserError(
-            f'{file}: architectures takes a list with the name of one, such as ["LlamaForCausalLM"], not {named!r}.'
+            f'{file}: architectures takes a list with one name, such as ["LlamaForCausalLM"], not {names!r}.'
         )
-    if not named:
+    if not names:
         raise UserError(
             f'{file} names no architecture, such as "architectures": ["LlamaForCausalLM"], and its model_type '
-            f"{model_type!r} is not known.{suggest_names(str(model_type), [each.model_type for each in _EVERY])}"
+            f"{model_type!r} is unknown."
+            f"{suggest_names(str(model_type), [each.model_type for each in _ARCHITECTURES])}"
         )
-    if named[0] not in ARCHITECTURES:
-        raise UserError(f"{file}: the architecture {named[0]!r} is not known.{suggest_names(named[0], ARCHITECTURES)}")
-    return ARCHITECTURES[named[0]]
+    if names[0] not in ARCHITECTURES:
+        raise UserError(f"{file}: unknown architecture {names[0]!r}.{suggest_names(names[0], ARCHITECTURES)}")
+    return ARCHITECTURES[names[0]]
 
 
 def architecture_for(model: ModelConfig) -> Architecture:
-    """The first architecture that can say a model. Raises UserError with what the nearest one cannot say."""
-    nearest: tuple[int, str, str] | None = None
-    for architecture in _EVERY:
+    """Return the first architecture that can represent a model.
+
+    Raises:
+        UserError: No architecture can; the message names the differences from the closest one.
+    """
+    found: list[tuple[int, str, str]] = []
+    for architecture in _ARCHITECTURES:
         try:
-            differing = architecture.roundtrip_differences(model)
+            differences = architecture.roundtrip_differences(model)
         except UserError:
             continue
-        if not differing:
+        if not differences:
             return architecture
-        shown = ", ".join(f"{knob} {here!r} (there {there!r})" for knob, (here, there) in differing.items())
-        nearest = min(nearest or (len(differing), architecture.name, shown), (len(differing), architecture.name, shown))
-    assert nearest is not None
+        shown = ", ".join(f"{knob} {here!r} (there {there!r})" for knob, (here, there) in differences.items())
+        found.append((len(differences), architecture.name, shown))
+    _, name, shown = min(found)
     raise UserError(
-        f"No Hugging Face architecture known here computes what this model does. The nearest, {nearest[1]}, "
-        f"cannot say config.model: {nearest[2]}."
+        f"No supported Hugging Face architecture computes what this model does. The nearest, {name}, cannot represent "
+        f"config.model: {shown}."
     )

@@ -1,7 +1,7 @@
-"""How knobs of a model and keys of a config.json say the same, in both directions.
+"""Bidirectional mapping between ModelConfig fields and the keys of a Hugging Face config.json.
 
-A correspondence reads some keys into knobs and writes them back. What a family cannot say is refused on reading, and
-comes out as another value on writing: whoever writes a config.json reads it again and compares.
+A KeyMapping reads some keys into knobs and writes them back. Reading raises an error for what ModelConfig cannot
+represent. Writing gives the nearest keys: whoever writes a config.json reads it again and compares.
 """
 
 import json
@@ -16,7 +16,7 @@ import numpy as np
 
 from rustgpt_jax.config.schema import ModelConfig, flatten, get_path
 from rustgpt_jax.config.validation import validate_value
-from rustgpt_jax.errors import UserError
+from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.model.linear import default_glu_width
 from rustgpt_jax.model.positions import longrope_factors
 from rustgpt_jax.model.presets import NOT_IN_LOGITS
@@ -86,9 +86,9 @@ def read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-# What a model computes, however its config expresses it.
+# Canonical form of a ModelConfig, in which models with the same logits are equal.
 
-# Knobs that only some components read.
+# Knobs that only these components read.
 READ_ONLY_BY: tuple[tuple[set[str], tuple[str, ...]], ...] = (
     ({"local_attention"}, ("attention.local_window",)),
     ({"latent_attention"}, ("mla.kv_lora_rank", "mla.q_lora_rank", "mla.qk_rope_head_dim")),
@@ -96,20 +96,17 @@ READ_ONLY_BY: tuple[tuple[set[str], tuple[str, ...]], ...] = (
     ({"rg_lru", "deltanet"}, ("recurrent.conv_width",)),
     (
         {"moe"},
-        (
-            "moe.n_experts",
-            "moe.experts_per_token",
-            "moe.d_expert",
-            "moe.expert_activation",
-            "moe.norm_topk_prob",
-            "moe.capacity_factor",
-        ),
+        tuple(
+            f"moe.{name}"
+            for name in ("n_experts", "experts_per_token", "d_expert", "expert_activation", "norm_topk_prob")
+        )
+        + ("moe.capacity_factor",),
     ),
     ({"rope", "local_rope"}, ("rope.fraction",)),
     ({"local_rope"}, ("rope.local_theta",)),
 )
 
-GATED_KINDS = {"swiglu", "geglu", "geglu_exact", "reglu", "relu_squared_glu"}
+GATED_FEEDFORWARDS = {"swiglu", "geglu", "geglu_exact", "reglu", "relu_squared_glu"}
 
 
 def expand_pattern(pattern: Sequence[str], layers: int) -> tuple[str, ...]:
@@ -125,7 +122,7 @@ def shortest_pattern(names: Sequence[str]) -> tuple[str, ...]:
 
 def dense_width(model: ModelConfig) -> int:
     """Return the hidden width of dense feed-forwards."""
-    is_gated = (GATED_KINDS | {"moe"}) & set(model.feedforwards)
+    is_gated = (GATED_FEEDFORWARDS | {"moe"}) & set(model.feedforwards)
     return model.d_ff or (default_glu_width(model.d_model) if is_gated else 4 * model.d_model)
 
 
@@ -140,7 +137,7 @@ def effective_attention_scale(model: ModelConfig) -> float:
 
 
 def canonical_config(model: ModelConfig) -> dict[str, Any]:
-    """Return the knobs that decide the logits, with None and patterns expanded, without those that nothing reads."""
+    """Return the knobs that affect logits, with defaults and patterns expanded, without those that nothing reads."""
     patterns = {
         knob: expand_pattern(getattr(model, knob), model.n_layers) for knob in ("mixers", "feedforwards", "positions")
     }
@@ -163,29 +160,29 @@ def canonical_config(model: ModelConfig) -> dict[str, Any]:
     unread = {knob for readers, names in READ_ONLY_BY if not readers & components for knob in names}
     if not set(patterns["feedforwards"]) - {"moe"}:
         unread |= {"d_ff", "feedforward_bias"}
-    rope = _rope(model) if "rope" in components else {}
+    rope = _canonical_rope(model) if "rope" in components else {}
     unread |= {
         knob for knob in knobs if knob.startswith("rope.") and knob not in ("rope.fraction", "rope.local_theta")
     } - rope.keys()
     return {knob: value for knob, value in (knobs | rope).items() if knob not in unread | NOT_IN_LOGITS}
 
 
-def _rope(model: ModelConfig) -> dict[str, Any]:
+def _canonical_rope(model: ModelConfig) -> dict[str, Any]:
     scaling = model.rope.scaling
     knobs: dict[str, Any] = {"rope.theta": model.rope.theta, "rope.scaling": scaling}
     if scaling in ("linear", "llama3", "yarn"):
         knobs["rope.factor"] = model.rope.factor
     if scaling in ("llama3", "yarn"):
-        turns = ("rope.original_context", "rope.beta_slow", "rope.beta_fast")
-        knobs |= {knob: get_path(model, knob) for knob in turns}
+        names = ("rope.original_context", "rope.beta_slow", "rope.beta_fast")
+        knobs |= {knob: get_path(model, knob) for knob in names}
     knobs["rope.truncate"] = model.rope.truncate or scaling != "yarn"
     # Compare only the factors in use.
     factors = longrope_factors(model) if scaling == "longrope" else ()
     knobs["rope.short_factors"] = knobs["rope.long_factors"] = factors
-    usual = 0.1 * math.log(model.rope.factor) + 1 if scaling == "yarn" else 1.0
+    default = 0.1 * math.log(model.rope.factor) + 1 if scaling == "yarn" else 1.0
     if scaling == "longrope" and model.rope.original_context is not None:
-        usual = math.sqrt(1 + math.log(model.rope.factor) / math.log(model.rope.original_context))
-    knobs["rope.attention_factor"] = usual if model.rope.attention_factor is None else model.rope.attention_factor
+        default = math.sqrt(1 + math.log(model.rope.factor) / math.log(model.rope.original_context))
+    knobs["rope.attention_factor"] = default if model.rope.attention_factor is None else model.rope.attention_factor
     return knobs
 
 
@@ -256,14 +253,14 @@ NOT_GATED = {name: name for name in ("gelu", "gelu_exact", "relu", "relu_squared
 
 
 def activation(key: str, feedforwards: Mapping[str, str]) -> KeyMapping:
-    """Map the activation of feed-forwards; `feedforwards` maps activations to parts."""
+    """Map the activation of feed-forwards; `feedforwards` gives the component for each activation."""
 
     def read(reader: HFConfigReader) -> Knobs:
-        return {"feedforwards": (feedforwards[_activation(reader, key, feedforwards)],)}
+        return {"feedforwards": (feedforwards[_parse_activation(reader, key, feedforwards)],)}
 
     def write(model: ModelConfig) -> Keys:
-        of_part = {part: name for name, part in feedforwards.items()}
-        return {key: _hf_activation_name(of_part.get(model.feedforwards[0], next(iter(feedforwards))))}
+        activations = {component: name for name, component in feedforwards.items()}
+        return {key: _hf_activation_name(activations.get(model.feedforwards[0], next(iter(feedforwards))))}
 
     return KeyMapping(read, write)
 
@@ -271,21 +268,21 @@ def activation(key: str, feedforwards: Mapping[str, str]) -> KeyMapping:
 def expert_activation(key: str) -> KeyMapping:
     """Map the activation of experts."""
     return KeyMapping(
-        lambda reader: {"feedforwards": ("moe",), "moe.expert_activation": _activation(reader, key, GATED)},
+        lambda reader: {"feedforwards": ("moe",), "moe.expert_activation": _parse_activation(reader, key, GATED)},
         lambda model: {key: _hf_activation_name(model.moe.expert_activation)},
     )
 
 
-def _activation(reader: HFConfigReader, key: str, known: Mapping[str, str]) -> str:
+def _parse_activation(reader: HFConfigReader, key: str, known: Mapping[str, str]) -> str:
     name = reader[key]
-    names = [there for there, here in ACTIVATIONS.items() if here in known]
+    names = [hf_name for hf_name, activation in ACTIVATIONS.items() if activation in known]
     if not isinstance(name, str) or name not in names:
-        raise reader.unsupported(key, f"the known ones are {', '.join(names)}")
+        raise reader.unsupported(key, f"the supported values are {', '.join(names)}")
     return ACTIVATIONS[name]
 
 
 def _hf_activation_name(name: str) -> str:
-    return next(there for there, here in ACTIVATIONS.items() if here == name)
+    return next(hf_name for hf_name, activation in ACTIVATIONS.items() if activation == name)
 
 
 def attention_bias(key: str) -> KeyMapping:
@@ -306,7 +303,7 @@ def feedforward_bias(key: str) -> KeyMapping:
 
 
 def softcap(key: str, knob: str) -> KeyMapping:
-    """A bound by tanh, null there and 0 here for none."""
+    """Map a softcap, which is null there and 0 here if disabled."""
     return KeyMapping(
         lambda reader: {knob: 0.0 if reader[key] is None else reader.parse(key, knob)},
         lambda model: {key: get_path(model, knob) or None},
@@ -314,12 +311,12 @@ def softcap(key: str, knob: str) -> KeyMapping:
 
 
 def query_pre_attn_scalar(key: str) -> KeyMapping:
-    """The number whose root scores are divided by."""
+    """Map the number by whose square root attention scores are divided."""
 
     def read(reader: HFConfigReader) -> Knobs:
         value = reader.parse(key, "attention.scale")
         if not value:
-            raise reader.unsupported(key, "scores are divided by its root")
+            raise reader.unsupported(key, "scores are divided by its square root")
         return {"attention.scale": value**-0.5}
 
     def write(model: ModelConfig) -> Keys:
@@ -330,7 +327,7 @@ def query_pre_attn_scalar(key: str) -> KeyMapping:
 
 
 def scale_attn_weights(key: str) -> KeyMapping:
-    """Whether scores are multiplied by head_dim^-1/2, or by nothing (GPT-2)."""
+    """Map whether attention scores are multiplied by head_dim^-1/2 (GPT-2)."""
     return KeyMapping(
         lambda reader: {"attention.scale": None if reader.parse(key, "bias") else 1.0},
         lambda model: {key: effective_attention_scale(model) != 1.0},
@@ -338,7 +335,7 @@ def scale_attn_weights(key: str) -> KeyMapping:
 
 
 def divisible_heads() -> KeyMapping:
-    """Heads that divide d_model, which some config classes insist on even where head_dim is given."""
+    """Require d_model to be a multiple of the number of heads, as some config classes do even if head_dim is given."""
 
     def read(reader: HFConfigReader) -> Knobs:
         if reader.positive_int("hidden_size") % reader.positive_int("num_attention_heads"):
@@ -348,7 +345,7 @@ def divisible_heads() -> KeyMapping:
     return KeyMapping(read, lambda model: {})
 
 
-# Which layers see how far.
+# Attention windows by layer.
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LayerType = Callable[[HFConfigReader, int], str]
@@ -373,65 +370,57 @@ def sliding_window_in_all_layers(switch: str | None = None) -> KeyMapping:
     return KeyMapping(read, write)
 
 
-def layer_types(default: LayerType) -> KeyMapping:
-    """layer_types, a name for each layer, or what `default` says of a layer where there are none."""
+def layer_types(default: LayerType, *, has_switch: bool = False, has_local_rope: bool = False) -> KeyMapping:
+    """Map layer_types, a list with the attention type of each layer.
+
+    Args:
+        default: A function that returns the type of a layer if there is no list.
+        has_switch: Whether the key use_sliding_window enables sliding windows (Qwen2, Qwen3, SmolLM3).
+        has_local_rope: Whether local layers have RoPE with a separate base (Gemma 3).
+    """
 
     def read(reader: HFConfigReader) -> Knobs:
-        return _mixers(reader, _layer_types(reader, default))
-
-    def write(model: ModelConfig) -> Keys:
-        return {"layer_types": _layer_types_of(model), "sliding_window": _window(model)}
-
-    return KeyMapping(read, write)
-
-
-def layer_types_with_switch(default: LayerType) -> KeyMapping:
-    """The same, where a sliding window has a switch of its own, use_sliding_window (Qwen2, Qwen3, SmolLM3)."""
-
-    def read(reader: HFConfigReader) -> Knobs:
-        types = _layer_types(reader, default)
-        if SLIDING in types and not reader.boolean("use_sliding_window"):
+        types = _parse_layer_types(reader, default)
+        if has_switch and SLIDING in types and not reader.boolean("use_sliding_window"):
             raise reader.unsupported("layer_types", "use_sliding_window is not true")
-        return _mixers(reader, types)
+        is_local = [kind == SLIDING for kind in types]
+        knobs: Knobs = {"mixers": shortest_pattern([("attention", "local_attention")[local] for local in is_local])}
+        if SLIDING in types:
+            if reader["sliding_window"] is None:
+                raise reader.unsupported("sliding_window", f"some layers are {SLIDING}")
+            knobs["attention.local_window"] = reader.parse("sliding_window", "attention.local_window")
+        if has_local_rope:
+            knobs["positions"] = shortest_pattern([("rope", "local_rope")[local] for local in is_local])
+        return knobs
 
     def write(model: ModelConfig) -> Keys:
-        types = _layer_types_of(model)
-        return {"layer_types": types, "sliding_window": _window(model), "use_sliding_window": SLIDING in types}
+        types = _model_layer_types(model)
+        window = model.attention.local_window if SLIDING in types else None
+        switch: Keys = {"use_sliding_window": SLIDING in types} if has_switch else {}
+        return {"layer_types": types, "sliding_window": window} | switch
 
     return KeyMapping(read, write)
 
 
 def sliding_window_after_first_layers() -> KeyMapping:
-    """The first max_window_layers see all, the others a window (Qwen2); layer_types says so too, and goes first."""
+    """Map max_window_layers, the number of first layers with full attention (Qwen2); layer_types has precedence."""
 
     def default(reader: HFConfigReader, layer: int) -> str:
         has_window = reader.boolean("use_sliding_window") and reader["sliding_window"] is not None
         return SLIDING if has_window and layer >= reader.non_negative_int("max_window_layers") else FULL
 
-    by_layer = layer_types_with_switch(default)
+    by_layer = layer_types(default, has_switch=True)
 
     def write(model: ModelConfig) -> Keys:
-        types = _layer_types_of(model)
+        types = _model_layer_types(model)
         first = types.index(SLIDING) if SLIDING in types else len(types)
         return by_layer.write(model) | {"max_window_layers": first}
 
     return KeyMapping(by_layer.read, write)
 
 
-def layer_types_with_local_rope(default: LayerType) -> KeyMapping:
-    """layer_types, where local layers have RoPE with a base of its own (Gemma 3)."""
-    by_layer = layer_types(default)
-
-    def read(reader: HFConfigReader) -> Knobs:
-        types = _layer_types(reader, default)
-        positions = shortest_pattern(["local_rope" if kind == SLIDING else "rope" for kind in types])
-        return by_layer.read(reader) | {"positions": positions}
-
-    return KeyMapping(read, by_layer.write)
-
-
 def no_rope_layers() -> KeyMapping:
-    """no_rope_layers: 1 where a layer has RoPE and 0 where it has no positions (SmolLM3)."""
+    """Map no_rope_layers: 1 for layers with RoPE, 0 for layers without position encoding (SmolLM3)."""
 
     def read(reader: HFConfigReader) -> Knobs:
         layers, every = reader.positive_int("num_hidden_layers"), reader.positive_int("no_rope_layer_interval")
@@ -439,7 +428,7 @@ def no_rope_layers() -> KeyMapping:
         if has_rope is None:
             has_rope = [(layer + 1) % every != 0 for layer in range(layers)]
         if len(has_rope) < layers:
-            raise reader.unsupported("no_rope_layers", f"there are {layers} layers")
+            raise reader.unsupported("no_rope_layers", f"it must have an entry for each of {layers} layers")
         return {"positions": shortest_pattern(["rope" if has else "none" for has in has_rope[:layers]])}
 
     def write(model: ModelConfig) -> Keys:
@@ -449,7 +438,7 @@ def no_rope_layers() -> KeyMapping:
     return KeyMapping(read, write)
 
 
-def _layer_types(reader: HFConfigReader, default: LayerType) -> list[str]:
+def _parse_layer_types(reader: HFConfigReader, default: LayerType) -> list[str]:
     layers = reader.positive_int("num_hidden_layers")
     types = reader.optional_list("layer_types")
     if types is None:
@@ -459,22 +448,9 @@ def _layer_types(reader: HFConfigReader, default: LayerType) -> list[str]:
     return types
 
 
-def _mixers(reader: HFConfigReader, types: Sequence[str]) -> Knobs:
-    mixers = shortest_pattern(["local_attention" if kind == SLIDING else "attention" for kind in types])
-    if SLIDING not in types:
-        return {"mixers": mixers}
-    if reader["sliding_window"] is None:
-        raise reader.unsupported("sliding_window", f"some layers are {SLIDING}")
-    return {"mixers": mixers, "attention.local_window": reader.parse("sliding_window", "attention.local_window")}
-
-
-def _layer_types_of(model: ModelConfig) -> list[str]:
+def _model_layer_types(model: ModelConfig) -> list[str]:
     mixers = expand_pattern(model.mixers, model.n_layers)
     return [SLIDING if name == "local_attention" else FULL for name in mixers]
-
-
-def _window(model: ModelConfig) -> int | None:
-    return model.attention.local_window if SLIDING in _layer_types_of(model) else None
 
 
 def block_types() -> KeyMapping:
@@ -497,7 +473,7 @@ def block_types() -> KeyMapping:
         return read_all(reads, reader) | {"mixers": shortest_pattern(mixers), "recurrent.width": width}
 
     def write(model: ModelConfig) -> Keys:
-        types = {here: there for there, here in names.items()}
+        types = {mixer: block_type for block_type, mixer in names.items()}
         return write_all(reads, model) | {
             "block_types": [types.get(name, "attention") for name in expand_pattern(model.mixers, model.n_layers)],
             "lru_width": model.recurrent.width or model.d_model,
@@ -531,7 +507,7 @@ def rounded_embedding_scale() -> KeyMapping:
 
 
 def moe_in_all_layers() -> KeyMapping:
-    """Experts of width intermediate_size in every layer, with weights that add up to 1 (Mixtral)."""
+    """Map experts of width intermediate_size in every layer, with weights that sum to 1 (Mixtral)."""
     reads = (
         direct("num_local_experts", "moe.n_experts"),
         direct("num_experts_per_tok", "moe.experts_per_token"),
@@ -545,7 +521,7 @@ def moe_in_all_layers() -> KeyMapping:
 
 
 def moe_in_some_layers(activation: str) -> KeyMapping:
-    """Experts in every decoder_sparse_step-th layer but mlp_only_layers, which are dense (Qwen3-MoE)."""
+    """Map experts in every decoder_sparse_step-th layer, except the dense mlp_only_layers (Qwen3-MoE)."""
     reads = (
         direct("num_experts_per_tok", "moe.experts_per_token"),
         direct("moe_intermediate_size", "moe.d_expert", expert_width),
@@ -556,7 +532,7 @@ def moe_in_some_layers(activation: str) -> KeyMapping:
     def read(reader: HFConfigReader) -> Knobs:
         layers, every = reader.positive_int("num_hidden_layers"), reader.positive_int("decoder_sparse_step")
         dense = reader.optional_list("mlp_only_layers") or ()
-        plain = GATED[_activation(reader, activation, GATED)]
+        plain = GATED[_parse_activation(reader, activation, GATED)]
         names = ["moe" if layer not in dense and (layer + 1) % every == 0 else plain for layer in range(layers)]
         return read_all(reads, reader) | {
             "feedforwards": shortest_pattern(names),
@@ -574,11 +550,201 @@ def moe_in_some_layers(activation: str) -> KeyMapping:
     return KeyMapping(read, write)
 
 
-def read_all(parts: Sequence[KeyMapping], reader: HFConfigReader) -> Knobs:
+def read_all(mappings: Sequence[KeyMapping], reader: HFConfigReader) -> Knobs:
     """Read several mappings into one dict of knobs."""
-    return {knob: value for part in parts for knob, value in part.read(reader).items()}
+    return {knob: value for mapping in mappings for knob, value in mapping.read(reader).items()}
 
 
-def write_all(parts: Sequence[KeyMapping], model: ModelConfig) -> Keys:
+def write_all(mappings: Sequence[KeyMapping], model: ModelConfig) -> Keys:
     """Write several mappings into one dict of keys."""
-    return {key: value for part in parts for key, value in part.write(model).items()}
+    return {key: value for mapping in mappings for key, value in mapping.write(model).items()}
+
+
+# RoPE: rope_theta and rope_scaling, or rope_parameters as written by transformers 5.
+
+# Our names of rope_type, and the knobs for the keys of each type.
+ROPE_SCALINGS = {
+    "default": "none",
+    "linear": "linear",
+    # Scaling depends on the text length and starts above max_position_embeddings, which is the context length here.
+    "dynamic": "none",
+    "llama3": "llama3",
+    "yarn": "yarn",
+    "longrope": "longrope",
+}
+_FACTOR = {"factor": "rope.factor"}
+_SCALED = _FACTOR | {"original_max_position_embeddings": "rope.original_context"}
+ROPE_KEYS = {
+    "default": {},
+    "linear": _FACTOR,
+    "llama3": _SCALED | {"low_freq_factor": "rope.beta_slow", "high_freq_factor": "rope.beta_fast"},
+    "dynamic": {},
+    "yarn": _SCALED
+    | {"beta_slow": "rope.beta_slow", "beta_fast": "rope.beta_fast"}
+    | {"attention_factor": "rope.attention_factor", "truncate": "rope.truncate"},
+    "longrope": _SCALED
+    | {"attention_factor": "rope.attention_factor"}
+    | {"short_factor": "rope.short_factors", "long_factor": "rope.long_factors"},
+}
+ALL_ROPE_TYPES = {name: name for name in ROPE_SCALINGS}
+# Keys that may be missing or null.
+OPTIONAL_ROPE_KEYS = ("attention_factor", "truncate")
+# Keys of all types, and keys that are not numbers.
+COMMON_ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mscale", "mscale_all_dim")
+NON_NUMERIC_ROPE_KEYS = ("rope_type", "type", "truncate", "short_factor", "long_factor")
+
+
+def rope(has_fraction: bool = False, types: Mapping[str, str] = ALL_ROPE_TYPES) -> KeyMapping:
+    """Map one RoPE for all layers, applied to all channels or a fraction of them.
+
+    `types` maps each rope_type of the architecture to the scaling type that it means.
+    """
+
+    def read(reader: HFConfigReader) -> Knobs:
+        return _rope_knobs(reader, _parse_rope_parameters(reader), reader["rope_theta"], has_fraction, types)
+
+    def write(model: ModelConfig) -> Keys:
+        fraction: Keys = {"partial_rotary_factor": model.rope.fraction} if has_fraction else {}
+        return _rope_keys(model) | fraction
+
+    return KeyMapping(read, write)
+
+
+def global_and_local_rope() -> KeyMapping:
+    """Map a RoPE for global layers and an unscaled one for local layers (Gemma 3)."""
+
+    def read(reader: HFConfigReader) -> Knobs:
+        stored = _parse_mapping(reader, reader["rope_parameters"])
+        of_global = _parse_mapping(reader, stored.get(FULL)) | _parse_mapping(reader, reader["rope_scaling"])
+        of_local = _parse_mapping(reader, stored.get(SLIDING))
+        local = _rope_knobs(reader, of_local, reader["rope_local_base_freq"])
+        if local["rope.scaling"] != "none":
+            raise reader.unsupported("rope_parameters", f"the RoPE of {SLIDING} layers is scaled")
+        return _rope_knobs(reader, of_global, reader["rope_theta"]) | {"rope.local_theta": local["rope.theta"]}
+
+    return KeyMapping(read, lambda model: _rope_keys(model) | {"rope_local_base_freq": model.rope.local_theta})
+
+
+def _rope_knobs(
+    reader: HFConfigReader,
+    stored: Mapping[str, Any],
+    base: Any,
+    has_fraction: bool = False,
+    types: Mapping[str, str] = ALL_ROPE_TYPES,
+) -> Knobs:
+    """Return the knobs of one RoPE, warning about keys that `transformers` does not read.
+
+    Raises:
+        UserError: The type is unknown, or a key is missing or has the wrong type; the message names it.
+    """
+    where = f"{reader.file}: RoPE"
+    kind = stored.get("rope_type") or stored.get("type") or "default"
+    if not isinstance(kind, str) or kind not in types:
+        raise UserError(f"{where}: unknown type {kind!r}.{suggest_names(str(kind), types)}")
+    kind = types[kind]
+    given: Keys = {}
+    for key, value in stored.items():
+        if value is None:
+            continue
+        if key not in COMMON_ROPE_KEYS and key not in ROPE_KEYS[kind] and (kind, key) != ("dynamic", "factor"):
+            reader.warn(f"{where} of the type {kind!r}: the key {key!r} has no effect and is ignored.")
+            continue
+        if key not in NON_NUMERIC_ROPE_KEYS and not isinstance(value, int | float):
+            raise UserError(f"{where}: {key} takes a number, not {value!r}.")
+        given[key] = value
+    fraction = stored.get("partial_rotary_factor", reader["partial_rotary_factor"])
+    if not has_fraction and fraction not in (None, 1):
+        raise UserError(f"{where}: partial_rotary_factor={fraction!r} is not supported by this architecture.")
+    knobs: Knobs = {"rope.theta": given.get("rope_theta", base), "rope.scaling": ROPE_SCALINGS[kind]}
+    if has_fraction:
+        knobs["rope.fraction"] = 1.0 if fraction is None else fraction
+    if kind in ("llama3", "yarn", "longrope"):
+        given["original_max_position_embeddings"] = _original_context(reader, given)
+    if kind == "yarn":
+        given = _yarn(reader, given)
+    if kind == "longrope":
+        given, context = _longrope(reader, given)
+        knobs |= context
+    if kind == "dynamic":
+        reader.warn(
+            f"{where} of the type 'dynamic' does not scale within max_position_embeddings, which is the context length "
+            "here, and it is not scaled with a longer config.model.context_length either."
+        )
+    for key, knob in ROPE_KEYS[kind].items():
+        if key not in given and key not in OPTIONAL_ROPE_KEYS:
+            raise UserError(f"{where} of the type {kind!r} has no {key!r}.")
+        knobs[knob] = given.get(key, True if key == "truncate" else None)
+    return {knob: validate_value(f"model.{knob}", value, f"{where}: {knob}") for knob, value in knobs.items()}
+
+
+def _rope_keys(model: ModelConfig) -> Keys:
+    """Return rope_theta and rope_scaling, which transformers 4 and 5 both read."""
+    kind = next((name for name, here in ROPE_SCALINGS.items() if here == model.rope.scaling), None)
+    if kind in (None, "default"):
+        return {"rope_theta": model.rope.theta, "rope_scaling": None}
+    values = {key: get_path(model, knob) for key, knob in ROPE_KEYS[str(kind)].items()}
+    if kind == "longrope":
+        # `transformers` selects the factors by text length. To use the long factors for all texts, write them as the
+        # short factors too.
+        is_long = longrope_factors(model) is model.rope.long_factors
+        short = model.rope.long_factors if is_long else model.rope.short_factors
+        values |= {"short_factor": list(short), "long_factor": list(model.rope.long_factors)}
+    if values.get("truncate"):
+        del values["truncate"]
+    scaling = {"rope_type": kind} | {key: value for key, value in values.items() if value is not None}
+    return {"rope_theta": model.rope.theta, "rope_scaling": scaling}
+
+
+def _parse_rope_parameters(reader: HFConfigReader) -> dict[str, Any]:
+    stored = _parse_mapping(reader, reader["rope_scaling"]) or _parse_mapping(reader, reader["rope_parameters"])
+    nested = [key for key, value in stored.items() if isinstance(value, Mapping)]
+    if nested:
+        raise UserError(f"{reader.file}: separate RoPE parameters for {' and '.join(nested)} are not supported.")
+    return stored
+
+
+def _parse_mapping(reader: HFConfigReader, stored: Any) -> dict[str, Any]:
+    if not isinstance(stored, Mapping | None):
+        raise UserError(f"{reader.file}: the parameters of RoPE must be a JSON object, not {stored!r}.")
+    return dict(stored or {})
+
+
+def _original_context(reader: HFConfigReader, given: Mapping[str, Any]) -> float:
+    if reader["original_max_position_embeddings"] is not None:
+        return reader.positive_int("original_max_position_embeddings")
+    return given.get("original_max_position_embeddings") or reader.positive_int("max_position_embeddings")
+
+
+def _yarn(reader: HFConfigReader, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of yarn with the defaults of transformers."""
+    defaults = {
+        "beta_slow": 1.0,
+        "beta_fast": 32.0,
+        "factor": reader.positive_int("max_position_embeddings") / given["original_max_position_embeddings"],
+    }
+    values = defaults | given
+    one, other = given.get("mscale"), given.get("mscale_all_dim")
+    if one and other and "attention_factor" not in given:
+        values["attention_factor"] = _mscale(values["factor"], one) / _mscale(values["factor"], other)
+    return values
+
+
+def _longrope(reader: HFConfigReader, given: dict[str, Any]) -> tuple[dict[str, Any], Knobs]:
+    """Return the longrope keys with the defaults of transformers, and the context length that they apply to.
+
+    `transformers` switches frequencies for texts longer than the original context. Here a model uses the same
+    frequencies for all texts: those for texts within the original context.
+    """
+    original, longest = given["original_max_position_embeddings"], reader.positive_int("max_position_embeddings")
+    values = {"factor": max(1.0, longest / original)} | given
+    if longest <= original or given.get("short_factor") == given.get("long_factor"):
+        return values, {}
+    reader.warn(
+        f"{reader.file}: longrope is read with its short factors, for a context of {original} tokens; the long "
+        f"factors are used if training continues with a longer config.model.context_length, up to {longest}."
+    )
+    return values, {"context_length": original}
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0

@@ -1,6 +1,7 @@
-"""Converts Hugging Face folders into runs, and runs into Hugging Face folders."""
+"""Converts Hugging Face folders to runs and runs to Hugging Face folders, and checks the logits."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,18 +34,27 @@ from rustgpt_jax.tokenizers import IMPORTED, Tokenizer, load_tokenizer, save_tok
 from rustgpt_jax.tracking.console import format_count
 from rustgpt_jax.training.load_model import load_model
 from rustgpt_jax.training.run_inputs import load_run_tokenizer
+from rustgpt_jax.workdir.config_files import COMMAND_LINE
 from rustgpt_jax.workdir.params_io import matching_parameters, read_parameters
 from rustgpt_jax.workdir.run_dir import RunDir, create_run_dir, load_config
 
-# The same tokens through `transformers` and through the model here: how far are the logits apart?
+# The number of tokens for the comparison of logits.
+N_COMPARED_TOKENS = 64
+# Logits in float32 are sums of thousands of products. Differences up to this share of the largest logit are rounding.
+TOLERANCE = 1e-3
+# Tokens in a training sequence of an imported model by default.
+SEQ_LEN = 256
 
-TOKENS = 64
+Log = Callable[[str], None]
 
 
-class Comparison(NamedTuple):
-    """The largest difference between two logits, or, where there was nothing to compare with, the reason why.
+class LogitComparison(NamedTuple):
+    """The result of comparing logits with a reference.
 
-    largest: the largest absolute value of a logit of the other side.
+    Attributes:
+        difference: The largest absolute difference; None if there was no comparison.
+        reason: The reason why there was no comparison.
+        largest: The largest absolute value of a reference logit.
     """
 
     difference: float | None
@@ -52,17 +62,36 @@ class Comparison(NamedTuple):
     largest: float = 0.0
 
 
-def random_tokens(model: ModelConfig, seed: int = 0) -> np.ndarray:
-    """tokens_BT to compare with: one row, of 64 tokens or as many as the context holds."""
-    length = min(TOKENS, model.context_length)
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, transformer.vocab_size(model), (1, length), dtype=np.int32)
+def compare_logits(folder: Path, read: Callable[[], Params], model: ModelConfig) -> LogitComparison:
+    """Compare the logits of a Hugging Face folder in `transformers`, on random tokens, with those of parameters here.
+
+    The parameters are read last, so that only one model at a time is in memory.
+    """
+    length = min(N_COMPARED_TOKENS, model.context_length)
+    rng = np.random.default_rng(0)
+    tokens_BT = rng.integers(0, transformer.vocab_size(model), (1, length), dtype=np.int32)
+    reference_BTV = reference_logits(folder, tokens_BT)
+    if isinstance(reference_BTV, str):
+        return LogitComparison(None, reference_BTV)
+    return compare_with_reference(reference_BTV, tokens_BT, read(), model)
+
+
+def compare_with_reference(
+    reference_BTV: np.ndarray, tokens_BT: np.ndarray, params: Params, model: ModelConfig
+) -> LogitComparison:
+    """Compare reference logits with those of parameters on the same tokens."""
+    logits_BTV = jax.jit(lambda params, tokens_BT: transformer.apply(params, tokens_BT, model)[0])(params, tokens_BT)
+    difference = np.max(np.abs(np.asarray(logits_BTV) - reference_BTV))
+    return LogitComparison(float(difference), "", float(np.max(np.abs(reference_BTV))))
 
 
 def reference_logits(folder: Path, tokens_BT: np.ndarray) -> np.ndarray | str:
-    """logits_BTV of a Hugging Face folder by `transformers`, in float32 on the CPU; or why there are none.
+    """Compute the logits of a Hugging Face folder with `transformers`, in float32 on the CPU.
 
-    Nothing is downloaded, and neither pickles nor code of the folder are read.
+    Nothing is downloaded, and neither pickles nor code in the folder are loaded.
+
+    Returns:
+        logits_BTV, or the reason why they cannot be computed.
     """
     try:
         import torch
@@ -72,7 +101,7 @@ def reference_logits(folder: Path, tokens_BT: np.ndarray) -> np.ndarray | str:
     try:
         with _quiet(transformers), torch.no_grad():
             return _logits(transformers, torch, folder, tokens_BT)
-    except Exception as error:  # Whatever keeps it from loading a folder that is read here.
+    except Exception as error:  # Loading can fail in any way.
         return f"it cannot run this folder ({type(error).__name__}: {str(error).splitlines()[0]})"
 
 
@@ -88,114 +117,93 @@ def _logits(transformers: Any, torch: Any, folder: Path, tokens_BT: np.ndarray) 
     return reference(torch.tensor(tokens_BT, dtype=torch.long), use_cache=False).logits.float().numpy()
 
 
-def compare_logits(folder: Path, read: Callable[[], transformer.Params], model: ModelConfig) -> Comparison:
-    """The largest difference over random tokens between the logits of a folder and of parameters that are the same.
-
-    These are read last: the model is in memory once at a time.
-    """
-    tokens_BT = random_tokens(model)
-    reference_BTV = reference_logits(folder, tokens_BT)
-    if isinstance(reference_BTV, str):
-        return Comparison(None, reference_BTV)
-    return difference(reference_BTV, tokens_BT, read(), model)
-
-
-def difference(
-    reference_BTV: np.ndarray, tokens_BT: np.ndarray, params: transformer.Params, model: ModelConfig
-) -> Comparison:
-    """The same for logits that are there already."""
-    logits_BTV = jax.jit(lambda params, tokens_BT: transformer.apply(params, tokens_BT, model)[0])(params, tokens_BT)
-    found = np.max(np.abs(np.asarray(logits_BTV) - reference_BTV))
-    return Comparison(float(found), "", float(np.max(np.abs(reference_BTV))))
-
-
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Any:
-    """Without the progress bars and remarks of loading a model."""
+    """Suppress the progress bars and messages of loading a model."""
     log = transformers.utils.logging
-    before, had_bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    verbosity, had_bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
     log.disable_progress_bar()
     try:
         yield
     finally:
-        log.set_verbosity(before)
+        log.set_verbosity(verbosity)
         if had_bars:
             log.enable_progress_bar()
 
 
-# Logits in float32 are sums of thousands of products: this share of the largest is rounding, and more is a mistake.
-TOLERANCE = 1e-3
-# Tokens in a training window of an imported model, unless its recipe says otherwise.
-WINDOW = 256
-
-Log = Callable[[str], None]
-
-
 def import_run(source: Path, path: Path, tree: Any, origins: Mapping[str, str], log: Log) -> None:
-    """Make a run of a Hugging Face folder: its model and tokenizer, with the other knobs of a config `tree`.
+    """Create a run folder with the model and tokenizer of a Hugging Face folder, and a config `tree` for the rest.
 
-    The run appears when it is complete. Raises UserError for a folder that is not one, a model that cannot be said
-    here, tensors that are not those that its config asks for, and logits that are not those of `transformers`.
+    The folder is created atomically.
+
+    Raises:
+        UserError: `source` is not a Hugging Face folder, the model is unsupported, the tensors do not match the config,
+            or the logits differ from those of `transformers`.
     """
-    described, codec = read_model(source, log), load_hf_tokenizer(source, log)
-    tree, origins = _with_model(tree, described.knobs, dict(origins), f"import from {source}")
+    info, tokenizer = read_model(source, log), load_hf_tokenizer(source, log)
+    origins = _override_model(tree, info.knobs, origins, f"import from {source}")
     config = resolve(tree)
     if uses_epochs(config):
-        raise UserError(f"config.{EPOCHS}: import reads no text to count it; give it to train, with the run's folder.")
-    model, name = fill_vocab_size(config, codec).model, described.architecture.name
+        raise UserError(f"config.{EPOCHS}: import reads no text; give the number of epochs to train instead.")
+    model, name = fill_vocab_size(config, tokenizer).model, info.architecture.name
     shapes = parameter_shapes(model)
     log(f"{source}: {name}, {format_count(total_size(shapes))} parameters")
     with atomic_folder(path) as temporary:
         run = create_run_dir(temporary, config, origins)
-        save_tokenizer(codec, run.tokenizer_file)
-        import_parameters(source, run.parameters_file, model, described.architecture)
-        about = {"source": str(source.resolve()), "architecture": name, "special_tokens": described.special_tokens}
-        about["tokenizer"] = hash_tokenizer(load_tokenizer(run.tokenizer_file))
-        run.import_file.write_text(json.dumps(about, indent=2) + "\n")
-        log(_compared(source, lambda: read_parameters(run.parameters_file, shapes), model))
+        save_tokenizer(tokenizer, run.tokenizer_file)
+        import_parameters(source, run.parameters_file, model, info.architecture)
+        record = {"source": str(source.resolve()), "architecture": name, "special_tokens": info.special_tokens}
+        record["tokenizer"] = hash_tokenizer(load_tokenizer(run.tokenizer_file))
+        run.import_file.write_text(json.dumps(record, indent=2) + "\n")
+        log(_check_logits(source, lambda: read_parameters(run.parameters_file, shapes), model))
     log(f"{path}: a run at step 0")
 
 
 def export_run(path: Path, folder: Path, which: str, dtype: str | None, log: Log) -> None:
-    """Write a run as a folder that `transformers` loads: config, tensors, tokenizer, chat template.
+    """Write a run as a folder that `transformers` loads: config, tensors, tokenizer and chat template.
 
-    `dtype` None: the type that an imported model came in as long as it is not trained on, then float32. The folder
-    appears when it is complete. Raises UserError for a run without parameters, a model that no architecture of
-    `transformers` can say, and logits that are not the same there.
+    Args:
+        path: The run.
+        folder: The folder to create, atomically.
+        which: The checkpoint.
+        dtype: The dtype; None for that of the imported tensors if the run was not trained, else float32.
+        log: Called with messages.
+
+    Raises:
+        UserError: The run has no parameters, no architecture of `transformers` can represent the model, or the logits
+            differ.
     """
-    run, codec = RunDir(path), load_run_tokenizer(RunDir(path))
-    whole = fill_vocab_size(load_config(path), codec)
-    is_dialogue = False
+    run, tokenizer = RunDir(path), load_run_tokenizer(RunDir(path))
+    model = fill_vocab_size(load_config(path), tokenizer).model
+    shapes, is_dialogue = parameter_shapes(model), False
     if run.is_untrained:
-        params: Any = unflatten_paths(matching_parameters(run.parameters_file, parameter_shapes(whole.model)))
+        params: Any = unflatten_paths(matching_parameters(run.parameters_file, shapes))
     else:
         trained = load_model(path, which)
         params, is_dialogue = trained.generator.params, trained.generator.is_dialogue
-    about = _import_record(run.import_file) if run.import_file.exists() else {}
+    record = _read_import_record(run.import_file) if run.import_file.exists() else {}
 
     def finish(temporary: Path) -> None:
-        save_hf_tokenizer(codec, temporary, whole.model.context_length, is_dialogue)
-        shapes = parameter_shapes(whole.model)
+        save_hf_tokenizer(tokenizer, temporary, model.context_length, is_dialogue)
         read = (lambda: read_parameters(run.parameters_file, shapes)) if run.is_untrained else (lambda: params)
-        log(_compared(temporary, read, whole.model, dtype))
+        log(_check_logits(temporary, read, model, dtype))
 
-    special_tokens = _known_tokens(about.get("special_tokens", {}), codec) or special_token_ids(codec)
     architecture = export_model(
         params,
-        whole.model,
+        model,
         folder,
-        architecture=about.get("architecture"),
+        architecture=record.get("architecture"),
         dtype=dtype,
-        special_tokens=special_tokens,
+        special_tokens=_known_tokens(record.get("special_tokens", {}), tokenizer) or special_token_ids(tokenizer),
         finish=finish,
     )
     log(f"{folder}: {architecture.name}")
 
 
-def _known_tokens(special_tokens: Mapping[str, Any], codec: Tokenizer) -> dict[str, Any]:
+def _known_tokens(special_tokens: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the special tokens of an imported config.json whose ids the tokenizer has."""
-    size = codec.get_vocab_size()
+    size = tokenizer.get_vocab_size()
     return {
         name: ids
         for name, ids in special_tokens.items()
@@ -203,17 +211,20 @@ def _known_tokens(special_tokens: Mapping[str, Any], codec: Tokenizer) -> dict[s
     }
 
 
-def _import_record(file: Path) -> dict[str, Any]:
-    about = read_json(file)
-    if not isinstance(about.get("architecture"), str) or not isinstance(about.get("special_tokens"), dict):
-        raise UserError(f"{file} is damaged: it does not say which architecture and special tokens were imported.")
-    return about
+def _read_import_record(file: Path) -> dict[str, Any]:
+    record = read_json(file)
+    if not isinstance(record.get("architecture"), str) or not isinstance(record.get("special_tokens"), dict):
+        raise UserError(f"{file} is damaged: it does not name the imported architecture and special tokens.")
+    return record
 
 
-def _compared(folder: Path, read: Callable[[], Params], model: ModelConfig, dtype: str | None = None) -> str:
-    """What a comparison with `transformers` found. Raises UserError if the logits are not the same.
+def _check_logits(folder: Path, read: Callable[[], Params], model: ModelConfig, dtype: str | None = None) -> str:
+    """Compare logits with `transformers` and return a message about the result.
 
-    Nothing is read where nothing can be compared, or the memory does not hold the other side's model as well.
+    Nothing is read if there is nothing to compare with, or not enough memory for a second model.
+
+    Raises:
+        UserError: The logits differ.
     """
     needed = 2 * total_bytes(parameter_shapes(model))
     if needed > free_memory():
@@ -221,34 +232,25 @@ def _compared(folder: Path, read: Callable[[], Params], model: ModelConfig, dtyp
     found = compare_logits(folder, read, model)
     if found.difference is None:
         return f"Not compared with transformers: {found.reason}."
-    rounded = dtype not in (None, "float32")
-    if not rounded and found.difference > TOLERANCE * max(1.0, found.largest):
+    is_rounded = dtype not in (None, "float32")
+    if not is_rounded and found.difference > TOLERANCE * max(1.0, found.largest):
         raise UserError(
             f"{folder}: the logits here differ by up to {found.difference:.2g} from those of transformers, whose "
             f"largest is {found.largest:.2g}. Nothing was written."
         )
-    why = f", for its parameters are rounded to {dtype}" if rounded else ""
+    why = f", because the parameters are rounded to {dtype}" if is_rounded else ""
     return f"Compared with transformers in float32: logits differ by at most {found.difference:.1e}{why}."
 
 
-def _with_model(
-    tree: Any, knobs: Mapping[str, Any], origins: dict[str, str], origin: str
-) -> tuple[Any, dict[str, str]]:
-    """A config with an imported model in it, and where its values came from."""
+def _override_model(tree: Any, knobs: Mapping[str, Any], origins: Mapping[str, str], origin: str) -> dict[str, str]:
+    """Set the knobs of an imported model in a config `tree`, and return the origins of its values."""
     values = {f"model.{name}": value for name, value in knobs.items()}
     values |= {"tokenizer.name": IMPORTED, "tokenizer.vocab_size": None}
     if tree["data"]["seq_len"] is None:
-        values["data.seq_len"] = min(WINDOW, knobs["context_length"])
+        values["data.seq_len"] = min(SEQ_LEN, knobs["context_length"])
     for path, value in values.items():
-        given = _value(tree, path)
-        if origins.get(path) == "command line" and given != value:
-            raise UserError(f"config.{path}={given!r} was given, and the model that is imported has {value!r}.")
-        override(tree, {path: value})
-        origins[path] = origin
-    return tree, origins
-
-
-def _value(tree: Any, path: str) -> Any:
-    for name in path.split("."):
-        tree = tree[name]
-    return tree
+        given = functools.reduce(lambda node, name: node[name], path.split("."), tree)
+        if origins.get(path) == COMMAND_LINE and given != value:
+            raise UserError(f"config.{path}={given!r} was given, but the imported model has {value!r}.")
+    override(tree, values)
+    return dict(origins) | dict.fromkeys(values, origin)

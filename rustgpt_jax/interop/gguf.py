@@ -23,7 +23,14 @@ from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.interop.architectures import architecture_for
 from rustgpt_jax.interop.config_mapping import dense_width
 from rustgpt_jax.interop.hf_checkpoint import native_chat_format, special_token_ids
-from rustgpt_jax.interop.param_mapping import TensorPlan, TensorRule, TensorRules, plan_tensors
+from rustgpt_jax.interop.param_mapping import (
+    TensorPlan,
+    TensorRule,
+    TensorRules,
+    linear_rules,
+    norm_rules,
+    plan_tensors,
+)
 from rustgpt_jax.model.transformer import Params, vocab_size
 from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.tokenizers import Message, Tokenizer
@@ -32,16 +39,14 @@ from rustgpt_jax.training.load_model import load_model
 from rustgpt_jax.training.run_inputs import load_run_tokenizer
 from rustgpt_jax.workdir.run_dir import RunDir, load_config
 
-# Tokenizers in llama.cpp's format: byte-level BPE and SentencePiece BPE.
-#
-# A tokenizer is converted only if llama.cpp produces the same tokens for the same text.
+# Tokenizers. One is converted only if llama.cpp produces the same tokens for the same text.
 
-BLANK = "▁"
+SPACE = "▁"
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 
 _WORDS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-# llama.cpp's names of the pre-tokenizer patterns, and whether it then looks up a whole piece in the vocabulary before
+# llama.cpp's names of the pre-tokenizer patterns, and whether it first looks up a whole word in the vocabulary before
 # merging (`ignore_merges`).
 SPLITS: dict[str, dict[str, bool]] = {
     rf"{_LETTERS}|\p{{N}}{{1,3}}|{_WORDS}": {"llama-bpe": True, "dbrx": False},
@@ -60,7 +65,7 @@ class GGUFVocabulary:
         pre: llama.cpp's name of the pre-tokenizer.
         merges: Merges of a 'gpt2' tokenizer, in order of priority.
         scores: Token scores of a 'llama' tokenizer; higher scores are merged first.
-        adds_blank: Whether a space is prepended to texts.
+        adds_space: Whether a space is prepended to texts.
         adds_bos: Whether the token bos_id is prepended to texts.
     """
 
@@ -68,40 +73,40 @@ class GGUFVocabulary:
     pre: str
     merges: list[str]
     scores: Mapping[str, float]
-    adds_blank: bool
+    adds_space: bool
     adds_bos: bool
     bos_id: int
 
 
-def gguf_vocabulary(codec: Tokenizer) -> GGUFVocabulary:
+def gguf_vocabulary(tokenizer: Tokenizer) -> GGUFVocabulary:
     """Convert a tokenizer for llama.cpp.
 
     Raises:
         UserError: llama.cpp would tokenize differently; the message says how.
     """
-    written = json.loads(codec.backend.to_str())
-    if written["model"]["type"] != "BPE" or written["model"].get("dropout"):
-        raise UserError(f"llama.cpp has no tokenizers of the kind {written['model']['type']} as they are here")
-    opening, _ = codec.prefix_and_suffix_ids
-    if len(opening) > 1:
+    settings = json.loads(tokenizer.backend.to_str())
+    if settings["model"]["type"] != "BPE" or settings["model"].get("dropout"):
+        raise UserError(f"llama.cpp does not support this tokenizer of the kind {settings['model']['type']}")
+    prefix, _ = tokenizer.prefix_and_suffix_ids
+    if len(prefix) > 1:
         raise UserError("llama.cpp puts at most one token before a text")
-    bos_id = opening[0] if opening else special_token_ids(codec).get("bos_token_id", codec.end_id)
-    is_byte_level = (written["decoder"] or {}).get("type") == "ByteLevel"
-    describe = _byte_level if is_byte_level else _sentencepiece
-    return describe(written, adds_bos=bool(opening), bos_id=bos_id)
+    bos_id = prefix[0] if prefix else special_token_ids(tokenizer).get("bos_token_id", tokenizer.end_id)
+    is_byte_level = (settings["decoder"] or {}).get("type") == "ByteLevel"
+    convert = _convert_byte_level if is_byte_level else _convert_sentencepiece
+    return convert(settings, adds_bos=bool(prefix), bos_id=bos_id)
 
 
-def token_rows(codec: Tokenizer, size: int, kinds: Any) -> Iterator[tuple[str, int]]:
+def token_rows(tokenizer: Tokenizer, size: int, kinds: Any) -> Iterator[tuple[str, int]]:
     """Yield each row of the token table and its type, a gguf.TokenType."""
-    written = json.loads(codec.backend.to_str())
-    added = {token["content"]: token["special"] for token in written["added_tokens"]}
-    unknown, has_bytes = written["model"].get("unk_token"), written["model"].get("byte_fallback")
-    taken = codec.backend.get_vocab()
+    settings = json.loads(tokenizer.backend.to_str())
+    added = {token["content"]: token["special"] for token in settings["added_tokens"]}
+    unknown, has_bytes = settings["model"].get("unk_token"), settings["model"].get("byte_fallback")
+    vocabulary = tokenizer.backend.get_vocab()
     for index in range(size):
-        token = codec.id_to_token(index)
+        token = tokenizer.id_to_token(index)
         if token is None:
             name = f"<unused{index}>"
-            while name in taken:
+            while name in vocabulary:
                 name = f"<{name}>"
             yield name, kinds.UNUSED
         elif token == unknown:
@@ -112,59 +117,61 @@ def token_rows(codec: Tokenizer, size: int, kinds: Any) -> Iterator[tuple[str, i
             yield token, kinds.BYTE if has_bytes and token in BYTE_TOKENS else kinds.NORMAL
 
 
-def gguf_chat_template(codec: Tokenizer, vocabulary: GGUFVocabulary, is_dialogue: bool) -> str | None:
+def gguf_chat_template(tokenizer: Tokenizer, vocabulary: GGUFVocabulary, is_dialogue: bool) -> str | None:
     """Return the chat template for llama.cpp, or None if the model has none.
 
     Raises:
         UserError: llama.cpp would tokenize the template's dialogues differently.
     """
-    dialect = codec.chat_format or native_chat_format(is_dialogue)
-    if dialect.chat_template is None:
+    chat_format = tokenizer.chat_format or native_chat_format(is_dialogue)
+    if chat_format.chat_template is None:
         return None
-    tokens = codec.backend.get_added_tokens_decoder().values()
+    tokens = tokenizer.backend.get_added_tokens_decoder().values()
     stripping = next((token.content for token in tokens if token.lstrip or token.rstrip), None)
     if stripping is not None:
-        raise UserError(f"llama.cpp keeps the blanks beside {stripping}, which the tokenizer leaves out")
-    if "bos_token" in dialect.chat_template and "bos_token" not in dialect.special_tokens_map:
-        raise UserError("the chat template writes a bos_token that the tokenizer does not name")
-    bos = codec.id_to_token(vocabulary.bos_id) or ""
+        raise UserError(f"llama.cpp keeps spaces beside {stripping}, which the tokenizer drops")
+    if "bos_token" in chat_format.chat_template and "bos_token" not in chat_format.special_tokens_map:
+        raise UserError("the chat template uses bos_token, which the tokenizer does not define")
+    bos = tokenizer.id_to_token(vocabulary.bos_id) or ""
     try:
         asked = apply_chat_template(
-            dialect, [Message("user", "?")], add_generation_prompt=True, special_tokens=codec.special_tokens
+            chat_format, [Message("user", "?")], add_generation_prompt=True, special_tokens=tokenizer.special_tokens
         )
     except UserError:
-        return dialect.chat_template
+        return chat_format.chat_template
     if vocabulary.adds_bos and not asked.startswith(bos):
-        raise UserError(f"llama.cpp puts {bos} before every dialogue, and the chat template does not")
-    return dialect.chat_template
+        raise UserError(f"llama.cpp puts {bos} before every dialogue, but the chat template does not")
+    return chat_format.chat_template
 
 
 # Byte-level BPE.
 
 
-def _byte_level(written: Mapping[str, Any], adds_bos: bool, bos_id: int) -> GGUFVocabulary:
-    model = written["model"]
-    if written["normalizer"] is not None:
-        raise UserError(f"llama.cpp does not change text as the normalizer {written['normalizer']['type']} does")
+def _convert_byte_level(settings: Mapping[str, Any], adds_bos: bool, bos_id: int) -> GGUFVocabulary:
+    model = settings["model"]
+    if settings["normalizer"] is not None:
+        raise UserError(f"llama.cpp does not support the normalizer {settings['normalizer']['type']}")
     if any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")):
-        raise UserError("llama.cpp has no byte-level BPE with prefixes, suffixes or a fallback to bytes")
+        raise UserError("llama.cpp does not support byte-level BPE with prefixes, suffixes or byte fallback")
     if not set(pre_tokenizers.ByteLevel.alphabet()) <= model["vocab"].keys():
         raise UserError("the tokenizer has no token for some of the 256 bytes")
-    _require_plain_added_tokens(written)
+    _require_plain_added_tokens(settings)
     merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
     if not merges:
-        raise UserError("llama.cpp takes no BPE without merges")
-    names = _splits(written["pre_tokenizer"])
-    ignores = bool(model.get("ignore_merges"))
+        raise UserError("llama.cpp does not support BPE without merges")
+    names = _find_split(settings["pre_tokenizer"])
+    ignore_merges = bool(model.get("ignore_merges"))
     # Both settings are equivalent if every token can be built by merges from its own characters.
-    agree = _makes_every_token(written, merges)
-    pre = next((name for name, there in names.items() if agree or there == ignores), None)
+    is_same = _merges_build_every_token(settings, merges)
+    pre = next((name for name, value in names.items() if is_same or value == ignore_merges), None)
     if pre is None:
-        raise UserError("llama.cpp merges within words of the vocabulary, and the tokenizer does not (ignore_merges)")
+        raise UserError(
+            "llama.cpp merges within words that are in the vocabulary, but the tokenizer does not (ignore_merges)"
+        )
     return GGUFVocabulary("gpt2", pre, [" ".join(pair) for pair in merges], {}, False, adds_bos, bos_id)
 
 
-def _splits(pre_tokenizer: Mapping[str, Any] | None) -> dict[str, bool]:
+def _find_split(pre_tokenizer: Mapping[str, Any] | None) -> dict[str, bool]:
     """Return the entry of SPLITS that matches a pre-tokenizer.
 
     Raises:
@@ -181,131 +188,129 @@ def _splits(pre_tokenizer: Mapping[str, Any] | None) -> dict[str, bool]:
             split, pattern = first[0], first[0]["pattern"].get("Regex")
             if split["behavior"] == "Isolated" and not split["invert"] and pattern in SPLITS:
                 return SPLITS[pattern]
-    raise UserError("how the tokenizer cuts text before its merges is none of the ways known in llama.cpp")
+    raise UserError("llama.cpp does not support the way in which the tokenizer splits text before merging")
 
 
-def _makes_every_token(written: Mapping[str, Any], merges: Sequence[Sequence[str]]) -> bool:
+def _merges_build_every_token(settings: Mapping[str, Any], merges: Sequence[Sequence[str]]) -> bool:
     """Return whether every token can be built by merges from its own characters."""
-    vocabulary = written["model"]["vocab"]
-    added = {token["content"] for token in written["added_tokens"]}
+    vocabulary = settings["model"]["vocab"]
+    added = {token["content"] for token in settings["added_tokens"]}
     bare = HFTokenizer(models.BPE(vocabulary, [(left, right) for left, right in merges]))
     tokens = [token for token in vocabulary if token not in added]
     encoded = bare.encode_batch_fast(tokens, add_special_tokens=False)
     return all(each.ids == [vocabulary[token]] for token, each in zip(tokens, encoded, strict=True))
 
 
-def _require_plain_added_tokens(written: Mapping[str, Any]) -> None:
+def _require_plain_added_tokens(settings: Mapping[str, Any]) -> None:
     """Check that added tokens that may occur in text are matched literally.
 
     Raises:
         UserError: An added token is matched in another way.
     """
-    for token in written["added_tokens"]:
+    for token in settings["added_tokens"]:
         special = ("lstrip", "rstrip", "single_word")
         if not token["special"] and (
-            any(token[key] for key in special) or token["normalized"] and written["normalizer"]
+            any(token[key] for key in special) or token["normalized"] and settings["normalizer"]
         ):
-            raise UserError(f"llama.cpp does not find the token {token['content']} in a text as the tokenizer does")
+            raise UserError(
+                f"llama.cpp does not find the token {token['content']} in a text in the same way as the tokenizer"
+            )
 
 
 # SentencePiece's BPE.
 
 
-def _sentencepiece(written: Mapping[str, Any], adds_bos: bool, bos_id: int) -> GGUFVocabulary:
-    model = written["model"]
+def _convert_sentencepiece(settings: Mapping[str, Any], adds_bos: bool, bos_id: int) -> GGUFVocabulary:
+    model = settings["model"]
     vocabulary = model["vocab"]
     if not model.get("byte_fallback") or not set(BYTE_TOKENS) <= vocabulary.keys():
-        raise UserError("llama.cpp has no BPE of characters without a fallback to bytes")
-    if model.get("ignore_merges") or any(not token["special"] for token in written["added_tokens"]):
-        raise UserError("llama.cpp's SentencePiece has neither ignore_merges nor added tokens that are not special")
-    adds_blank = _adds_blank(written)
-    groups = [(whole, list(of)) for whole, of in groupby(model["merges"], key="".join)]
-    scores = {whole: float(-rank) for rank, (whole, _) in enumerate(groups)}
-    merges = {tuple(pair) for _, of in groups for pair in of}
-    added = {token["content"] for token in written["added_tokens"]}
+        raise UserError("llama.cpp does not support BPE of characters without byte fallback")
+    if model.get("ignore_merges") or any(not token["special"] for token in settings["added_tokens"]):
+        raise UserError(
+            "llama.cpp's SentencePiece supports neither ignore_merges nor added tokens that are not special"
+        )
+    adds_space = _prepends_space(settings)
+    groups = [(token, list(pairs)) for token, pairs in groupby(model["merges"], key="".join)]
+    scores = {token: float(-rank) for rank, (token, _) in enumerate(groups)}
+    merges = {tuple(pair) for _, pairs in groups for pair in pairs}
+    added = {token["content"] for token in settings["added_tokens"]}
     if len(scores) < len(groups) or not all(
         (token[:cut], token[cut:]) in merges
         for token in vocabulary.keys() - added
         for cut in range(1, len(token))
         if all(len(part) == 1 or part in vocabulary for part in (token[:cut], token[cut:]))
     ):
-        raise UserError("llama.cpp merges two tokens whenever the result is a token, and the tokenizer does not")
-    return GGUFVocabulary("llama", "default", [], scores, adds_blank, adds_bos, bos_id)
+        raise UserError("llama.cpp merges two tokens whenever the result is a token, but the tokenizer does not")
+    return GGUFVocabulary("llama", "default", [], scores, adds_space, adds_bos, bos_id)
 
 
-def _adds_blank(written: Mapping[str, Any]) -> bool:
+def _prepends_space(settings: Mapping[str, Any]) -> bool:
     """Return whether a space is prepended to texts.
 
     Raises:
         UserError: Spaces are handled differently than in SentencePiece.
     """
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
-    metaspace = {"type": "Metaspace", "replacement": BLANK, "prepend_scheme": "never", "split": False}
-    normalizer, pre_tokenizer = written["normalizer"], written["pre_tokenizer"]
-    if normalizer == {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": BLANK}, replace]}:
-        has_blank = True
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never", "split": False}
+    normalizer, pre_tokenizer = settings["normalizer"], settings["pre_tokenizer"]
+    if normalizer == {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, replace]}:
+        has_space = True
     elif normalizer in (replace, {"type": "Sequence", "normalizers": [replace]}) or pre_tokenizer == metaspace:
-        has_blank = False
+        has_space = False
     else:
-        has_blank = None
-    if has_blank is None or None not in (normalizer, pre_tokenizer):
-        raise UserError("llama.cpp writes blanks otherwise than the tokenizer")
-    return has_blank
+        has_space = None
+    if has_space is None or None not in (normalizer, pre_tokenizer):
+        raise UserError("llama.cpp handles spaces differently than the tokenizer")
+    return has_space
 
 
-# What a type is called in a file.
-TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "Q8_0"}
-# Rows of 8-bit numbers are cut into blocks with a scale each.
+# Tensors.
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "Q8_0"}
+# The number of 8-bit values with a common scale; rows must be divisible by it.
 BLOCK = 32
-# Read row by row and added, never multiplied.
+# Looked up by row, so that it is stored in float32.
 POSITIONS = "position_embd.weight"
 
 LAYER = "blk.{layer}."
-
-
-def _linear(path: str, name: str) -> TensorRules:
-    return {f"{path}/kernel": TensorRule(f"{name}.weight", True), f"{path}/bias": TensorRule(f"{name}.bias")}
-
-
-def _norm(path: str, name: str) -> TensorRules:
-    return {f"{path}/scale": TensorRule(f"{name}.weight"), f"{path}/bias": TensorRule(f"{name}.bias")}
-
-
 COMMON: TensorRules = {
     "embedding/table": TensorRule("token_embd.weight"),
-    **_norm("norm", "output_norm"),
+    **norm_rules("norm", "output_norm"),
     "head/kernel": TensorRule("output.weight", True),
-    **_norm("mixer_norm", LAYER + "attn_norm"),
-    **_norm("feedforward_norm", LAYER + "ffn_norm"),
-    **_linear("mixer/output", LAYER + "attn_output"),
-    **_linear("feedforward/up", LAYER + "ffn_up"),
-    **_linear("feedforward/down", LAYER + "ffn_down"),
+    **norm_rules("mixer_norm", LAYER + "attn_norm"),
+    **norm_rules("feedforward_norm", LAYER + "ffn_norm"),
+    **linear_rules("mixer/output", LAYER + "attn_output"),
+    **linear_rules("feedforward/up", LAYER + "ffn_up"),
+    **linear_rules("feedforward/down", LAYER + "ffn_down"),
 }
-# Queries, keys and values come from one product.
+# Queries, keys and values are in one tensor.
 GPT2: TensorRules = {
     **COMMON,
     "positions/table": TensorRule(POSITIONS),
-    **_linear("mixer/query", LAYER + "attn_qkv"),
-    **_linear("mixer/key", LAYER + "attn_qkv"),
-    **_linear("mixer/value", LAYER + "attn_qkv"),
+    **linear_rules("mixer/query", LAYER + "attn_qkv"),
+    **linear_rules("mixer/key", LAYER + "attn_qkv"),
+    **linear_rules("mixer/value", LAYER + "attn_qkv"),
 }
 GATED: TensorRules = {
     **COMMON,
-    **_linear("mixer/query", LAYER + "attn_q"),
-    **_linear("mixer/key", LAYER + "attn_k"),
-    **_linear("mixer/value", LAYER + "attn_v"),
-    **_norm("mixer/query_norm", LAYER + "attn_q_norm"),
-    **_norm("mixer/key_norm", LAYER + "attn_k_norm"),
-    **_linear("feedforward/gate", LAYER + "ffn_gate"),
+    **linear_rules("mixer/query", LAYER + "attn_q"),
+    **linear_rules("mixer/key", LAYER + "attn_k"),
+    **linear_rules("mixer/value", LAYER + "attn_v"),
+    **norm_rules("mixer/query_norm", LAYER + "attn_q_norm"),
+    **norm_rules("mixer/key_norm", LAYER + "attn_k_norm"),
+    **linear_rules("feedforward/gate", LAYER + "ffn_gate"),
 }
 
 
 @dataclass(frozen=True)
 class GGUFArchitecture:
-    """How one architecture of llama.cpp says a model.
+    """An architecture of llama.cpp.
 
-    name: in the file. rules: the tensors. fixed: knobs that must have these values, for nothing in the file says them.
-    interleaved: tensors whose outputs RoPE rotates as neighbours in a head, where here they are half a head apart.
+    Attributes:
+        name: The name in the file.
+        rules: The tensors.
+        fixed: Knobs that must have these values, because the file has no field for them.
+        interleaved: Tensors with RoPE pairs in adjacent rows of a head; here they are half a head apart.
     """
 
     name: str
@@ -314,31 +319,32 @@ class GGUFArchitecture:
     interleaved: tuple[str, ...] = ()
 
 
-UNSTRETCHED = {"rope.scaling": "none", "rope.fraction": 1.0, "feedforwards": ("swiglu",)}
+UNSCALED = {"rope.scaling": "none", "rope.fraction": 1.0, "feedforwards": ("swiglu",)}
 NO_BIASES = dict.fromkeys(("has_qkv_bias", "has_attention_output_bias", "has_feedforward_bias"), False)
-# By the architecture of `transformers` that says the same model.
+# By the architecture of `transformers` for the same model.
 GGUF_ARCHITECTURES = {
     "GPT2LMHeadModel": GGUFArchitecture("gpt2", GPT2, {"feedforwards": ("gelu",), "attention.scale_by_layer": False}),
-    "LlamaForCausalLM": GGUFArchitecture("llama", GATED, UNSTRETCHED | NO_BIASES, ("attn_q.", "attn_k.")),
-    "Qwen3ForCausalLM": GGUFArchitecture("qwen3", GATED, UNSTRETCHED | NO_BIASES),
+    "LlamaForCausalLM": GGUFArchitecture("llama", GATED, UNSCALED | NO_BIASES, ("attn_q.", "attn_k.")),
+    "Qwen3ForCausalLM": GGUFArchitecture("qwen3", GATED, UNSCALED | NO_BIASES),
 }
 
 
 def export_gguf(path: Path, file: Path, which: str, dtype: str | None, log: Callable[[str], None]) -> None:
-    """Write a run as a GGUF file, in float32 unless `dtype` says otherwise. The file appears when it is complete.
+    """Write a run as a GGUF file atomically, in float32 by default.
 
-    Raises UserError for a run without parameters, a file that already exists, and as `write_gguf` does.
+    Raises:
+        UserError: The run has no parameters, the file already exists, or as for `write_gguf`.
     """
     if file.exists():
         raise UserError(f"{file} already exists; choose another name.")
     trained = load_model(path, which)
-    codec = load_run_tokenizer(RunDir(path))
-    model = fill_vocab_size(load_config(path), codec).model
+    tokenizer = load_run_tokenizer(RunDir(path))
+    model = fill_vocab_size(load_config(path), tokenizer).model
     is_dialogue = trained.generator.is_dialogue
     name = write_gguf(
-        trained.generator.params, model, file, dtype=dtype or "float32", tokenizer=codec, is_dialogue=is_dialogue
+        trained.generator.params, model, file, dtype=dtype or "float32", tokenizer=tokenizer, is_dialogue=is_dialogue
     )
-    log(f"{file}: {name}{_omissions(codec, is_dialogue)}")
+    log(f"{file}: {name}{_describe_omissions(tokenizer, is_dialogue)}")
 
 
 def write_gguf(
@@ -367,16 +373,16 @@ def write_gguf(
         UserError: The `gguf` package is missing, llama.cpp has no matching architecture, or the file is not writable.
     """
     gguf = _import_gguf()
-    form = gguf_architecture(model)
-    if dtype not in TYPES:
-        raise UserError(f"There is no type {dtype!r} to export in.{suggest_names(dtype, TYPES)}")
-    plan, leaves = plan_tensors(form.rules, model), flatten_paths(params)
+    architecture = gguf_architecture(model)
+    if dtype not in DTYPES:
+        raise UserError(f"Unknown dtype {dtype!r}.{suggest_names(dtype, DTYPES)}")
+    plan, leaves = plan_tensors(architecture.rules, model), flatten_paths(params)
     kinds = {tensor.name: gguf.GGMLQuantizationType[_storage_type(tensor, dtype)] for tensor in plan.values()}
     with translate_os_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as temporary:
-        writer = gguf.GGUFWriter(temporary, form.name)
-        for name, argument in _metadata(form, model, dtype, gguf).items():
+        writer = gguf.GGUFWriter(temporary, architecture.name)
+        for name, argument in _metadata(architecture, model, dtype, gguf).items():
             getattr(writer, f"add_{name}")(argument)
         _add_vocabulary(writer, model, tokenizer, is_dialogue, gguf)
         for tensor in plan.values():
@@ -385,35 +391,37 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in plan.values():
-            writer.write_tensor_data(gguf.quants.quantize(_values(tensor, leaves, model, form), kinds[tensor.name]))
+            writer.write_tensor_data(
+                gguf.quants.quantize(_values(tensor, leaves, model, architecture), kinds[tensor.name])
+            )
         writer.close()
-    return form.name
+    return architecture.name
 
 
 def gguf_architecture(model: ModelConfig) -> GGUFArchitecture:
-    """How llama.cpp says a model. Raises UserError with what it cannot say."""
-    architecture = architecture_for(model).name
-    if architecture not in GGUF_ARCHITECTURES:
-        raise UserError(
-            f"GGUF is not written for {architecture} here.{suggest_names(architecture, GGUF_ARCHITECTURES)}"
-        )
-    form = GGUF_ARCHITECTURES[architecture]
-    for knob, there in form.fixed.items():
+    """Return the llama.cpp architecture of a model. Raises UserError if there is none."""
+    hf_name = architecture_for(model).name
+    if hf_name not in GGUF_ARCHITECTURES:
+        raise UserError(f"GGUF export does not support {hf_name}.{suggest_names(hf_name, GGUF_ARCHITECTURES)}")
+    architecture = GGUF_ARCHITECTURES[hf_name]
+    for knob, there in architecture.fixed.items():
         here = get_path(model, knob)
         if here != there:
             name = knob.removeprefix("has_")
-            raise UserError(f"llama.cpp's {form.name} cannot say config.model.{name}={here!r}; there it is {there!r}.")
-    return form
+            raise UserError(
+                f"llama.cpp's {architecture.name} cannot represent config.model.{name}={here!r}; it uses {there!r}."
+            )
+    return architecture
 
 
-def _omissions(codec: Tokenizer, is_dialogue: bool) -> str:
+def _describe_omissions(tokenizer: Tokenizer, is_dialogue: bool) -> str:
     """Describe the parts of the tokenizer that the file lacks, and why."""
     try:
-        described = gguf_vocabulary(codec)
+        vocabulary = gguf_vocabulary(tokenizer)
     except UserError as error:
-        return f", without a tokenizer ({error}): it is to be fed with token ids"
+        return f", without a tokenizer ({error}): the exported model takes token ids"
     try:
-        gguf_chat_template(codec, described, is_dialogue)
+        gguf_chat_template(tokenizer, vocabulary, is_dialogue)
     except UserError as error:
         return f", without its chat template: {error}"
     return ""
@@ -424,13 +432,13 @@ def _import_gguf() -> Any:
         import gguf
     except ImportError:
         raise UserError(
-            "GGUF is written by the package gguf, which is not installed: python -m pip install 'rustgpt_jax[bench]'"
+            "GGUF export needs the package gguf, which is not installed: python -m pip install 'rustgpt_jax[bench]'"
         ) from None
     return gguf
 
 
-def _metadata(form: GGUFArchitecture, model: ModelConfig, dtype: str, gguf: Any) -> dict[str, Any]:
-    """What the file says of the model, by the names of the writer's methods."""
+def _metadata(architecture: GGUFArchitecture, model: ModelConfig, dtype: str, gguf: Any) -> dict[str, Any]:
+    """Return the metadata of the model by the names of the writer's methods."""
     values = {
         "context_length": model.context_length,
         "embedding_length": model.d_model,
@@ -438,9 +446,9 @@ def _metadata(form: GGUFArchitecture, model: ModelConfig, dtype: str, gguf: Any)
         "feed_forward_length": dense_width(model),
         "head_count": model.attention.n_heads,
         "vocab_size": vocab_size(model),
-        "file_type": gguf.LlamaFileType[{"F32": "ALL_F32"}.get(TYPES[dtype], f"MOSTLY_{TYPES[dtype]}")],
+        "file_type": gguf.LlamaFileType[{"F32": "ALL_F32"}.get(DTYPES[dtype], f"MOSTLY_{DTYPES[dtype]}")],
     }
-    if form.rules is GPT2:
+    if architecture.rules is GPT2:
         return values | {"layer_norm_eps": model.norm_eps}
     width = model.head_width
     return values | {
@@ -454,39 +462,39 @@ def _metadata(form: GGUFArchitecture, model: ModelConfig, dtype: str, gguf: Any)
 
 
 def _add_vocabulary(writer: Any, model: ModelConfig, tokenizer: Tokenizer | None, is_dialogue: bool, gguf: Any) -> None:
-    """Add the tokens and the chat template, as far as llama.cpp produces the same tokens for the same text."""
+    """Add the tokens and the chat template, if llama.cpp produces the same tokens for the same text."""
     try:
-        described = None if tokenizer is None else gguf_vocabulary(tokenizer)
+        vocabulary = None if tokenizer is None else gguf_vocabulary(tokenizer)
     except UserError:
-        described = None
-    if tokenizer is None or described is None:
+        vocabulary = None
+    if tokenizer is None or vocabulary is None:
         writer.add_tokenizer_model("no_vocab")
         return
     rows = list(token_rows(tokenizer, vocab_size(model), gguf.TokenType))
-    writer.add_tokenizer_model(described.model)
-    writer.add_tokenizer_pre(described.pre)
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list([token for token, _ in rows])
     writer.add_token_types([kind for _, kind in rows])
-    if described.merges:
-        writer.add_token_merges(described.merges)
+    if vocabulary.merges:
+        writer.add_token_merges(vocabulary.merges)
     else:
-        least = -float(len(described.scores))
-        writer.add_token_scores([described.scores.get(token, least) for token, _ in rows])
-        writer.add_add_space_prefix(described.adds_blank)
+        lowest = -float(len(vocabulary.scores))
+        writer.add_token_scores([vocabulary.scores.get(token, lowest) for token, _ in rows])
+        writer.add_add_space_prefix(vocabulary.adds_space)
     # llama.cpp supports three tokens that end a reply.
     ends = list(dict.fromkeys([tokenizer.end_id, *tokenizer.stop_ids]))
     for add, index in zip(
         (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), ends, strict=False
     ):
         add(index)
-    writer.add_bos_token_id(described.bos_id)
+    writer.add_bos_token_id(vocabulary.bos_id)
     if "pad_token_id" in special_token_ids(tokenizer):
         writer.add_pad_token_id(special_token_ids(tokenizer)["pad_token_id"])
-    writer.add_add_bos_token(described.adds_bos)
+    writer.add_add_bos_token(vocabulary.adds_bos)
     # A prompt must not end with an end token.
     writer.add_add_eos_token(False)
     try:
-        template = gguf_chat_template(tokenizer, described, is_dialogue)
+        template = gguf_chat_template(tokenizer, vocabulary, is_dialogue)
     except UserError:
         return
     if template is not None:
@@ -495,14 +503,14 @@ def _add_vocabulary(writer: Any, model: ModelConfig, tokenizer: Tokenizer | None
 
 def _storage_type(tensor: TensorPlan, dtype: str) -> str:
     if len(tensor.shape) == 1 or tensor.name == POSITIONS:
-        return TYPES["float32"]
+        return DTYPES["float32"]
     if dtype == "int8" and tensor.shape[-1] % BLOCK:
-        raise UserError(f"int8 takes rows of multiples of {BLOCK} numbers, and {tensor.name} has {tensor.shape[-1]}.")
-    return TYPES[dtype]
+        raise UserError(f"int8 requires rows of multiples of {BLOCK} values; {tensor.name} has {tensor.shape[-1]}.")
+    return DTYPES[dtype]
 
 
 def _add_tensor_info(writer: Any, tensor: TensorPlan, kind: Any, gguf: Any) -> None:
-    """Say what a tensor will be; its numbers follow when all are announced."""
+    """Add the header of a tensor; the data follow after all headers."""
     native = {"F32": np.float32, "F16": np.float16}.get(kind.name)
     if native is not None:
         n_bytes = np.dtype(native).itemsize * int(np.prod(tensor.shape))
@@ -512,16 +520,19 @@ def _add_tensor_info(writer: Any, tensor: TensorPlan, kind: Any, gguf: Any) -> N
     writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), int(np.prod(shape)), raw_dtype=kind)
 
 
-def _values(tensor: TensorPlan, leaves: Mapping[str, Any], model: ModelConfig, form: GGUFArchitecture) -> np.ndarray:
-    """A tensor as llama.cpp wants it: a linear layer has a row for each output."""
-    arrays = [np.asarray(leaves[part.path])[part.indices].astype(np.float32) for part in tensor.slices]
-    whole = tensor.to_stored(arrays)
-    if any(name in tensor.name for name in form.interleaved):
-        whole = _interleaved(whole, model.head_width)
-    return np.ascontiguousarray(whole)
+def _values(
+    tensor: TensorPlan, leaves: Mapping[str, Any], model: ModelConfig, architecture: GGUFArchitecture
+) -> np.ndarray:
+    """Return a tensor in llama.cpp's layout, in which linear layers are (outputs, inputs)."""
+    values = tensor.to_stored(
+        [np.asarray(leaves[part.path])[part.indices].astype(np.float32) for part in tensor.slices]
+    )
+    if any(name in tensor.name for name in architecture.interleaved):
+        values = _interleave_halves(values, model.head_width)
+    return np.ascontiguousarray(values)
 
 
-def _interleaved(rows: np.ndarray, width: int) -> np.ndarray:
-    """The rows of each head, its first half and its second half in turns."""
+def _interleave_halves(rows: np.ndarray, width: int) -> np.ndarray:
+    """Interleave the rows of the first and second half of each head."""
     halves = rows.reshape(-1, 2, width // 2, *rows.shape[1:])
     return np.swapaxes(halves, 1, 2).reshape(rows.shape)

@@ -1,4 +1,4 @@
-"""A run that begins with parameters of another: what fits is taken, the seed gives the rest, and all of it is said."""
+"""Warm start: creates a run with the matching parameters of another run and initializes the rest from the seed."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ from rustgpt_jax.workdir.config_files import COMMAND_LINE
 from rustgpt_jax.workdir.params_io import NewTensor, write_parameters
 from rustgpt_jax.workdir.run_dir import RunDir, create_run_dir, load_config
 
-# Their rows, or columns, stand for tokens.
+# Parameters with one row or column per token.
 TOKEN_PARAMS = ("embedding/", "head/")
 MAX_NAMES = 6
 TOKENIZER_KNOBS = tuple(knob for knob in FIELDS if knob.startswith("tokenizer."))
@@ -35,15 +35,19 @@ Log = Callable[[str], object]
 
 
 class WarmStartReport(NamedTuple):
-    """Names of parameters that were loaded, initialized from the seed, or left unused, with reasons.
+    """The names of parameters by how they are initialized, with reasons for those that are not loaded.
 
-    `partly` has the loaded layers of stacked parameters that were loaded only in part.
+    Attributes:
+        loaded: Parameters that are loaded from the source.
+        partially_loaded: The loaded layers of stacked parameters of which only some layers match.
+        initialized: Parameters, or some of their layers, that are initialized from the seed.
+        unused: Parameters of the source, or some of their layers, that are not loaded.
     """
 
-    taken: list[str]
-    partly: dict[str, list[int]]
-    from_seed: dict[str, str]
-    left: dict[str, str]
+    loaded: list[str]
+    partially_loaded: dict[str, list[int]]
+    initialized: dict[str, str]
+    unused: dict[str, str]
 
 
 class WarmStart(NamedTuple):
@@ -69,98 +73,96 @@ def create_warm_started_run(source: str, path: Path, config: Config, origins: Ma
     Raises:
         UserError: The folder was created from something else, the run or step does not exist, or no parameter matches.
     """
-    run, is_asked = RunDir(path), any(origins.get(knob) == COMMAND_LINE for knob in TOKENIZER_KNOBS)
+    run, is_given = RunDir(path), any(origins.get(knob) == COMMAND_LINE for knob in TOKENIZER_KNOBS)
+    warm_start = WarmStart(config, dict(origins))
     if run.config_file.exists():
-        began = read_import_record(run).get("source")
-        if began is None or _resolve_source(began) != _resolve_source(source):
-            how = f"with the parameters of {began}" if began else "otherwise"
-            raise UserError(f"{path} began {how}, not with those of {source}; choose another --run folder.")
-        return (
-            WarmStart(config, dict(origins))
-            if is_asked
-            else _with_tokenizer_of(load_config(path), config, origins, began)
-        )
-    place, which = parse_source(source)
-    there = load_model(place, which)
-    begun = WarmStart(config, dict(origins))
-    if not is_asked:
-        begun = _with_tokenizer_of(load_config(place), config, origins, source)
-    keeps = not is_asked or begun.config.tokenizer.name == IMPORTED
-    own = there.generator.tokenizer if keeps else load_or_train_tokenizer(begun.config)
-    resolved = resolve_epochs_of_text(begun.config, own, cache_folder())
-    begun = WarmStart(resolved.config, {**begun.origins, **resolved.origins})
-    whole = fill_vocab_size(begun.config, own)
-    static, hparams = partition(stages(whole)[0].config)
+        recorded = read_import_record(run).get("source")
+        if recorded is None or _resolve_source(recorded) != _resolve_source(source):
+            how = f"with the parameters of {recorded}" if recorded else "without a warm start"
+            raise UserError(f"{path} was created {how}, not with those of {source}; choose another --run folder.")
+        return warm_start if is_given else _with_tokenizer_of(load_config(path), config, origins, recorded)
+    folder, which = parse_source(source)
+    loaded = load_model(folder, which)
+    if not is_given:
+        warm_start = _with_tokenizer_of(load_config(folder), config, origins, source)
+    keeps_tokenizer = not is_given or warm_start.config.tokenizer.name == IMPORTED
+    tokenizer = loaded.generator.tokenizer if keeps_tokenizer else load_or_train_tokenizer(warm_start.config)
+    resolved = resolve_epochs_of_text(warm_start.config, tokenizer, cache_folder())
+    warm_start = WarmStart(resolved.config, {**warm_start.origins, **resolved.origins})
+    full_config = fill_vocab_size(warm_start.config, tokenizer)
+    static, hparams = partition(stages(full_config)[0].config)
     fresh = flatten_paths(compiled_init_state(static, hparams).params)
-    given = flatten_paths(there.generator.params)
-    is_same_tokenizer = own.serialized == there.generator.tokenizer.serialized
-    source_layers, layers = _layers_of(given, there.config.model), _layers_of(fresh, whole.model)
-    chosen = _choose(source_layers, layers, is_same_tokenizer)
-    if not chosen.taken and not chosen.partly:
-        raise UserError(f"No parameter of {source} fits the model of this config: {_format_reasons(chosen.from_seed)}.")
-    params = {name: _initial_array(name, leaf, layers, source_layers, chosen) for name, leaf in fresh.items()}
+    is_same_tokenizer = tokenizer.serialized == loaded.generator.tokenizer.serialized
+    source_layers = _unstack(flatten_paths(loaded.generator.params), loaded.config.model)
+    layers = _unstack(fresh, full_config.model)
+    report = _match_layers(source_layers, layers, is_same_tokenizer)
+    if not report.loaded and not report.partially_loaded:
+        reasons = _format_reasons(report.initialized)
+        raise UserError(f"No parameter of {source} matches the model of this config: {reasons}.")
+    params = {name: _initial_array(name, leaf, layers, source_layers, report) for name, leaf in fresh.items()}
     with atomic_folder(path) as temporary:
-        new = create_run_dir(temporary, begun.config, begun.origins)
-        save_tokenizer(own, new.tokenizer_file)
-        write_parameters(new.parameters_file, [_tensor(name, leaf) for name, leaf in params.items()])
-        about = {"source": source, "step": there.step, "tokenizer": hash_tokenizer(own), **chosen._asdict()}
-        about["fingerprints"] = fingerprint_tree({name: params[name] for name in (*chosen.taken, *chosen.partly)})
-        new.import_file.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    for sentence in resolved.messages:
-        log(sentence)
-    for sentence in _describe(chosen, f"{place} at step {there.step}", params, is_same_tokenizer):
-        log(sentence)
-    return begun
+        new = create_run_dir(temporary, warm_start.config, warm_start.origins)
+        save_tokenizer(tokenizer, new.tokenizer_file)
+        write_parameters(new.parameters_file, [_new_tensor(name, leaf) for name, leaf in params.items()])
+        record = {"source": source, "step": loaded.step, "tokenizer": hash_tokenizer(tokenizer), **report._asdict()}
+        names = (*report.loaded, *report.partially_loaded)
+        record["fingerprints"] = fingerprint_tree({name: params[name] for name in names})
+        new.import_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    for message in (
+        *resolved.messages,
+        *_describe(report, f"{folder} at step {loaded.step}", params, is_same_tokenizer),
+    ):
+        log(message)
+    return warm_start
 
 
-def _with_tokenizer_of(there: Config, config: Config, origins: Mapping[str, str], source: str) -> WarmStart:
+def _with_tokenizer_of(source_config: Config, config: Config, origins: Mapping[str, str], source: str) -> WarmStart:
     """Return a config with another config's tokenizer knobs, and its vocabulary size unless the config sets one."""
     model = config.model
     if model.vocab_size is None:
-        model = dataclasses.replace(model, vocab_size=there.model.vocab_size)
-    result = dataclasses.replace(config, tokenizer=there.tokenizer, model=model)
+        model = dataclasses.replace(model, vocab_size=source_config.model.vocab_size)
+    result = dataclasses.replace(config, tokenizer=source_config.tokenizer, model=model)
     return WarmStart(result, dict(origins) | dict.fromkeys(diff(config, result), f"init_from {source}"))
 
 
 def _describe(
-    chosen: WarmStartReport, source: str, params: Mapping[str, Any], is_same_tokenizer: bool
+    report: WarmStartReport, source: str, params: Mapping[str, Any], is_same_tokenizer: bool
 ) -> Iterator[str]:
-    n_taken = sum(params[name].size for name in chosen.taken)
-    n_taken += sum(params[name][0].size * len(layers) for name, layers in chosen.partly.items())
-    n_all, n_arrays = sum(leaf.size for leaf in params.values()), len(chosen.taken) + len(chosen.partly)
+    n_loaded = sum(params[name].size for name in report.loaded)
+    n_loaded += sum(params[name][0].size * len(layers) for name, layers in report.partially_loaded.items())
+    n_all, n_arrays = sum(leaf.size for leaf in params.values()), len(report.loaded) + len(report.partially_loaded)
     yield (
-        f"{source}: took {n_arrays} of {len(params)} arrays of parameters "
-        f"({format_count(n_taken)} of {format_count(n_all)})"
-        f"{', and the tokenizer' if is_same_tokenizer else ''}"
+        f"{source}: loaded {n_arrays} of {len(params)} parameter arrays ({format_count(n_loaded)} of "
+        f"{format_count(n_all)} parameters){', and the tokenizer' if is_same_tokenizer else ''}"
     )
     if not is_same_tokenizer:
         yield (
-            "The tokenizer is another, as config.tokenizer asks: the embedding, which has a row for each token, begins "
-            "untrained. Without these knobs the run keeps the tokenizer of its source."
+            "The tokenizer differs, as set by config.tokenizer, so the embedding, which has a row for each token, is "
+            "initialized from the seed. Without these settings, the run keeps the tokenizer of its source."
         )
-    if chosen.from_seed:
-        yield f"  from the seed: {_format_reasons(chosen.from_seed)}"
-    left = f"{_format_reasons(chosen.left)}; " if chosen.left else ""
-    yield f"  left there: {left}the optimizer's state; the step"
+    if report.initialized:
+        yield f"  initialized from the seed: {_format_reasons(report.initialized)}"
+    unused = f"{_format_reasons(report.unused)}; " if report.unused else ""
+    yield f"  not loaded: {unused}the optimizer state; the step"
 
 
 def parse_source(source: str) -> tuple[Path, str]:
-    """The folder and the checkpoint that RUN, RUN@STEP or RUN@best names. A folder may have an @ in its own name."""
-    place, at, which = source.rpartition("@")
-    return (Path(place), which) if at and not Path(source).exists() else (Path(source), "last")
+    """Parse RUN, RUN@STEP or RUN@best into a folder and a checkpoint. The name of a folder may contain an @."""
+    folder, at, which = source.rpartition("@")
+    return (Path(folder), which) if at and not Path(source).exists() else (Path(source), "last")
 
 
 def _resolve_source(source: str) -> tuple[Path, str]:
-    """What a source names, however it is written."""
-    place, which = parse_source(source)
-    return place.resolve(), which
+    """Return the absolute path and the checkpoint of a source."""
+    folder, which = parse_source(source)
+    return folder.resolve(), which
 
 
 class Layer(NamedTuple):
-    """A parameter of one layer or of the whole model: its array, and its index `place` in the stack `name`."""
+    """A parameter of one layer or of the whole model: its array, and its position in the stack `name`."""
 
     name: str
-    place: int | None
+    position: int | None
     array: Any
 
 
@@ -168,71 +170,73 @@ class Layer(NamedTuple):
 Layers = dict[tuple[str, int | None], Layer]
 
 
-def _layers_of(arrays: Mapping[str, Any], model: ModelConfig) -> Layers:
+def _unstack(arrays: Mapping[str, Any], model: ModelConfig) -> Layers:
     """Unstack the parameters of a model by layer, since the stacking depends on the number of layers."""
     result: Layers = {}
     for name, leaf in arrays.items():
         if name.startswith("blocks/"):
             _, stack, key = name.split("/", 2)
-            for place, layer in enumerate(layer_groups(model)[int(stack)].layers):
-                result[key, layer] = Layer(name, place, leaf[place])
+            for position, layer in enumerate(layer_groups(model)[int(stack)].layers):
+                result[key, layer] = Layer(name, position, leaf[position])
         else:
             result[name, None] = Layer(name, None, leaf)
     return result
 
 
-def _choose(given: Layers, wanted: Layers, is_same_tokenizer: bool) -> WarmStartReport:
-    hindrances = {key: _mismatch(layer, given.get(key), is_same_tokenizer) for key, layer in wanted.items()}
+def _match_layers(given: Layers, wanted: Layers, is_same_tokenizer: bool) -> WarmStartReport:
+    mismatches = {key: _mismatch(layer, given.get(key), is_same_tokenizer) for key, layer in wanted.items()}
     result = WarmStartReport([], {}, {}, {})
-    for name, keys in _by_stack(wanted).items():
-        fitting, reasons = [key for key in keys if not hindrances[key]], [hindrances[key] for key in keys]
+    for name, keys in _group_by_stack(wanted).items():
+        fitting, reasons = [key for key in keys if not mismatches[key]], [mismatches[key] for key in keys]
         if len(fitting) == len(keys):
-            result.taken.append(name)
+            result.loaded.append(name)
             continue
         if fitting:
-            result.partly[name] = [layer for _, layer in fitting if layer is not None]
-        result.from_seed[name] = _of_layers(next(filter(None, reasons)), keys, [key for key in keys if hindrances[key]])
-    for name, keys in _by_stack(given).items():
-        unused = [key for key in keys if hindrances.get(key, "absent")]
+            result.partially_loaded[name] = [layer for _, layer in fitting if layer is not None]
+        result.initialized[name] = _qualify_reason(
+            next(filter(None, reasons)), keys, [key for key in keys if mismatches[key]]
+        )
+    for name, keys in _group_by_stack(given).items():
+        unused = [key for key in keys if mismatches.get(key, "absent")]
         if unused:
-            result.left[name] = _of_layers(hindrances.get(unused[0], "not in this model"), keys, unused)
+            result.unused[name] = _qualify_reason(mismatches.get(unused[0], "not in this model"), keys, unused)
     return result
 
 
 def _mismatch(wanted: Layer, given: Layer | None, is_same_tokenizer: bool) -> str:
     """Return the reason why a parameter cannot be loaded, or ''."""
     if given is None:
-        return "not there"
+        return "not in the source"
     if given.array.shape != wanted.array.shape:
         shapes = (" x ".join(map(str, layer.array.shape)) or "a number" for layer in (given, wanted))
-        return "{} there and {} here".format(*shapes)
+        return "{} in the source and {} here".format(*shapes)
     if wanted.name.startswith(TOKEN_PARAMS) and not is_same_tokenizer:
-        return "its tokens are of another tokenizer"
+        return "its tokens belong to another tokenizer"
     return ""
 
 
-def _by_stack(layers: Layers) -> dict[str, list[tuple[str, int | None]]]:
+def _group_by_stack(layers: Layers) -> dict[str, list[tuple[str, int | None]]]:
     result: dict[str, list[tuple[str, int | None]]] = {}
     for key, layer in layers.items():
         result.setdefault(layer.name, []).append(key)
     return result
 
 
-def _of_layers(reason: str, keys: Sequence[tuple[str, int | None]], some: Sequence[tuple[str, int | None]]) -> str:
+def _qualify_reason(reason: str, keys: Sequence[tuple[str, int | None]], some: Sequence[tuple[str, int | None]]) -> str:
     """Qualify a reason that applies to only some layers of a parameter."""
     if len(some) == len(keys):
         return reason
     return f"layer{'s' if len(some) > 1 else ''} {', '.join(str(layer) for _, layer in some)}: {reason}"
 
 
-def _initial_array(name: str, fresh: Any, wanted: Layers, given: Layers, chosen: WarmStartReport) -> Any:
+def _initial_array(name: str, fresh: Any, wanted: Layers, given: Layers, report: WarmStartReport) -> Any:
     """Return the initial array of the new model with the loaded layers replaced."""
-    if name not in chosen.taken and name not in chosen.partly:
+    if name not in report.loaded and name not in report.partially_loaded:
         return fresh
     array = np.array(fresh)
     for key, layer in wanted.items():
-        if layer.name == name and (layer.place is None or key[1] in chosen.partly.get(name, [key[1]])):
-            array[... if layer.place is None else layer.place] = given[key].array
+        if layer.name == name and (layer.position is None or key[1] in report.partially_loaded.get(name, [key[1]])):
+            array[... if layer.position is None else layer.position] = given[key].array
     return array
 
 
@@ -241,5 +245,5 @@ def _format_reasons(reasons: Mapping[str, str]) -> str:
     return ", ".join(shown[:MAX_NAMES]) + (f" and {len(shown) - MAX_NAMES} more" if len(shown) > MAX_NAMES else "")
 
 
-def _tensor(name: str, leaf: Any) -> NewTensor:
+def _new_tensor(name: str, leaf: Any) -> NewTensor:
     return NewTensor(name, np.dtype(leaf.dtype), tuple(leaf.shape), lambda: [np.asarray(leaf)])

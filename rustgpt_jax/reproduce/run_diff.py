@@ -96,7 +96,11 @@ def _diff_initial_params(first: RunDir, second: RunDir) -> list[Difference]:
     )
     if here != there:
         return [Difference("init_from", here, there)]
-    names = [name for name in ("taken", "partly", "from_seed", "fingerprints") if left.get(name) != right.get(name)]
+    names = [
+        name
+        for name in ("loaded", "partially_loaded", "initialized", "fingerprints")
+        if left.get(name) != right.get(name)
+    ]
     return [Difference(f"init_from: {name}", "some", "others") for name in names]
 
 

@@ -143,7 +143,7 @@ def test_names_that_are_hard_to_draw(sandbox: Sandbox, name: str) -> None:
 # The other files of a run's folder.
 
 DATA = [{"stage": "a", "source": "0" * 64, "tokenizer": "1" * 64, "n_dialogues": 0, "splits": {}, "files": {}}]
-BEGINNING = {"source": "runs/a", "step": 3, "tokenizer": "1" * 64, "taken": ["x"], "fingerprints": {"x": "00"}}
+BEGINNING = {"source": "runs/a", "step": 3, "tokenizer": "1" * 64, "loaded": ["x"], "fingerprints": {"x": "00"}}
 LAUNCH = {
     **{"time": 1.0, "event": "launch", "step": 0, "argv": ["launch.py"], "cwd": "/", "code": "00", "git": None},
     **{"environment": {"machine": {"cores": 2}}, "mode": "solo", "width": 1, "devices": 1, "left_out": [], "mesh": {}},
