@@ -216,44 +216,30 @@ FILES_OF_MISTAKES = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files that MISTAKES mention."""
-    folder = tmp_path_factory.mktemp("mistakes")
+def test_mistakes_are_reported_in_one_sentence_and_write_no_files(tmp_path: Path) -> None:
+    """One test, since all command lines run in forks of one process."""
     for name, text in FILES_OF_MISTAKES.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(text.encode("latin-1"))
-    (folder / "piped").mkdir()
-    os.mkfifo(folder / "pipe")
-    os.mkfifo(folder / "piped" / "config.json")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def results(folder: Path) -> dict[str, list]:
-    """The exit status, stdout and stderr for each mistake."""
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(text.encode("latin-1"))
+    (tmp_path / "piped").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "piped" / "config.json")
     lines = {}
     for name, (arguments, _) in MISTAKES.items():
         if arguments[0].startswith("--"):
             arguments = ["train", TINY, *arguments]
         needs_run = TINY in arguments and not any(word.startswith("--run") for word in arguments)
         lines[name] = [*arguments, "--run=RUN"] if needs_run else arguments
-    return run_all(lines, folder)
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistake_is_reported_in_one_sentence(name: str, results: dict[str, list]) -> None:
-    code, _, stderr = results[name]
-    assert code == 2 and stderr.startswith("error: ") and stderr.endswith("\n") and stderr.count("\n") == 1, stderr
-    assert MISTAKES[name][1] in stderr
-
-
-@pytest.mark.usefixtures("results")
-def test_mistakes_write_no_files(folder: Path) -> None:
-    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+    wrong = {}
+    for name, (code, _, stderr) in run_all(lines, tmp_path).items():
+        is_sentence = stderr.startswith("error: ") and stderr.endswith("\n") and stderr.count("\n") == 1
+        if code != 2 or not is_sentence or MISTAKES[name][1] not in stderr:
+            wrong[name] = code, stderr
+    assert not wrong
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not path.is_dir()}
     written = {name for name in files if not name.startswith(("out ", "err "))}
     assert written == {*FILES_OF_MISTAKES, "pipe", "piped/config.json"}
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"piped", "other", "trained", "halves"}
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"piped", "other", "trained", "halves"}
     assert list(Path(os.environ["RUSTGPT_JAX_CACHE"]).glob("stores/.*")) == []
 
 
@@ -300,29 +286,6 @@ def test_training_writes_a_run_folder_that_can_be_evaluated(uninterrupted: Path)
     assert f"step {STEPS}" in evaluated.stdout and f"{metrics[-1]['valid/loss']:.4f}" in evaluated.stdout
 
 
-@pytest.mark.slow
-def test_generate_is_deterministic_and_reports_the_end_of_the_context(uninterrupted: Path) -> None:
-    generate = ["generate", f"--run={uninterrupted}", "--prompt=The sun"]
-    full = [*generate, "--config.sampling.max_tokens=300", "--config.sampling.temperature=1e-30"]
-    lines = {
-        "first": generate,
-        # The only evaluation was at the last step.
-        "best": [*generate, "--checkpoint=best"],
-        "second": [*generate, "--config.sampling.seed=1"],
-        "both": [*generate, "--num_samples=2"],
-        "full": full,
-        "slide": [*full, "--config.sampling.past_context=slide"],
-    }
-    results = run_all(lines, uninterrupted.parent)
-    assert {code for code, _, _ in results.values()} == {0}
-    texts = {name: stdout for name, (_, stdout, _) in results.items()}
-    assert texts["first"].startswith("The sun") and len(texts["first"].strip()) > len("The sun")
-    assert texts["best"] == texts["first"] != texts["second"]
-    assert texts["both"] == texts["first"] + texts["second"]
-    assert "tokens because the model's context of" in results["full"][2] and "context" not in results["slide"][2]
-    assert texts["slide"].startswith(texts["full"].rstrip("\n")) and len(texts["slide"]) > len(texts["full"])
-
-
 # Signals.
 
 
@@ -349,8 +312,31 @@ def start_training(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return process
 
 
+def check_generation(folder: Path) -> None:
+    """Check that samples are deterministic, and that the end of the context is reported."""
+    generate = ["generate", f"--run={folder}", "--prompt=The sun"]
+    full = [*generate, "--config.sampling.max_tokens=300", "--config.sampling.temperature=1e-30"]
+    lines = {
+        "first": generate,
+        # The only evaluation was at the last step.
+        "best": [*generate, "--checkpoint=best"],
+        "second": [*generate, "--config.sampling.seed=1"],
+        "both": [*generate, "--num_samples=2"],
+        "full": full,
+        "slide": [*full, "--config.sampling.past_context=slide"],
+    }
+    results = run_all(lines, folder.parent)
+    assert {code for code, _, _ in results.values()} == {0}
+    texts = {name: stdout for name, (_, stdout, _) in results.items()}
+    assert texts["first"].startswith("The sun") and len(texts["first"].strip()) > len("The sun")
+    assert texts["best"] == texts["first"] != texts["second"]
+    assert texts["both"] == texts["first"] + texts["second"]
+    assert "tokens because the model's context of" in results["full"][2] and "context" not in results["slide"][2]
+    assert texts["slide"].startswith(texts["full"].rstrip("\n")) and len(texts["slide"]) > len(texts["full"])
+
+
 @pytest.mark.slow
-def test_signal_saves_and_the_same_command_resumes(uninterrupted: Path, tmp_path: Path) -> None:
+def test_interrupted_run_resumes_to_the_same_end_and_generates(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     start = "from the start"
     for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, os.EX_TEMPFAIL)):
@@ -365,6 +351,7 @@ def test_signal_saves_and_the_same_command_resumes(uninterrupted: Path, tmp_path
         start = f"from step {step}"
     assert start in launch(*TRAIN, f"--run={folder}", cwd=tmp_path).stdout
     assert untimed_metrics(folder) == untimed_metrics(uninterrupted)
+    check_generation(folder)
 
 
 WAIT = {"Python": "while True: pass", "native code": "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"}
