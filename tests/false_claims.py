@@ -1,4 +1,4 @@
-"""How often a sweep's report claims a difference between settings where there is none.
+"""Measure how often a sweep's report claims a difference between settings when there is none.
 
 python -m tests.false_claims [--sweeps=2000]
 
@@ -20,7 +20,7 @@ SETTINGS, SEEDS = (2, 3, 5, 10, 20), (3, 5, 10)
 
 
 def normal(rng: np.random.Generator, settings: int, seeds: int) -> np.ndarray:
-    """Independent losses of equal variance, and a part that all settings share at a seed."""
+    """Independent losses of equal variance, plus an effect of the seed common to all settings."""
     return rng.normal(size=(settings, seeds)) + rng.normal(size=seeds)
 
 
@@ -30,7 +30,7 @@ def unequal_variances(rng: np.random.Generator, settings: int, seeds: int) -> np
 
 
 def correlated(rng: np.random.Generator, settings: int, seeds: int) -> np.ndarray:
-    """Settings that are a random mixture of few causes."""
+    """Settings that are random mixtures of a few factors."""
     mixture = rng.normal(size=(settings, max(settings // 2, 2)))
     return mixture @ rng.normal(size=(mixture.shape[1], seeds)) + 0.1 * rng.normal(size=(settings, seeds))
 
@@ -58,7 +58,7 @@ def some_worse(rng: np.random.Generator, settings: int, seeds: int) -> np.ndarra
 
 
 def truth_of(draw: Draw, settings: int) -> np.ndarray:
-    """The true mean of each setting, up to a constant."""
+    """Return the true mean of each setting, up to a constant."""
     return np.where(np.arange(settings) < (settings + 1) // 2, 0.0, 1.0) if draw is some_worse else np.zeros(settings)
 
 
@@ -66,7 +66,7 @@ DRAWS: tuple[Draw, ...] = (normal, unequal_variances, correlated, heavy_tails, s
 
 
 def error_rates(draw: Draw, settings: int, seeds: int, sweeps: int, seed: int = 0) -> tuple[float, float]:
-    """The shares of sweeps with a false claim, and with an interval that misses its true difference."""
+    """Return the fractions of sweeps with a false claim, and with an interval that misses the true difference."""
     rng, truth = np.random.default_rng([seed, settings, seeds]), truth_of(draw, settings)
     false_claims = missed = 0
     for _ in range(sweeps):

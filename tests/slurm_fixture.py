@@ -14,19 +14,16 @@ SCRIPT = Path(__file__).parent / "slurm_cluster"
 
 
 def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Runs tests/slurm_cluster, a process of its own as for people."""
+    """Run tests/slurm_cluster in a subprocess."""
     return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
 
 
 @contextmanager
 def cluster() -> Iterator[dict[str, str]]:
-    """The environment in which Slurm's commands find a new cluster, which is stopped at the end.
-
-    Skips the test where there is no Slurm.
-    """
+    """Start a cluster, yield the environment of its commands, and stop it. Skips the test without Slurm."""
     started = run_script("start")
     if started.stderr.startswith("no Slurm here"):
-        pytest.skip("no Slurm here: apt-get install slurm-wlm munge")
+        pytest.skip("no Slurm: apt-get install slurm-wlm munge")
     assert started.returncode == 0, started.stderr
     name, configuration = shlex.split(started.stdout)[1].split("=", 1)
     try:
@@ -38,6 +35,6 @@ def cluster() -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[dict[str, str]]:
-    """The environment of a cluster that lasts as long as the session, or this worker of it."""
+    """The environment of a cluster that is shared by the session of a worker."""
     with cluster() as environment:
         yield environment

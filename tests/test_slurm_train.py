@@ -1,4 +1,4 @@
-"""The job script of docs/reproducibility.md on a real Slurm: warned, it saves, is queued again and comes to its end."""
+"""Training as a Slurm job: the script of docs/reproducibility.md saves when warned, is requeued, and completes."""
 
 import os
 import re
@@ -19,7 +19,7 @@ PAGE = (ROOT / "docs" / "reproducibility.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-def test_a_warned_job_is_queued_again_and_ends_as_if_it_had_not_been(slurm: dict[str, str], tmp_path: Path) -> None:
+def test_warned_job_is_requeued_and_completes(slurm: dict[str, str], tmp_path: Path) -> None:
     (script,) = re.findall(r"```\n(#SBATCH.*?)```", PAGE, re.DOTALL)
     steps = ("--config.training.steps=1200", "--config.logging.checkpoint_every=200", "--config.logging.log_every=100")
     arguments = f"--config={ROOT}/configs/tiny.py {' '.join(steps)} --run={tmp_path}/run"
@@ -30,7 +30,7 @@ def test_a_warned_job_is_queued_again_and_ends_as_if_it_had_not_been(slurm: dict
     job, printed = submit(environment, tmp_path, script)
     saved = tmp_path / "run" / "checkpoints"
     wait_for(lambda: any(path.name.isdigit() for path in saved.glob("*")), seconds=180)
-    # What Slurm does by itself at the time that --signal names, to the steps of the job.
+    # Slurm sends this signal at the time given by --signal.
     output_of(slurm, "scancel", "--signal=USR1", job)
     wait_for(lambda: "Stopped by SIGUSR1 at step" in printed.read_text(), seconds=180)
     deadline = time.monotonic() + 240
@@ -48,7 +48,7 @@ def test_a_warned_job_is_queued_again_and_ends_as_if_it_had_not_been(slurm: dict
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_training_in_two_processes_is_submitted_warned_and_goes_on(slurm: dict[str, str], tmp_path: Path) -> None:
+def test_warned_job_of_two_processes_is_requeued(slurm: dict[str, str], tmp_path: Path) -> None:
     steps = ("--config.training.steps=2000", "--config.logging.checkpoint_every=200", "--config.logging.log_every=100")
     command = [sys.executable, str(ROOT / "launch.py"), "train", f"--config={ROOT}/configs/tiny.py", *steps]
     command += [f"--run={tmp_path}/run", "--launcher=slurm", "--slurm=ntasks=2", "--slurm=time=20"]
@@ -70,7 +70,7 @@ def test_training_in_two_processes_is_submitted_warned_and_goes_on(slurm: dict[s
     assert re.search(r"steps from step \d+, on 2 x cpu", printed.read_text())
 
 
-def test_a_job_runs_the_command_that_was_given(tmp_path: Path) -> None:
+def test_job_script_runs_the_given_command(tmp_path: Path) -> None:
     script = make_job_script(
         Path("runs/a"), ["python", "launch.py", "train", "--run=a b"], {"nodes": "4"}, Path("/some where")
     )
@@ -80,7 +80,7 @@ def test_a_job_runs_the_command_that_was_given(tmp_path: Path) -> None:
     assert "ntasks-per-node" not in make_job_script(Path("a"), ["x"], {"ntasks": "2"}, Path("."))
 
 
-def test_a_job_has_the_flags_of_the_command_but_those_of_its_launcher(tmp_path: Path) -> None:
+def test_job_has_the_flags_of_the_command_except_those_of_its_launcher(tmp_path: Path) -> None:
     fake = tmp_path / "bin" / "sbatch"
     fake.parent.mkdir()
     fake.write_text(f"#!/bin/sh\ncat > {tmp_path}/script; echo 7\n")

@@ -1,10 +1,11 @@
-"""Statistics of sweeps against scipy, brute force and known truths; nan, and no warning, where nothing is known."""
+"""Statistics of sweeps, compared with scipy, brute force and simulations."""
 
 import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 from false_claims import DRAWS, Draw, error_rates, normal
@@ -33,7 +34,7 @@ MANY_SAMPLES = 4000
 
 
 @given(st.lists(LOSS, min_size=2, max_size=20, unique=True), st.floats(0.5, 0.999))
-def test_the_interval_is_that_of_the_t_test(values: list[float], confidence: float) -> None:
+def test_interval_equals_the_t_interval(values: list[float], confidence: float) -> None:
     assume(np.ptp(values) > 1e-6)
     found = compute_mean_interval(values, confidence)
     oracle = stats.ttest_1samp(values, 0).confidence_interval(confidence)
@@ -41,22 +42,13 @@ def test_the_interval_is_that_of_the_t_test(values: list[float], confidence: flo
     np.testing.assert_allclose([found.mean, found.low, found.high], [np.mean(values), *oracle], rtol=1e-8)
 
 
-@pytest.mark.parametrize("n", [2, 3, 10])
-@pytest.mark.parametrize("confidence", [0.8, 0.95])
-def test_the_interval_covers_the_truth_as_often_as_it_says(n: int, confidence: float) -> None:
-    draws = np.random.default_rng(n).normal(3.0, 0.2, (MANY_SAMPLES, n))
-    intervals = [compute_mean_interval(values, confidence) for values in draws.tolist()]
-    covered = np.mean([interval.low <= 3.0 <= interval.high for interval in intervals])
-    assert abs(covered - confidence) < 4 * math.sqrt(confidence * (1 - confidence) / MANY_SAMPLES)
-
-
 @given(st.lists(LOSS, max_size=6), st.lists(NOT_FINITE, max_size=3))
-def test_what_diverged_has_no_part_in_a_mean(values: list[float], diverged: list[float]) -> None:
+def test_non_finite_losses_are_ignored_in_a_mean(values: list[float], diverged: list[float]) -> None:
     assert repr(compute_mean_interval([*diverged, *values])) == repr(compute_mean_interval(values))
     assert compute_mean_interval([*diverged, *values]).n == len(values)
 
 
-def test_one_value_has_no_interval_and_equal_values_a_point() -> None:
+def test_interval_of_one_value_and_of_equal_values() -> None:
     assert repr(compute_mean_interval([2.5])) == repr(Interval(2.5, math.nan, math.nan, 1))
     assert repr(compute_mean_interval([])) == repr(Interval(math.nan, math.nan, math.nan, 0))
     assert compute_mean_interval([2.5, 2.5, 2.5]) == Interval(2.5, 2.5, 2.5, 3)
@@ -66,7 +58,7 @@ def test_one_value_has_no_interval_and_equal_values_a_point() -> None:
 
 
 @given(st.lists(st.tuples(LOSS, LOSS), min_size=2, max_size=12), st.randoms())
-def test_a_comparison_is_the_t_test_on_the_differences(pairs: list[tuple[float, float]], order: Any) -> None:
+def test_comparison_equals_the_paired_t_test(pairs: list[tuple[float, float]], order: Any) -> None:
     differences = [first - second for first, second in pairs]
     assume(np.ptp(differences) > 1e-6)
     seeds = list(range(len(pairs)))
@@ -88,21 +80,7 @@ def test_a_comparison_is_the_t_test_on_the_differences(pairs: list[tuple[float, 
     assert turned == Comparison(-found.difference, -found.high, -found.low, found.p_value, found.n_pairs)
 
 
-def test_pairing_sees_a_small_difference_under_the_noise_of_seeds_and_p_values_of_nothing_are_uniform() -> None:
-    rng = np.random.default_rng(0)
-    p_values = []
-    for _ in range(500):
-        luck = rng.normal(0, 1, 5)
-        a, b = (dict(enumerate((luck + rng.normal(0, 0.01, 5)).tolist())) for _ in "ab")
-        nothing, better = compare_paired(a, b), compare_paired({seed: loss - 0.05 for seed, loss in a.items()}, b)
-        assert nothing is not None and better is not None
-        assert better.p_value < 0.05
-        assert better.high < 0
-        p_values.append(nothing.p_value)
-    assert stats.kstest(p_values, "uniform").pvalue > 1e-3
-
-
-def test_equal_differences_have_the_p_value_of_the_sign_flip_test() -> None:
+def test_equal_differences_use_the_sign_flip_test() -> None:
     for n in (2, 3, 6):
         a = {seed: (1 + seed) / 7 for seed in range(n)}
         b = {seed: loss + 0.1 for seed, loss in a.items()}
@@ -118,7 +96,7 @@ def test_equal_differences_have_the_p_value_of_the_sign_flip_test() -> None:
         assert repr(same) == repr(Comparison(0.0, math.nan, math.nan, 1.0, n))
 
 
-def test_no_comparison_without_two_pairs() -> None:
+def test_comparison_needs_two_pairs() -> None:
     assert compare_paired({}, {}) is None
     assert compare_paired({0: 1.0, 1: 2.0}, {1: 1.0, 2: 2.0}) is None
     assert compare_paired({0: 1.0, 1: 2.0}, {0: 1.5, 1: math.nan}) is None
@@ -132,7 +110,7 @@ def ordered_by_mean(losses: np.ndarray) -> list[dict[int, float]]:
     return [dict(enumerate(row)) for row in losses[np.argsort(np.nanmean(losses, 1))].tolist()]
 
 
-def test_two_settings_are_compared_by_the_paired_test_alone() -> None:
+def test_two_settings_are_compared_by_the_paired_test() -> None:
     settings = ordered_by_mean(np.random.default_rng(0).normal(size=(2, 4)))
     assert compare_with_best(settings) == [compare_paired(settings[1], settings[0])]
     one_seed = {0: 3.0}
@@ -140,7 +118,7 @@ def test_two_settings_are_compared_by_the_paired_test_alone() -> None:
     assert compare_with_best(settings[:1]) == []
 
 
-def test_the_threshold_is_the_5_percent_quantile_over_sweeps_that_choose_their_best_setting() -> None:
+def test_smallest_p_values_match_simulated_sweeps() -> None:
     # Setting 3 lacks two seeds, and setting 4 diverged once: it is compared, but cannot be the best.
     present = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [0, 1, 1, 0], [1, 1, 1, 0]], bool)
     smallest = simulate_smallest_p_values(tuple(map(tuple, present.tolist())), 4)
@@ -156,8 +134,9 @@ def test_the_threshold_is_the_5_percent_quantile_over_sweeps_that_choose_their_b
     assert stats.ks_2samp(smallest, oracle).pvalue > 1e-3
 
 
-@given(st.integers(3, 6), st.integers(2, 5), st.integers(0, 1000), st.floats(0.1, 10))
-def test_intervals_and_p_values_agree_and_units_and_seeds_do_not_matter(
+@hypothesis.settings(max_examples=20)
+@given(st.integers(3, 5), st.integers(2, 4), st.integers(0, 1000), st.floats(0.1, 10))
+def test_adjusted_intervals_and_p_values_agree_and_are_scale_invariant(
     n_settings: int, n_seeds: int, seed: int, scale: float
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -182,7 +161,7 @@ def assert_rarely_wrong(draw: Draw, n_settings: int, n_seeds: int, sweeps: int) 
 
 
 @pytest.mark.parametrize(("n_settings", "n_seeds"), [(2, 3), (5, 5), (20, 5)])
-def test_sweeps_without_effects_give_at_most_5_percent_of_false_claims(n_settings: int, n_seeds: int) -> None:
+def test_false_claim_rate_without_effects_is_at_most_5_percent(n_settings: int, n_seeds: int) -> None:
     assert_rarely_wrong(normal, n_settings, n_seeds, 400)
 
 
@@ -190,7 +169,7 @@ def test_sweeps_without_effects_give_at_most_5_percent_of_false_claims(n_setting
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize("n_settings", [2, 3, 5, 10, 20])
 @pytest.mark.parametrize("n_seeds", [2, 5])
-def test_false_claims_stay_below_5_percent_whatever_the_losses(draw: Draw, n_settings: int, n_seeds: int) -> None:
+def test_false_claim_rate_is_at_most_5_percent_for_all_distributions(draw: Draw, n_settings: int, n_seeds: int) -> None:
     assert_rarely_wrong(draw, n_settings, n_seeds, 1000)
 
 
@@ -227,7 +206,7 @@ def test_sensitivity_over_uneven_rates_is_the_trapezoid_rule_with_longer_ends(ex
     assert compute_lr_sensitivity(table, 6.0) == pytest.approx(oracle, rel=1e-6, abs=1e-9)
 
 
-def test_sensitivity_does_not_depend_on_where_the_sweep_is_dense() -> None:
+def test_sensitivity_does_not_depend_on_the_density_of_rates() -> None:
     def measured(exponents: np.ndarray) -> float:
         return compute_lr_sensitivity({10.0**place: 1 + abs(place + 3) for place in exponents.tolist()}, 9.0)
 
@@ -237,7 +216,7 @@ def test_sensitivity_does_not_depend_on_where_the_sweep_is_dense() -> None:
     assert dense == pytest.approx(even, rel=0.02)
 
 
-def test_sensitivity_of_a_sweep_without_an_answer() -> None:
+def test_sensitivity_of_degenerate_sweeps() -> None:
     assert compute_lr_sensitivity({1e-3: 2.0}, 5.0) == 0.0
     assert compute_lr_sensitivity({1e-3: 2.0, 1e-2: math.nan}, 5.0) == pytest.approx(1.5)
     for table in ({}, {1e-3: math.nan, 1e-2: math.inf}, {1e-3: 6.0, 1e-2: 5.0}, {0.0: 2.0, 1e-2: 3.0}):
@@ -267,7 +246,7 @@ def brute_shares(columns: Sequence[Sequence[int]], losses: np.ndarray, pairs: bo
 
 
 @given(st.lists(st.integers(2, 4), min_size=2, max_size=3), st.integers(2, 3), st.integers(0, 10_000))
-def test_balanced_designs_have_the_shares_of_the_analysis_of_variance(sizes: list[int], n: int, seed: int) -> None:
+def test_balanced_designs_match_the_analysis_of_variance(sizes: list[int], n: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     columns = list(zip(*list(itertools.product(*map(range, sizes))) * n, strict=True))
     losses = 3.0 * np.array(columns[0]) * columns[1] + np.array(columns[-1]) + rng.normal(size=len(columns[0]))
@@ -295,7 +274,7 @@ def test_equal_effects_have_equal_shares() -> None:
 
 
 def synthetic(rng: np.random.Generator, n: int) -> tuple[dict[str, list[Any]], np.ndarray]:
-    """Trials whose losses have known shares: a 0.5, b 0.2, a and b together 0.2, noise 0.1, nothing from c."""
+    """Return trials with known shares: a 0.5, b 0.2, a and b together 0.2, noise 0.1, c 0."""
     a, b, c = rng.integers(0, 2, n), rng.integers(0, 2, n), rng.uniform(size=n)
     signs = 2 * np.stack([a, b]) - 1
     losses = math.sqrt(0.5) * signs[0] + math.sqrt(0.2) * signs[1] + math.sqrt(0.2) * signs[0] * signs[1]
@@ -327,19 +306,19 @@ def test_smooth_effects_of_continuous_knobs_are_found() -> None:
 
 
 @pytest.mark.parametrize("n", [12, 30, 100])
-def test_noise_is_explained_by_nothing(n: int) -> None:
+def test_pure_noise_has_small_shares(n: int) -> None:
     rng = np.random.default_rng(n)
     found = []
     for _ in range(100):
         knobs = {"rate": rng.uniform(size=n).tolist(), "part": [str(level) for level in rng.integers(0, 3, n)]}
         found.append(decompose_variance(knobs, rng.normal(size=n).tolist()))
-    # Shares cut off at 0 keep a small mean; the median has none.
+    # Clipping at 0 biases the mean, but not the median.
     assert np.median([list(shares.knobs.values()) for shares in found], axis=0).max() < 0.1
     assert np.mean([shares.rest for shares in found]) > 1 - 2.2 / math.sqrt(n)
 
 
 @given(st.integers(3, 40), st.integers(0, 1000), st.floats(0.1, 100), st.floats(-100, 100))
-def test_shares_add_up_and_units_do_not_matter(n: int, seed: int, scale: float, shift: float) -> None:
+def test_shares_sum_to_1_and_are_scale_invariant(n: int, seed: int, scale: float, shift: float) -> None:
     rng = np.random.default_rng(seed)
     rates, losses = rng.uniform(1e-4, 1e-1, n), rng.normal(size=n)
     knobs = {"rate": rates.tolist(), "part": [str(level) for level in rng.integers(0, 3, n)], "same": [1] * n}
@@ -352,15 +331,7 @@ def test_shares_add_up_and_units_do_not_matter(n: int, seed: int, scale: float, 
     assert math.isnan(found.knobs["same"])
 
 
-def test_knobs_that_vary_together_share_what_they_explain() -> None:
-    a = [0, 0, 1, 1, 2, 2] * 3
-    losses = np.array(a) + np.random.default_rng(0).normal(0, 0.1, 18)
-    found = decompose_variance({"a": a, "b": [f"part {level}" for level in a]}, losses.tolist())
-    assert found.knobs["a"] == pytest.approx(found.knobs["b"]) and found.knobs["a"] > 0.45
-    assert found.pairs == {}
-
-
-def test_diverged_trials_explain_nothing() -> None:
+def test_diverged_trials_are_ignored_in_shares() -> None:
     knobs, losses = synthetic(np.random.default_rng(5), 40)
     diverged = {knob: [*column, column[0], column[1]] for knob, column in knobs.items()}
     assert decompose_variance(diverged, [*losses.tolist(), math.nan, math.inf]) == decompose_variance(
@@ -368,13 +339,13 @@ def test_diverged_trials_explain_nothing() -> None:
     )
 
 
-def test_values_of_any_kind_are_levels() -> None:
+def test_values_of_any_type_are_levels() -> None:
     losses = [1.0, 1.1, 2.0, 2.1]
     for column in ([None, None, 64, 64], [["a"], ["a"], ["b"], ["b"]], [True, True, False, False], [{}, {}, 1, 1]):
         assert decompose_variance({"knob": column}, losses).knobs["knob"] > 0.9
 
 
-def test_what_the_trials_cannot_tell_is_nan() -> None:
+def test_undetermined_shares_are_nan() -> None:
     for column, losses in (
         ([1, 1, 1, 1], [1, 2, 3, 4]),
         (["a", "b", "c", "d"], [1, 2, 3, 4]),
@@ -383,18 +354,18 @@ def test_what_the_trials_cannot_tell_is_nan() -> None:
     ):
         assert math.isnan(decompose_variance({"knob": column}, losses).knobs["knob"])
     assert decompose_variance({}, [1, 2]).knobs == {}
-    # One trial a cell: interactions are not told from noise.
+    # One trial per cell: interactions cannot be distinguished from noise.
     assert decompose_variance({"a": [0, 0, 1, 1], "b": [0, 1, 0, 1]}, [1, 2, 3, 5]).pairs == {}
-    # A word of its own in every trial says nothing; the knobs beside it do.
+    # A knob with a different value in each trial has no share, but other knobs do.
     words = decompose_variance({"word": list("abcdef"), "a": [0, 0, 0, 1, 1, 1]}, [1, 1, 1, 2, 2, 2]).knobs
     assert math.isnan(words["word"]) and words["a"] == pytest.approx(1)
 
 
-def test_equal_losses_have_nothing_to_explain() -> None:
+def test_equal_losses_have_zero_shares() -> None:
     found = decompose_variance({"a": [0, 0, 1, 1] * 2, "b": [0, 1, 0, 1] * 2}, [0.1] * 8)
     assert found == Shares({"a": 0.0, "b": 0.0}, {}, 1.0)
 
 
-def test_columns_that_do_not_fit_the_losses_are_refused() -> None:
+def test_columns_of_another_length_are_an_error() -> None:
     with pytest.raises(ValueError):
         decompose_variance({"a": [0, 0, 1]}, [1.0, 2.0])

@@ -1,4 +1,4 @@
-"""A sweep as read from its files: statuses, the metric compared, curves, settings, and the CSV of it all."""
+"""Results of a sweep: statuses, the compared metric, curves, settings, and CSV files."""
 
 import csv
 import io
@@ -50,7 +50,7 @@ def csv_of(folder: Path) -> bytes:
     return (folder / "results.csv").read_bytes()
 
 
-def test_trials_stand_as_planned_with_what_happened_to_them(results: Results) -> None:
+def test_trials_are_in_planned_order_with_their_status(results: Results) -> None:
     planned = two_optimizers()
     assert [trial.overrides for trial in results.trials] == planned
     assert [trial.id for trial in results.trials] == [trial_id(overrides) for overrides in planned]
@@ -80,7 +80,7 @@ def test_curves_of_diverged_trials_end_at_the_last_finite_loss(results: Results)
 
 
 @given(events=st.lists(st.sampled_from(["queued", "began", "finished", "diverged", "pruned", "stopped", "failed"])))
-def test_the_last_event_but_queued_says_the_status(events: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_status_is_the_last_event_except_queued(events: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = write_sweep(tmp_path_factory.mktemp("sweeps") / "one", [{"seed": 0}], status=lambda _: "planned")
     write_metrics(folder, {"seed": 0}, metrics({"seed": 0}, "finished", 2.0, 20))
     for event in events:
@@ -89,15 +89,7 @@ def test_the_last_event_but_queued_says_the_status(events: list[str], tmp_path_f
     assert read_results(folder).trials[0].status == {"began": "running"}.get(said, said)
 
 
-def test_torn_lines_are_left_out(tmp_path: Path) -> None:
-    folder = write_sweep(tmp_path / "sweep", two_optimizers())
-    whole, ledger = read_results(folder), folder / "ledger.jsonl"
-    first, *rest = ledger.read_text().splitlines(keepends=True)
-    ledger.write_text(first + '{"time": 1, "tri\n' + "".join(rest) + '{"time": 1, "tri')
-    assert read_results(folder) == whole
-
-
-def test_the_csv_does_not_know_how_often_a_sweep_was_interrupted(tmp_path: Path) -> None:
+def test_csv_does_not_depend_on_interruptions(tmp_path: Path) -> None:
     trials = two_optimizers()
     straight = csv_of(write_sweep(tmp_path / "straight", trials))
     folder = write_sweep(tmp_path / "interrupted", trials)
@@ -115,7 +107,7 @@ def test_the_csv_does_not_know_how_often_a_sweep_was_interrupted(tmp_path: Path)
     assert csv_of(folder) == straight
 
 
-def test_the_csv_has_every_trial_in_planned_order_and_every_digit(results: Results, tmp_path: Path) -> None:
+def test_csv_has_all_trials_and_digits(results: Results, tmp_path: Path) -> None:
     write_csv(results, tmp_path / "results.csv")
     with open(tmp_path / "results.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -129,7 +121,7 @@ def test_the_csv_has_every_trial_in_planned_order_and_every_digit(results: Resul
         assert (float(row["best"]) if row["best"] else None) == trial.best_loss
 
 
-def test_what_is_compared_depends_on_what_is_swept(tmp_path: Path) -> None:
+def test_metric_depends_on_the_swept_knobs(tmp_path: Path) -> None:
     rates = grid(optimizer__learning_rate=(1e-3, 1e-2))
     cases = {
         "valid/loss": write_sweep(tmp_path / "valid", rates),
@@ -146,17 +138,17 @@ def test_what_is_compared_depends_on_what_is_swept(tmp_path: Path) -> None:
     assert read_results(texts).metric == "valid/bits_per_byte"
 
 
-def test_a_validation_loss_that_is_not_finite_is_no_final_loss(tmp_path: Path) -> None:
+def test_non_finite_validation_loss_means_diverged(tmp_path: Path) -> None:
     folder = write_sweep(
         tmp_path / "sweep", grid(seed=(0, 1)), loss=lambda overrides: (2.0, math.nan)[overrides["seed"]]
     )
     assert [trial.status for trial in read_results(folder).trials] == ["finished", "diverged"]
 
 
-def test_the_best_loss_is_of_the_last_stage(tmp_path: Path) -> None:
+def test_best_loss_is_of_the_last_stage(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "sweep", [{"seed": 0}], status=lambda _: "planned")
     lines = metrics({"seed": 0}, "finished", 2.0, 20)
-    # The first stage reaches losses that the second, of another text, never does.
+    # The losses of the first stage, on another text, are lower.
     first = [{**line, "stage": "first", **({"valid/loss": 0.5} if "valid/loss" in line else {})} for line in lines[:30]]
     write_metrics(folder, {"seed": 0}, first + lines[30:])
     append(folder, trial_id({"seed": 0}), "finished", step=STEPS)
@@ -165,7 +157,7 @@ def test_the_best_loss_is_of_the_last_stage(tmp_path: Path) -> None:
     )
 
 
-def test_a_knob_that_a_trial_leaves_alone_has_the_value_of_its_config(tmp_path: Path) -> None:
+def test_knobs_without_override_have_the_value_of_the_config(tmp_path: Path) -> None:
     trials = [{}, {"optimizer.learning_rate": 0.5}, {"optimizer.weight_decay": 0.25}]
     folder = write_sweep(tmp_path / "sweep", trials)
     base = small_config()
@@ -179,21 +171,21 @@ def test_a_knob_that_a_trial_leaves_alone_has_the_value_of_its_config(tmp_path: 
     assert [trial.total_steps for trial in read.trials] == [base.training.steps] * 3
 
 
-def test_trials_of_unlike_configs_are_unlike_settings_whatever_they_override(tmp_path: Path) -> None:
+def test_settings_depend_on_configs_rather_than_overrides(tmp_path: Path) -> None:
     trials = [{"seed": seed, "logging.sample_prompts": [prompt]} for seed in (0, 1) for prompt in ("a", "b")]
     folder = write_sweep(tmp_path / "sweep", trials)
     for overrides in trials:
         steps = 50 if overrides["logging.sample_prompts"] == ["b"] else 60
         create_config(folder, overrides, **{"logging.sample_prompts": ("a",), "training.steps": steps})
     read = read_results(folder)
-    # As the configs say, whatever the ledger says.
+    # The configs take precedence over the ledger.
     assert read.swept == ("seed", "training.steps")
     assert [each.knobs for each in group_by_setting(read)] == [{"training.steps": 60}, {"training.steps": 50}]
     assert [sorted(each.losses) for each in group_by_setting(read)] == [[0, 1], [0, 1]]
 
 
 def create_config(folder: Path, overrides: dict[str, Any], **changes: Any) -> None:
-    """Write the config.json of a trial, beside the metrics that are there."""
+    """Write the config.json of a trial that has metrics."""
     run = folder / "trials" / trial_id(overrides)
     text = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").unlink()
@@ -230,21 +222,7 @@ def test_settings_are_the_trials_that_differ_only_in_seed(
             assert alike == together
 
 
-def test_a_setting_knows_its_losses_by_seed(results: Results) -> None:
-    found = group_by_setting(results)
-    assert len(found) == 12
-    assert [setting.n_diverged for setting in found] == [0] * 5 + [2] + [0] * 6
-    for setting in found:
-        expected = {
-            seed: loss_of({**setting.overrides, "seed": seed})
-            for seed in range(3)
-            if status_of({**setting.overrides, "seed": seed}) == "finished"
-        }
-        assert setting.losses == expected
-        assert setting.mean_loss == pytest.approx(sum(expected.values()) / len(expected))
-
-
-def test_a_folder_that_is_no_sweep_is_said_to_be_none(tmp_path: Path) -> None:
+def test_reading_another_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not the folder of a sweep: it has no sweep\.json"):
         read_results(tmp_path)
     (tmp_path / "sweep.json").write_text('{"name": "x", "command": "y"}')
@@ -255,7 +233,7 @@ def test_a_folder_that_is_no_sweep_is_said_to_be_none(tmp_path: Path) -> None:
         read_results(tmp_path)
 
 
-def test_why_nothing_can_be_reported_on_is_said(tmp_path: Path) -> None:
+def test_error_without_finished_trials_names_the_reason(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "sweep", [{"seed": 0}])
     (folder / "trials" / trial_id({"seed": 0}) / "metrics.jsonl").write_text("[]\n")
     with pytest.raises(UserError, match=r"no finished trial .*\(1 missing\)\. .*metrics\.jsonl, line 1: "):

@@ -1,4 +1,4 @@
-"""Trials: each a checked config with a name, and every mistake in a sweep is found before anything runs."""
+"""Trials: configs, IDs, and errors that are found before anything runs."""
 
 import copy
 import json
@@ -22,7 +22,6 @@ from rustgpt_jax.sharding.hardware_specs import ACCELERATOR_PLUGINS
 from rustgpt_jax.sweeps import choice, tpe, uniform
 from rustgpt_jax.sweeps.trials import (
     ID_DIGITS,
-    Trial,
     describe_overrides,
     make_trial,
     make_trials,
@@ -34,7 +33,7 @@ RATE = "optimizer.learning_rate"
 TREE = small_tree()
 TWO_STAGES = small_tree(stages=({"name": "pretrain"}, {"name": "instruct", "data": {"corpus": "chat"}}))
 
-# Values that differ from those of TREE, and that may stand in any combination.
+# Values that differ from those of TREE, and are valid in any combination.
 KNOBS = {
     RATE: some.floats(1e-6, 1.0),
     "seed": some.integers(1, 2**32 - 1),
@@ -46,24 +45,21 @@ KNOBS = {
 }
 
 
-# What a trial is.
-
-
 @given(some.fixed_dictionaries({}, optional=KNOBS))
 @settings(max_examples=20)
-def test_a_trial_is_the_config_with_its_overrides_and_is_named_after_it(overrides: dict[str, Any]) -> None:
+def test_trial_is_the_config_with_overrides_and_its_id_is_their_hash(overrides: dict[str, Any]) -> None:
     made = make_trial(TREE, overrides)
     by_hand = small_tree(**overrides)
     assert made.config == resolve(by_hand)
     assert made.id == config_hash(resolve(by_hand))[:8] and len(made.id) == ID_DIGITS == 8
     assert made.overrides == overrides
-    # A config is found again from what its run folder keeps.
+    # The config can be restored from its run folder.
     assert config_hash(resolve(to_dict(made.config)))[:8] == made.id
 
 
 @given(some.lists(some.fixed_dictionaries({}, optional=KNOBS), min_size=1, max_size=4))
 @settings(max_examples=20)
-def test_the_base_is_left_as_it_was(sweep: list[dict[str, Any]]) -> None:
+def test_base_config_is_not_modified(sweep: list[dict[str, Any]]) -> None:
     tree = copy.deepcopy(TWO_STAGES)
     before, swept = resolve(tree), copy.deepcopy(sweep)
     for overrides in sweep:
@@ -74,7 +70,7 @@ def test_the_base_is_left_as_it_was(sweep: list[dict[str, Any]]) -> None:
 
 @given(some.lists(some.sampled_from([1e-4, 1e-3, 3e-3, 1e-2]), min_size=1, max_size=6))
 @settings(max_examples=20)
-def test_trials_come_in_their_order_and_equal_ones_are_refused(rates: list[float]) -> None:
+def test_trials_are_in_order_and_duplicates_are_errors(rates: list[float]) -> None:
     sweep = [{RATE: rate} for rate in rates]
     if len(set(rates)) == len(rates):
         trials = make_trials(TREE, iter(sweep))
@@ -85,7 +81,7 @@ def test_trials_come_in_their_order_and_equal_ones_are_refused(rates: list[float
             make_trials(TREE, sweep)
 
 
-def test_an_override_reaches_into_a_stage() -> None:
+def test_overrides_of_stages() -> None:
     (made,) = make_trials(TWO_STAGES, [{f"stages.instruct.{RATE}": 0.5, "stages.pretrain.training.steps": 3}])
     rates = {stage.name: get_path(stage.config, RATE) for stage in stages(made.config)}
     steps = {stage.name: stage.config.training.steps for stage in stages(made.config)}
@@ -100,7 +96,7 @@ def test_overrides_survive_json() -> None:
     assert make_trial(TREE, again).id == make_trial(TREE, overrides).id
 
 
-# Mistakes: a sweep, and what is said of it.
+# Sweeps with mistakes, and parts of their error messages.
 
 SAME = "Two trials are the same config: "
 WRONG = {
@@ -134,7 +130,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_mistake_names_the_trial(name: str) -> None:
+def test_errors_name_the_trial(name: str) -> None:
     sweep, said = WRONG[name]
     tree = copy.deepcopy(TREE)
     override(tree, {"model.bias": True})
@@ -146,7 +142,7 @@ def test_a_mistake_names_the_trial(name: str) -> None:
     assert resolve(tree) == before
 
 
-def test_a_wrong_knob_of_a_stage_is_named_with_its_stage() -> None:
+def test_errors_name_the_stage_of_a_knob() -> None:
     with pytest.raises(UserError, match="config.stages.instruct.optimizer.learning_rate?") as error:
         make_trials(TWO_STAGES, [{"stages.instruct.optimizer.learning_rat": 1}])
     assert "The trial stages.instruct.optimizer.learning_rat=1 is invalid" in str(error.value)
@@ -154,7 +150,7 @@ def test_a_wrong_knob_of_a_stage_is_named_with_its_stage() -> None:
         make_trials(TWO_STAGES, [{"stages.instruct.model.d_model": 8}])
 
 
-def test_a_knob_is_swept_or_given_by_hand() -> None:
+def test_swept_knob_cannot_be_set_on_the_command_line() -> None:
     stage = f"stages.instruct.{RATE}"
     assert len(make_trials(TWO_STAGES, [{RATE: 1.0}, {RATE: 2.0}], fixed=["seed", stage])) == 2
     for path in RATE, stage:
@@ -165,7 +161,7 @@ def test_a_knob_is_swept_or_given_by_hand() -> None:
 # Points of a search.
 
 
-def test_points_that_stand_for_a_search_resolve_though_its_middle_does_not() -> None:
+def test_feasible_points_cover_all_valid_options() -> None:
     heads = {"model.attention.n_heads": choice(2, 3, 4, 5), "model.d_model": choice(16, 24, 40)}
     assert heads["model.d_model"].quantile(0.5) % heads["model.attention.n_heads"].quantile(0.5) == 0
     odd = {"model.attention.n_heads": choice(2, 3, 7), "model.d_model": choice(16, 20, 24)}
@@ -191,23 +187,18 @@ WRONG_SPACES = {
 
 
 @pytest.mark.parametrize("name", WRONG_SPACES)
-def test_a_space_without_a_point_or_with_a_wrong_value_is_refused(name: str) -> None:
+def test_invalid_spaces_are_errors(name: str) -> None:
     space, said = WRONG_SPACES[name]
     with pytest.raises(UserError, match=re.escape(said)):
         sample_feasible_points(TREE, tpe(4, space))
 
 
-def test_a_knob_is_searched_or_given_by_hand() -> None:
+def test_searched_knob_cannot_be_set_on_the_command_line() -> None:
     with pytest.raises(UserError, match=f"config.{RATE} is both set on the command line and swept"):
         sample_feasible_points(TREE, tpe(4, {RATE: uniform(0, 1)}), fixed=[RATE])
 
 
-def test_trials_are_compared_as_objects() -> None:
-    first, second = make_trial(TREE, {}), make_trial(TREE, {})
-    assert isinstance(first, Trial) and first != second and first.id == second.id
-
-
-# What is found without starting JAX.
+# Without starting JAX.
 
 BASE = """
 from configs import tiny
@@ -235,7 +226,7 @@ runpy.run_path(ROOT + "/launch.py", run_name="__main__")
 """
 
 
-def test_an_unknown_knob_is_refused_before_jax_is_imported(tmp_path: Path) -> None:
+def test_unknown_knob_is_an_error_before_jax_is_imported(tmp_path: Path) -> None:
     (tmp_path / "swept.py").write_text(BASE.replace("KNOBS", '"optimizer.learning_rat": 1.0'))
     code = LAUNCH.replace("ROOT", repr(str(ROOT)))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
@@ -246,10 +237,10 @@ def test_an_unknown_knob_is_refused_before_jax_is_imported(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(any(map(find_spec, ACCELERATOR_PLUGINS)), reason="asks an accelerator for its memory")
-def test_a_dry_run_starts_no_device_and_writes_nothing(tmp_path: Path) -> None:
+def test_dry_run_uses_no_device_and_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "swept.py").write_text(BASE.replace("KNOBS", f'"{RATE}": 0.25'))
     command = [sys.executable, str(ROOT / "launch.py"), "sweep", "--config=swept.py", "--dry_run"]
-    # Whatever asked JAX for a device would fail.
+    # Using a device would fail.
     environment = os.environ | {"JAX_PLATFORMS": "bogus"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

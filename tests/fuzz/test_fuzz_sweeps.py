@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Its list of fonts is made in the user's own folder when it is first imported, which is not to be in a case.
+# The first import writes a list of fonts to the user's folder, which must not happen during a case.
 import matplotlib.font_manager as _fonts
 import pytest
 from conftest import small_tree
@@ -70,13 +70,13 @@ def edits(name: str, data: bytes) -> st.SearchStrategy[bytes | None]:
 
 
 def put(folder: Path, files: dict[str, bytes], name: str, data: bytes | None) -> None:
-    """Write a sweep with one file exchanged."""
+    """Write a sweep with one file replaced."""
     for other, content in files.items():
         write(folder / other, data if other == name else content)
 
 
 def read_all(folder: Path) -> None:
-    """Read a sweep as the verbs and the workers do."""
+    """Read a sweep as commands and workers do."""
     ledger = Ledger(folder / "ledger.jsonl")
     for state in (run_or_refuse(ledger.states) or {}).values():
         is_settled(state, 3)
@@ -138,17 +138,17 @@ class Untrained:
 
 
 def searched(path: Path) -> list[str]:
-    """Search as the verb does; the loss is the learning rate."""
+    """Run a search whose loss is the learning rate."""
     return search.run_tpe(Untrained(path), SEARCH, small_tree(), ())  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def journal(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The journal of a search that has ended."""
+    """The journal of a completed search."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "_final_loss", lambda sweep, trial: trial.config.optimizer.learning_rate)
         path = tmp_path_factory.mktemp("search")
-        # Warm-up takes a whole number: two of its options are skipped.
+        # Two of the warmup options are not integers, and so are skipped.
         assert searched(path)
         return SweepDir(path).study_file.read_bytes()
 

@@ -349,9 +349,9 @@ class Metric:
 
 
 METRICS = {
-    VALID_LOSS: Metric("validation loss", "nats a token"),
+    VALID_LOSS: Metric("validation loss", "nats per token"),
     BITS_PER_BYTE: Metric("validation loss", "bits per byte"),
-    TRAIN_LOSS: Metric("training loss", "nats a token"),
+    TRAIN_LOSS: Metric("training loss", "nats per token"),
 }
 
 
