@@ -30,11 +30,7 @@ DIGITS = 4
 
 
 def values(path: str, *options: Any) -> list[Overrides]:
-    """Vary one knob over several values, in order.
-
-    Raises:
-        UserError: There are no values, or several are passed as one collection.
-    """
+    """Vary one knob over several values, in order. Raises UserError for no values, or for a collection of them."""
     if not isinstance(path, str):
         raise UserError(f"values({path!r}, ...): the first argument is the path of a knob: values('seed', 0, 1).")
     if not options:
@@ -49,11 +45,7 @@ def seeds(n: int, first: int = 0) -> list[Overrides]:
 
 
 def product(*sweeps: Iterable[Overrides]) -> list[Overrides]:
-    """Combine each trial of a sweep with each trial of the others; the first sweep varies slowest.
-
-    Raises:
-        UserError: Two sweeps set the same knob.
-    """
+    """Combine sweeps into all combinations; the first varies slowest. Raises UserError if two set the same knob."""
     return [_merge("product", parts) for parts in itertools.product(*_to_lists("product", sweeps))]
 
 
@@ -172,11 +164,7 @@ def log_integers(low: int, high: int) -> LogIntegers:
 
 
 def choice(*options: Any) -> Categorical:
-    """Sample one of several values of any kind.
-
-    Raises:
-        UserError: There are no options, or several are passed as one collection.
-    """
+    """Sample one of several values of any type. Raises UserError for no values, or for a collection of them."""
     if not options:
         raise UserError("choice: no options to choose from.")
     return Categorical(tuple(_to_plain("choice(...)", option) for option in options))
@@ -203,10 +191,8 @@ def sample(n: int, space: Space, seed: int = 0) -> list[Overrides]:
 def sobol(n: int, space: Space, seed: int = 0) -> list[Overrides]:
     """Return n points of a scrambled Sobol sequence (Owen, 1998), which cover a space more evenly than random ones.
 
-    The points are a function of the seed, and the first k do not depend on n; powers of two are the most even.
-
-    Raises:
-        UserError: As for `sample`.
+    The points are a function of the seed, and the first k do not depend on n; powers of two are the most even. Raises
+    UserError as `sample` does.
     """
     # This import takes longer than everything else that listing a sweep needs.
     from scipy.stats.qmc import Sobol

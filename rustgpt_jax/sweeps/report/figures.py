@@ -77,7 +77,11 @@ DASHED = (0, (3, 2))
 
 def plot_loss_curves(results: Results) -> ReportFigure | None:
     """Plot the training loss and the validation loss of all trials, colored by the most important knob."""
-    panels = _make_curve_panels(results)
+    train = {trial.id: trial.train_curve for trial in results.trials if trial.train_curve}
+    valid = {trial.id: trial.valid_curve for trial in results.trials if trial.valid_curve}
+    # Losses per token of different tokenizers are not comparable.
+    panels = [(str(METRICS[TRAIN_LOSS]), train)] if train and results.metric != BITS_PER_BYTE else []
+    panels += [(str(METRICS[validation_metric(results.metric)]), valid)] if valid else []
     if not panels:
         return None
     knob = analysis.find_most_important(results)
@@ -116,15 +120,6 @@ def downsample(curve: Curve, max_points: int) -> Curve:
     return (curve[0], *means[:-1], (curve[-1][0], means[-1][1]))  # type: ignore[arg-type]
 
 
-def _make_curve_panels(results: Results) -> list[tuple[str, dict[str, Curve]]]:
-    """Return the title of each panel, and its curves by trial."""
-    train = {trial.id: trial.train_curve for trial in results.trials if trial.train_curve}
-    valid = {trial.id: trial.valid_curve for trial in results.trials if trial.valid_curve}
-    # Losses per token of different tokenizers are not comparable.
-    panels = [(str(METRICS[TRAIN_LOSS]), train)] if train and results.metric != BITS_PER_BYTE else []
-    return panels + ([(str(METRICS[validation_metric(results.metric)]), valid)] if valid else [])
-
-
 def _plot_curve(axes: Axes, trial: TrialResult, curve: Curve, color: str, width: float) -> None:
     diverged = trial.status == DIVERGED
     style: dict[str, Any] = {"linestyle": DASHED if diverged else "solid", "linewidth": width, "alpha": 0.9}
@@ -137,7 +132,7 @@ def _plot_curve(axes: Axes, trial: TrialResult, curve: Curve, color: str, width:
 
 
 def _find_visible_end(curve: Curve, top: float) -> tuple[float, float]:
-    """Return where a curve ends, or leaves the axes for good through the top."""
+    """Return the end of a curve, or the point where it finally leaves the axes through the top."""
     inside = [index for index, (_, loss) in enumerate(curve) if loss <= top]
     if not inside or inside[-1] == len(curve) - 1:
         return curve[-1][0], min(curve[-1][1], top)
@@ -331,21 +326,17 @@ def plot_sensitivities(results: Results) -> ReportFigure | None:
         _annotate(axes, f"{interval.mean:.3f}", (1, place), (8, 0), xycoords=("axes fraction", "data"))
     name = get_knob_names(results.swept)[path]
     title = f"Sensitivity to the {name}"
-    caption = _write_sensitivity_caption(rows, name, len({trial.knobs[path] for trial in results.trials}))
-    return ReportFigure(title, caption, to_svg(figure, "sensitivity-", title))
-
-
-def _write_sensitivity_caption(rows: Sequence[analysis.Sensitivity], name: str, n_rates: int) -> str:
-    seeds = [row.interval.n for row in rows]
-    interval = (
+    seeds, n_rates = [row.interval.n for row in rows], len({trial.knobs[path] for trial in results.trials})
+    interval_caption = (
         f", with a 95% t interval over seeds (n = {_describe_range(seeds)}; small dots are seeds; arrows mark "
         "intervals that extend beyond the axis)"
     )
-    return (
+    caption = (
         f"The mean, over the {n_rates} values of the {name}, of the final loss minus the lowest one"
-        f"{interval if max(seeds) > 1 else ''}; a diverged trial counts as the loss at initialization "
+        f"{interval_caption if max(seeds) > 1 else ''}; a diverged trial counts as the loss at initialization "
         "(arXiv 2309.14322). A setting with a low value is robust."
     )
+    return ReportFigure(title, caption, to_svg(figure, "sensitivity-", title))
 
 
 def plot_importance(results: Results) -> ReportFigure | None:

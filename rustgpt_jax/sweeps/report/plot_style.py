@@ -91,17 +91,16 @@ def make_css_colormap(name: str) -> ListedColormap:
 
 def make_css() -> str:
     """Return the definitions of all variables for light pages and, where the reader prefers it, for dark pages."""
-    light, dark = (_define_variables(page) for page in range(2))
+    themes = []
+    for theme in range(2):
+        values = {name: colors[theme] for name, colors in COLORS.items()}
+        for name, (colormap, *ranges) in COLORMAPS.items():
+            shades = list(map(to_hex, colormaps[colormap](np.linspace(*ranges[theme], N_SHADES))))
+            values |= {f"{name}{index}": color for index, color in enumerate(shades)}
+            values[f"{name}-band"] = f"linear-gradient(to right,{','.join(shades)})"
+        themes.append("".join(f"--{name}:{value};" for name, value in values.items()))
+    light, dark = themes
     return f":root{{color-scheme:light dark;{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}"
-
-
-def _define_variables(page: int) -> str:
-    values = {name: colors[page] for name, colors in COLORS.items()}
-    for name, (colormap, *ranges) in COLORMAPS.items():
-        shades = list(map(to_hex, colormaps[colormap](np.linspace(*ranges[page], N_SHADES))))
-        values |= {f"{name}{index}": color for index, color in enumerate(shades)}
-        values[f"{name}-band"] = f"linear-gradient(to right,{','.join(shades)})"
-    return "".join(f"--{name}:{value};" for name, value in values.items())
 
 
 STYLE: Any = {
@@ -354,22 +353,14 @@ def to_svg(figure: Figure, prefix: str, description: str) -> str:
     width, height = figure.get_size_inches() * PIXELS_PER_INCH
     head = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{description}">'
     svg = re.sub(r"(?s)^.*?<svg.*?>|<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", file.getvalue())
-    svg = _compact(_prefix_ids(svg, prefix))
-    return head + re.sub(r"#fe([0-9a-f]{2})01", lambda match: f"var(--{VARIABLES[int(match[1], 16)]})", svg)
-
-
-def _prefix_ids(svg: str, prefix: str) -> str:
-    """Prefix the IDs that are referenced, remove the others, and turn those of trials into attributes."""
+    # Prefix the IDs that are referenced, remove the others, and turn those of trials into attributes.
     svg = svg.replace("xlink:href", "href")
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', svg))
     svg = re.sub(r'((?:href="|url\()#)', rf"\g<1>{prefix}", svg)
     svg = re.sub(rf' id="{TRIAL_PREFIX}([^"]*)"', r' data-trial="\1"', svg)
-    return re.sub(r' id="([^"]*)"', lambda match: f' id="{prefix}{match[1]}"' if match[1] in used else "", svg)
-
-
-def _compact(svg: str) -> str:
-    """Round coordinates to a hundredth of a pixel, and remove fonts and whitespace between elements."""
+    svg = re.sub(r' id="([^"]*)"', lambda match: f' id="{prefix}{match[1]}"' if match[1] in used else "", svg)
+    # Round coordinates to a hundredth of a pixel, and remove fonts and whitespace between elements.
     svg = re.sub(r' transform="rotate\(-?0 [^"]*"|font-family: [^"]*?sans-serif; ', "", svg)
     svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), svg)
-    svg = re.sub(r"\s*\n\s*", " ", svg)
-    return re.sub(r"> <", "><", svg).replace("<defs></defs>", "").replace("<defs/>", "")
+    svg = re.sub(r"> <", "><", re.sub(r"\s*\n\s*", " ", svg)).replace("<defs></defs>", "").replace("<defs/>", "")
+    return head + re.sub(r"#fe([0-9a-f]{2})01", lambda match: f"var(--{VARIABLES[int(match[1], 16)]})", svg)
