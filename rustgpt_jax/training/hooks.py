@@ -33,12 +33,9 @@ compiled_eval_params = jax.jit(get_eval_params, static_argnums=0)
 
 
 class PendingMetrics(NamedTuple):
-    """Metrics of steps that the device may still be computing.
+    """Metrics of the `n_steps` steps after `first_step`, which the device may still be computing.
 
-    Attributes:
-        first_step: The number of steps before these.
-        n_steps: The number of steps.
-        read: Waits for the metrics and returns them as NumPy arrays with at least `n_steps` elements.
+    `read` waits for them and returns them as NumPy arrays with at least `n_steps` elements.
     """
 
     first_step: int

@@ -124,7 +124,7 @@ class SingleRunExecutor:
 
 
 class PopulationExecutor:
-    """Advances many runs with one program, in one of `train_step.MODES`.
+    """Advances many runs with one program, in a mode of `train_step.population_steps`.
 
     A program is compiled for a number of slots; it serves fewer runs too, with idle slots.
     """

@@ -1,9 +1,6 @@
-"""The train step of a run and of a population: pure functions of the state, batch and hyperparameters.
+"""The train step of a run and of a population: pure functions of the state, batch and hyperparameters."""
 
-A program is compiled once for each static config.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,14 +19,14 @@ from rustgpt_jax.model.intermediates import Intermediates
 from rustgpt_jax.sharding.partition_rules import constrain
 from rustgpt_jax.training.optimizers import clip_by_norm, make_optimizer, schedule_multiplier
 
-# A loss this many standard deviations above the mean of those before it is a spike.
+# A loss is a spike if it is this many standard deviations above the mean of the previous ones.
 SPIKE_DEVIATIONS = 6.0
-# Memory of the averages in steps, and the number of steps of a stage before its first possible spike.
+# The number of steps that the averages cover, and of the first steps of a stage, none of which is a spike.
 MEMORY_STEPS = 50
 
 
 class LossStats(NamedTuple):
-    """Statistics of the loss. They are part of the state, so that interruptions do not change them.
+    """Statistics of the loss. They are part of the state, so that they do not depend on interruptions.
 
     Attributes:
         mean: Mean loss of the stage, over about MEMORY_STEPS steps.
@@ -50,8 +47,7 @@ class LossStats(NamedTuple):
 
 def init_loss_stats() -> LossStats:
     """Return the statistics at step 0."""
-    types = LossStats(jnp.float32, jnp.float32, jnp.int32, jnp.int32, jnp.int32, jnp.int32)
-    return LossStats(*(jnp.zeros((), dtype) for dtype in types))
+    return LossStats(*(jnp.zeros((), dtype) for dtype in 2 * (jnp.float32,) + 4 * (jnp.int32,)))
 
 
 def update_loss_stats(
@@ -61,7 +57,7 @@ def update_loss_stats(
     seen = jnp.where(is_first, 0, loss_stats.seen)
     above = loss - loss_stats.mean
     is_spike = is_finite & (seen >= MEMORY_STEPS) & (above > SPIKE_DEVIATIONS * jnp.sqrt(loss_stats.variance))
-    # A plain mean at first, then an exponential moving average. One loss alone has no variance.
+    # A plain mean at first, then an exponential moving average. The variance of a single loss is 0.
     share = 1.0 / (jnp.minimum(seen, MEMORY_STEPS - 1) + 1).astype(jnp.float32)
     above = jnp.where(seen == 0, 0.0, above)
     mean = jnp.where(seen == 0, loss, loss_stats.mean + share * above)
@@ -77,7 +73,7 @@ def update_loss_stats(
 
 
 class State(NamedTuple):
-    """Everything that training changes. The step is the whole position of a run: it determines data and randomness.
+    """The state of a run. The step is its position: it determines the data and the randomness.
 
     After a rewind, the number of skipped batches, `loss_stats.skipped`, is part of the position too.
     """
@@ -89,15 +85,15 @@ class State(NamedTuple):
 
 
 class StepIntermediates(NamedTuple):
-    """Measurements of the tensors inside one training step, as `intermediates.tensor_stats` makes them.
+    """Statistics of the tensors inside one training step, from `intermediates.tensor_stats`.
 
     Attributes:
         losses_BT: Loss of each token in nats.
         weights_BT: Loss weight of each token.
-        activations: Measurements at the hook points. The last axis but one is the microbatch.
-        gradients: Measurements of the gradients with respect to these activations.
-        parameter_gradients: Gradients of the parameters before clipping (arrays, not measurements).
-        updates: What the optimizer adds to the parameters (arrays, not measurements).
+        activations: Statistics at the hook points. The last axis but one is the microbatch.
+        gradients: Statistics of the gradients with respect to these activations.
+        parameter_gradients: The gradients of the parameters before clipping.
+        updates: The updates of the parameters.
     """
 
     losses_BT: jax.Array
@@ -120,7 +116,7 @@ class Metrics(NamedTuple):
         spikes: Number of loss spikes of the run so far.
         faults: Number of non-finite steps of the run so far.
         layer_metrics: Metrics of the blocks, averaged over them.
-        intermediates: Measurements inside the step, if they were requested.
+        intermediates: Statistics of the tensors inside the step, if they were requested.
     """
 
     loss: jax.Array
@@ -185,7 +181,7 @@ def train_step(
         batch: The batch of all microbatches.
         hparams: The traced half of the config.
         first_step: The first step of the stage, from which its learning-rate schedule counts.
-        with_intermediates: Whether to measure the tensors inside the step.
+        with_intermediates: Whether to compute statistics of the tensors inside the step.
 
     Returns:
         The state after the step, and its metrics.
@@ -245,7 +241,7 @@ def step_intermediates(
 
 
 class _MicrobatchIntermediates(NamedTuple):
-    """Measurements of one microbatch, or of all of them along a new first axis, as in `StepIntermediates`."""
+    """Statistics of one microbatch, or of all along a new first axis, as in `StepIntermediates`."""
 
     losses_BT: jax.Array
     activations: Intermediates
@@ -269,10 +265,10 @@ def gradient(
         batch: The whole batch.
         config: The config, with traced numbers.
         key: The key for dropout.
-        with_intermediates: Whether to measure the tensors at the hook points of each microbatch.
+        with_intermediates: Whether to compute statistics of the tensors at the hook points.
 
     Returns:
-        The gradient, the sums of the loss, and the measurements, if any.
+        The gradient, the sums of the loss, and the statistics, if any.
     """
     total_weight = jnp.sum(batch.weights_BT)
     n_parts = config.training.grad_accum_steps
@@ -321,9 +317,9 @@ def gradient(
 def train_steps(
     static: StaticConfig, state: State, batches: Batch, count: jax.Array, hparams: Hyperparams, first_step: jax.Array
 ) -> tuple[State, Metrics]:
-    """Take `count` steps in one call, on the first `count` of the stacked `batches`; metrics are stacked likewise.
+    """Take `count` steps, on the first `count` of the stacked batches. The metrics are stacked too.
 
-    The count is traced and the loop has one body, so that results do not depend on how many steps a call takes.
+    The count is traced and the loop has one body, so that results do not depend on the number of steps per call.
     """
     slots = jax.tree.leaves(batches)[0].shape[0]
 
@@ -336,13 +332,13 @@ def train_steps(
     first_batch = jax.tree.map(lambda leaf: leaf[0], batches)
     layer_metrics = _zero_layer_metrics(state.params, first_batch, combine(static, hparams).model)
     zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
-    nothing = Metrics(zero, zero, zero, zero, zero, none, none, layer_metrics)
-    history = jax.tree.map(lambda leaf: jnp.zeros(slots, leaf.dtype), nothing)
+    metrics = Metrics(zero, zero, zero, zero, zero, none, none, layer_metrics)
+    history = jax.tree.map(lambda leaf: jnp.zeros(slots, leaf.dtype), metrics)
     return jax.lax.fori_loop(0, count, body, (offload_opt_state(static, state), history))
 
 
 def _zero_layer_metrics(params: transformer.Params, batch: Batch, model: ModelConfig) -> LayerMetrics:
-    """Return a zero for each metric of the blocks. Traces the forward pass only, which is faster."""
+    """Return a zero for each metric of the blocks. Only the forward pass is traced, which is faster."""
     shapes = jax.eval_shape(lambda: loss_sums(params, batch, model).layer_metrics)
     return {name: jnp.zeros((), shape.dtype) for name, shape in shapes.items()}
 
@@ -353,8 +349,8 @@ compiled_step_intermediates = jax.jit(step_intermediates, static_argnums=0)
 compiled_train_steps = jax.jit(train_steps, static_argnums=0, donate_argnums=1)
 
 
-# Populations: many runs with one static config in one program. States, batches and hyperparameters are stacked along a
-# new first axis P.
+# Populations: many runs with one static config in one program. Their states and arguments are stacked along a new first
+# axis P.
 
 
 class StepArgs(NamedTuple):
@@ -366,31 +362,6 @@ class StepArgs(NamedTuple):
     first_step: Any
 
 
-def map_steps(static: StaticConfig, states_P: State, args_P: StepArgs) -> tuple[State, Metrics]:
-    """Take the steps of one run after another, with the same bits as `train_steps` for each run alone."""
-    return jax.lax.map(lambda run: train_steps(static, run[0], *run[1]), (states_P, args_P))
-
-
-def vmap_steps(static: StaticConfig, states_P: State, args_P: StepArgs) -> tuple[State, Metrics]:
-    """Take the steps of all runs at once. All counts that are not 0 must be equal.
-
-    This is fastest if one run does not keep the device busy. Sums are taken in another order than for each run alone.
-    """
-    count, static = jnp.max(args_P.count), make_vmappable(static)
-
-    def steps(state: State, args: StepArgs) -> tuple[State, Metrics]:
-        after, metrics = train_steps(static, state, args.batches, count, args.hparams, args.first_step)
-        return jax.tree.map(partial(jnp.where, args.count > 0), after, state), metrics
-
-    return jax.vmap(steps)(states_P, args_P)
-
-
-MODES: dict[str, Callable[[StaticConfig, State, StepArgs], tuple[State, Metrics]]] = {
-    "exact": map_steps,
-    "fused": vmap_steps,
-}
-
-
 def make_vmappable(static: StaticConfig) -> StaticConfig:
     """Return a static config that supports `vmap`, with portable attention: library kernels cannot be batched."""
     if static.model.attention.kernel != "auto":
@@ -399,8 +370,25 @@ def make_vmappable(static: StaticConfig) -> StaticConfig:
 
 
 def population_steps(mode: str, static: StaticConfig, states_P: State, args_P: StepArgs) -> tuple[State, Metrics]:
-    """Take steps of every run of a population, in one of MODES. Metrics have shape (P, slots)."""
-    return MODES[mode](static, states_P, args_P)
+    """Take steps of every run of a population. Metrics have shape (P, slots).
+
+    Args:
+        mode: "exact" takes the steps of one run after another, with the same bits as for each run alone. "fused" takes
+            those of all runs at once with `vmap`, which is faster if one run does not keep the device busy; it takes
+            sums in another order, and all counts that are not 0 must be equal.
+        static: The static half of the configs.
+        states_P: The states.
+        args_P: The arguments of each run.
+    """
+    if mode == "exact":
+        return jax.lax.map(lambda run: train_steps(static, run[0], *run[1]), (states_P, args_P))
+    count, vmappable = jnp.max(args_P.count), make_vmappable(static)
+
+    def steps(state: State, args: StepArgs) -> tuple[State, Metrics]:
+        after, metrics = train_steps(vmappable, state, args.batches, count, args.hparams, args.first_step)
+        return jax.tree.map(partial(jnp.where, args.count > 0), after, state), metrics
+
+    return jax.vmap(steps)(states_P, args_P)
 
 
 compiled_population_steps = jax.jit(population_steps, static_argnums=(0, 1), donate_argnums=2)
