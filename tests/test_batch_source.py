@@ -28,7 +28,7 @@ def on_device(stream: TokenStream, places: SequenceOffsets, window: int) -> Batc
 
 @given(stream=streams, window=windows, seed=st.integers(0, 999))
 # Each example compiles two programs.
-@settings(max_examples=25)
+@settings(max_examples=10)
 def test_device_and_host_read_the_same_sequences(stream: TokenStream, window: int, seed: int) -> None:
     source, random = SequenceReader(stream, window), np.random.default_rng(seed)
     # Indices beyond the last one are padding.

@@ -60,13 +60,15 @@ def found(name: str, chunk: int | None) -> Any:
 
 
 def assert_close(left: Any, right: Any, rtol: float = 2e-5, share: float = 2e-6) -> None:
-    """Equal but for rounding: of each element, and of the largest of its array."""
+    """Check that trees are equal except for rounding of each element and of the largest one of its array."""
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=share * float(np.max(np.abs(b)))), left, right
     )
 
 
-@pytest.mark.parametrize(("name", "chunk"), [("tied", 1), ("tied", 5), ("untied", 5), ("moe", 100)])
+@pytest.mark.parametrize(
+    ("name", "chunk"), [("tied", 1), ("tied", 5), ("untied", 5), pytest.param("moe", 100, marks=pytest.mark.slow)]
+)
 def test_chunked_loss_has_the_sums_and_gradients_of_the_whole(name: str, chunk: int) -> None:
     rounding = {"rtol": 0.02, "share": 0.01} if MODELS[name].get("model.dtype") == "bfloat16" else {}
     (gradients, sums), (expected, expected_sums) = found(name, chunk), found(name, None)
@@ -89,33 +91,26 @@ def test_chunked_loss_supports_vmap_over_hyperparameters() -> None:
     assert_close(many, jax.tree.map(lambda *leaves: np.stack(leaves), *map(one, params, caps)), rtol=1e-4, share=1e-5)
 
 
-def test_eval_loss_sums_supports_chunks() -> None:
-    model = tiny().model
-    params = random_params(model)
-    chunked = eval_loss_sums(params, batch_of(), model, loss_chunk_size=5)
-    assert_close(chunked, eval_loss_sums(params, batch_of(), model))
-
-
-@pytest.mark.parametrize("chunk", [None, 5])
-def test_eval_loss_sums_supports_microbatches(chunk: int | None) -> None:
+def test_eval_loss_sums_supports_chunks_and_microbatches() -> None:
     model = tiny().model
     params = random_params(model)
     whole = eval_loss_sums(params, batch_of(), model)
-    assert_close(eval_loss_sums(params, batch_of(), model, chunk, n_parts=2), whole)
+    for chunk, n_parts in ((5, 1), (None, 2), (5, 2)):
+        assert_close(eval_loss_sums(params, batch_of(), model, chunk, n_parts), whole)
 
-    def room(n_parts: int) -> int:
+    def temporary_bytes(n_parts: int) -> int:
         analysis = eval_loss_sums.lower(params, batch_of(64), model, None, n_parts).compile().memory_analysis()
         assert analysis is not None
         return analysis.temp_size_in_bytes
 
-    assert room(8) < room(1) / 4
+    assert temporary_bytes(8) < temporary_bytes(1) / 4
 
 
 # Memory.
 
 
 def largest(jaxpr: Any) -> int:
-    """The elements of the largest array of a program."""
+    """Return the number of elements of the largest array of a program."""
     return max(math.prod(out.aval.shape) for equation, _ in equations(jaxpr.jaxpr) for out in equation.outvars)
 
 
@@ -128,7 +123,7 @@ def test_chunked_loss_never_has_all_logits_in_memory(tied: bool) -> None:
         return largest(jax.make_jaxpr(jax.grad(lambda *given: loss_of(config, chunk, *given)[0]))(*shapes))
 
     assert largest_of_step(None) == ROWS * LENGTH * VOCABULARY
-    # The parameters of the last layer, or the logits of a chunk.
+    # The logits of a chunk, or the parameters of the last layer.
     assert largest_of_step(3) == max(ROWS * 3 * VOCABULARY, 16 * VOCABULARY)
 
 

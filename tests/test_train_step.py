@@ -359,7 +359,9 @@ def test_evaluation_has_no_dropout() -> None:
 # Learning.
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", [name if name in ("adamw", "muon") else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS]
+)
 def test_training_lowers_the_loss(name: str) -> None:
     rate = 0.3 if name == "sgd" else 1e-2
     config = tiny(**{"optimizer.name": name, "optimizer.learning_rate": rate, "training.steps": 40})

@@ -83,11 +83,6 @@ def schedule_free(config: OptimizerConfig, lr_multiplier: jax.Array | float) -> 
     return optax.GradientTransformation(averaging(config.b1).init, update)
 
 
-def averaged_params(params: Any, opt_state: Any) -> Any:
-    """Return the averaged parameters x of schedule_free, given its parameters y and state."""
-    return optax.contrib.schedule_free_eval_params(opt_state, params)
-
-
 def muon_partition(params: Any) -> Any:
     """Label each parameter "muon" or "adamw": muon takes the stacked matrices of the blocks.
 
@@ -175,7 +170,9 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig, jax.Array | float], optax.Gradi
 }
 
 # For optimizers that evaluate other parameters than they train: functions of (params, opt_state) that return them.
-EVAL_PARAMS: dict[str, Callable[[Any, Any], Any]] = {"schedule_free": averaged_params}
+EVAL_PARAMS: dict[str, Callable[[Any, Any], Any]] = {
+    "schedule_free": lambda params, opt_state: optax.contrib.schedule_free_eval_params(opt_state, params)
+}
 
 
 def make_optimizer(config: OptimizerConfig, lr_multiplier: jax.Array | float = 1.0) -> optax.GradientTransformation:
