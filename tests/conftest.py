@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,30 @@ def cache_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RUSTGPT_JAX_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="module")
+def quick_codegen(quick_compilation: None) -> Iterator[None]:
+    """Like quick_compilation, and without XLA's newer code generator of fusions: a third of the time again.
+
+    Only for modules that compare with a tolerance: without it, two programs may round the same sum differently.
+    """
+    import jax
+    from jax._src import compiler
+
+    before = compiler.get_compile_options
+    # Later versions have no such option.
+    if version("jaxlib").startswith("0.10."):
+
+        def get_compile_options(*args: Any, env_options_overrides: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+            overrides = (env_options_overrides or {}) | {"xla_cpu_use_fusion_emitters": False}
+            return before(*args, env_options_overrides=overrides, **kwargs)
+
+        compiler.get_compile_options = get_compile_options
+    yield
+    compiler.get_compile_options = before
+    # No other module is to meet these programs.
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from rustgpt_jax.model.kv_cache import KVCache
 from rustgpt_jax.model.linear import dropout
 from rustgpt_jax.model.mixers import Attention
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_codegen")
 
 # Every forward has LENGTH rows of LENGTH tokens, so that each case compiles few programs.
 LENGTH = 12

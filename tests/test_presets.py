@@ -22,7 +22,7 @@ from rustgpt_jax.model.flops import parameter_shapes, total_size
 from rustgpt_jax.model.presets import FAMILIES, NOT_IN_LOGITS, SIZES
 from rustgpt_jax.workdir.params_io import read_parameters
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_codegen")
 
 GOLDEN = Path(__file__).parent / "golden"
 
