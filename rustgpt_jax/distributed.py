@@ -1,4 +1,4 @@
-"""Multi-process runs: initialization, agreement between processes, and barriers."""
+"""Multi-process runs: initialization, barriers, agreement between processes, and failure propagation."""
 
 import json
 import os
@@ -9,7 +9,6 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any, NoReturn
 
 import jax
@@ -69,10 +68,12 @@ def initialize(
     given = [value is not None for value in (coordinator_address, num_processes, process_id)]
     if any(given) and not all(given):
         raise UserError("Give all of --coordinator_address=HOST:PORT, --num_processes=N and --process_id=I, or none.")
-    if coordinator_address is not None and not _is_address(coordinator_address):
-        raise UserError(
-            f"--coordinator_address={coordinator_address} is not HOST:PORT, such as node1:12345 (ports go to 65535)."
-        )
+    if coordinator_address is not None:
+        host, _, port = coordinator_address.rpartition(":")
+        if not (host and port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 2**16):
+            raise UserError(
+                f"--coordinator_address={coordinator_address} is not HOST:PORT, such as node1:12345 (ports go to 65535)."
+            )
     if process_id is not None and num_processes is not None and not 0 <= process_id < num_processes:
         raise UserError(f"--process_id={process_id}: the processes are numbered from 0 to {num_processes - 1}.")
     if not any(given) and detect_cluster(os.environ) is None:
@@ -89,12 +90,6 @@ def initialize(
     except (RuntimeError, ValueError) as error:
         where = coordinator_address or f"as configured by {detect_cluster(os.environ)}"
         raise UserError(f"The processes cannot connect ({where}): {str(error).splitlines()[0]}") from error
-
-
-def _is_address(text: str) -> bool:
-    """Return whether a text has the form HOST:PORT."""
-    host, _, port = text.rpartition(":")
-    return bool(host) and port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 2**16
 
 
 def is_process_zero() -> bool:
@@ -146,17 +141,14 @@ class LaggedAllReduceMax:
         if jax.process_count() == 1:
             return value
         previous = float(self._result)
-        sharding, values = (
-            NamedSharding(self._mesh, PartitionSpec("all")),
-            np.full(jax.device_count(), value, np.float32),
-        )
+        sharding, values = NamedSharding(self._mesh, PartitionSpec("all")), np.full(len(jax.devices()), value, "f4")
         # The devices of the run's own mesh may have another order.
         with jax.set_mesh(self._mesh):
             self._result = self._max(jax.make_array_from_callback(values.shape, sharding, lambda index: values[index]))
         return previous
 
 
-# Failure propagation: if one process of a run fails, falls silent or is gone, all processes exit.
+# Failure propagation: if one process of a run fails, hangs or is lost, all processes exit.
 
 # "Error in protocol": the exit status of a process that has lost the others. It is the highest of ours, so a cluster
 # reports it for a job in which one process fails and the others lose it.
@@ -209,7 +201,7 @@ def exit_after_failure(error: BaseException, hint: str) -> NoReturn:
 def _broadcast_failure(message: str, status: int) -> None:
     """Tell the other processes why this one exits, unless one has failed before, and wait until they know."""
     store = kv_store()
-    assert store is not None, "a single process has nobody to tell"
+    assert store is not None, "a single process has no key-value store"
     try:
         store.key_value_set(FAILURE_KEY, json.dumps([f"process {jax.process_index()}: {message}", status]))
     except jax.errors.JaxRuntimeError:
@@ -264,9 +256,7 @@ class Watchdog:
             threading.Thread(target=self._watch, daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._is_over.set()
         if error is not None and jax.process_count() > 1:
             exit_after_failure(error, self._hint)

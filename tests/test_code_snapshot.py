@@ -24,10 +24,11 @@ from rustgpt_jax.workdir.code_snapshot import (
     code_hash,
     hash_running_code,
     read_code,
+    read_verified_code,
     record_code,
     save_code_snapshot,
-    unpack_code,
     user_modules,
+    write_code,
 )
 from rustgpt_jax.workdir.run_dir import RunDir
 
@@ -89,7 +90,7 @@ def test_snapshot_matches_the_running_code(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     run = run_folder(tmp_path / "run")
     about = save_code_snapshot(run)
-    unpack_code(run.code / f"{about['code']}.zip", tmp_path / "copy")
+    write_code(read_verified_code(run.code / f"{about['code']}.zip"), tmp_path / "copy")
     there = {name: file for name, file in contents(ROOT).items() if name.split("/")[0] in code_snapshot.CODE}
     assert contents(tmp_path / "copy") == {name: file for name, file in there.items() if "__pycache__" not in name}
     assert about["left_out"] == []
@@ -226,7 +227,7 @@ def test_archive_cannot_write_outside_the_target(tmp_path: Path, name: str) -> N
         archive.writestr("launch.py", b"")
         archive.writestr(name, b"evil")
     with pytest.raises(UserError, match="outside of the target folder"):
-        unpack_code(tmp_path / "evil.zip", tmp_path / "inside" / "folder")
+        write_code(read_verified_code(tmp_path / "evil.zip"), tmp_path / "inside" / "folder")
     assert not (tmp_path / "inside").exists()
 
 
@@ -244,7 +245,7 @@ def test_damaged_archive_is_rejected(tmp_path_factory: pytest.TempPathFactory, p
     flipped = whole_bytes[:at] + bytes([whole_bytes[at] ^ 0x55]) + whole_bytes[at + 1 :]
     archive.write_bytes(whole_bytes[:at] if damage == "cut" else flipped)
     try:
-        unpack_code(archive, folder / "copy")
+        write_code(read_verified_code(archive), folder / "copy")
     except UserError:
         assert not (folder / "copy").exists()
     else:
@@ -253,7 +254,7 @@ def test_damaged_archive_is_rejected(tmp_path_factory: pytest.TempPathFactory, p
 
 def test_missing_archive_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="gone.zip cannot be read: No such file"):
-        unpack_code(tmp_path / "gone.zip", tmp_path)
+        write_code(read_verified_code(tmp_path / "gone.zip"), tmp_path)
 
 
 # Git.

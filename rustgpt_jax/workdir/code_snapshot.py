@@ -36,26 +36,8 @@ GIT_SECONDS = 10
 GIT_STATE, GIT_PATCH = ".git_state.json", ".git_state.patch"
 # Lower-case name patterns of files and folders that are never copied because they look like secrets or are hidden.
 DENIED = (
-    ".*",
-    "*.env",
-    "_netrc",
-    "id_rsa*",
-    "id_dsa*",
-    "id_ecdsa*",
-    "id_ed25519*",
-    "*.pem",
-    "*.key",
-    "*.p12",
-    "*.pfx",
-    "*.ppk",
-    "*.jks",
-    "*.keystore",
-    "*.kdbx",
-    "*.gpg",
-    "*.asc",
-    "*secret*",
-    "*credential*",
-    "*passwd*",
+    *(".*", "*.env", "_netrc", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.p12"),
+    *("*.pfx", "*.ppk", "*.jks", "*.keystore", "*.kdbx", "*.gpg", "*.asc", "*secret*", "*credential*", "*passwd*"),
     "*password*",
 )
 BYTECODE = ("__pycache__", "*.pyc")
@@ -102,11 +84,6 @@ def record_code() -> None:
 def hash_running_code(run: RunDir) -> str:
     """Return the hash of the running code with the components of a run, as `save_code_snapshot` would record it."""
     return _packed(_sources_of(run))[0]
-
-
-def unpack_code(archive: Path, folder: Path) -> None:
-    """Extract an archive into a folder. Raises UserError as `read_verified_code` does."""
-    write_code(read_verified_code(archive), folder)
 
 
 def read_verified_code(archive: Path) -> dict[str, bytes]:

@@ -10,7 +10,6 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,51 +39,37 @@ class RunLockedError(UserError):
     """Another process is training in a run folder."""
 
 
-@dataclass(frozen=True)
 class RunDir:
     """The paths of the files of a run."""
 
-    path: Path
-
-    @property
-    def config_file(self) -> Path:
-        """The config with its hash, and the origin of each value."""
-        return self.path / "config.json"
-
-    @property
-    def tokenizer_file(self) -> Path:
-        """The tokenizer, in the format of the Hugging Face `tokenizers` library."""
-        return self.path / "tokenizer.json"
-
-    @property
-    def data_file(self) -> Path:
-        """For each stage, document and token counts, and hashes of the text and the tokens."""
-        return self.path / "data.json"
-
-    @property
-    def metrics_file(self) -> Path:
-        """The recorded metrics in JSON Lines format, one line per recorded step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        """The folder of TensorBoard event files."""
-        return self.path / "tensorboard"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints, one folder per step."""
-        return self.path / "checkpoints"
-
-    @property
-    def parameters_file(self) -> Path:
-        """The initial parameters of an imported run. Other runs do not have this file."""
-        return self.path / "parameters.safetensors"
-
-    @property
-    def import_file(self) -> Path:
-        """The source of an imported model, and its architecture there."""
-        return self.path / "import.json"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # The config with its hash, and the origin of each value.
+        self.config_file = path / "config.json"
+        # The tokenizer, in the format of the Hugging Face `tokenizers` library.
+        self.tokenizer_file = path / "tokenizer.json"
+        # For each stage, document and token counts, and hashes of the text and the tokens.
+        self.data_file = path / "data.json"
+        # JSON Lines: the recorded metrics, and the texts generated during training.
+        self.metrics_file = path / "metrics.jsonl"
+        self.samples_file = path / "samples.jsonl"
+        # The folder of TensorBoard event files.
+        self.tensorboard = path / "tensorboard"
+        # The plot of the loss curves.
+        self.loss_png = path / "loss.png"
+        # The folder of checkpoints, one folder per step.
+        self.checkpoints = path / "checkpoints"
+        # For an imported run, the initial parameters, the source of the model and its architecture there.
+        self.parameters_file = path / "parameters.safetensors"
+        self.import_file = path / "import.json"
+        # The event log in JSON Lines format: launches with their code and environment, programs, and rewinds.
+        self.journal_file = path / "journal.jsonl"
+        # The folder of code snapshots, archives named by their hash.
+        self.code = path / "code"
+        # The GPU compiler's autotuning results, with which it makes the same choices again.
+        self.autotune_file = path / "autotune.textproto"
+        # Locked by the process that trains in this folder.
+        self.lock_file = path / ".lock"
 
     @property
     def is_untrained(self) -> bool:
@@ -105,36 +90,6 @@ class RunDir:
         except OSError as error:
             raise UserError(f"{self.checkpoints} cannot be read: {error.strerror}.") from error
         return sorted(int(name) for name in names if is_step_name(name))
-
-    @property
-    def samples_file(self) -> Path:
-        """The texts generated during training, in JSON Lines format."""
-        return self.path / "samples.jsonl"
-
-    @property
-    def loss_png(self) -> Path:
-        """The plot of the loss curves."""
-        return self.path / "loss.png"
-
-    @property
-    def journal_file(self) -> Path:
-        """The event log in JSON Lines format: launches with their code and environment, programs, and rewinds."""
-        return self.path / "journal.jsonl"
-
-    @property
-    def code(self) -> Path:
-        """The folder of code snapshots, archives named by their hash."""
-        return self.path / "code"
-
-    @property
-    def autotune_file(self) -> Path:
-        """The GPU compiler's autotuning results, with which it makes the same choices again."""
-        return self.path / "autotune.textproto"
-
-    @property
-    def lock_file(self) -> Path:
-        """The lock file that the process training in this folder holds."""
-        return self.path / ".lock"
 
 
 def is_step_name(name: str) -> bool:
