@@ -72,7 +72,8 @@ def initialize(
         host, _, port = coordinator_address.rpartition(":")
         if not (host and port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 2**16):
             raise UserError(
-                f"--coordinator_address={coordinator_address} is not HOST:PORT, such as node1:12345 (ports go to 65535)."
+                f"--coordinator_address={coordinator_address} is not HOST:PORT, such as node1:12345, with a port below "
+                "65536."
             )
     if process_id is not None and num_processes is not None and not 0 <= process_id < num_processes:
         raise UserError(f"--process_id={process_id}: the processes are numbered from 0 to {num_processes - 1}.")

@@ -1,4 +1,4 @@
-"""Several processes that train one run: the numbers of one process, whoever stops them, and whatever becomes of one."""
+"""Training with several processes: results, signals, resumption, and failures of one process."""
 
 import json
 import math
@@ -72,13 +72,17 @@ class Job:
         run: Path,
         count: int,
         flags: Sequence[str],
-        patience: int = SECONDS,
-        places: Sequence[Path] = (),
+        barrier_timeout: int = SECONDS,
+        folders: Sequence[Path] = (),
     ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
-        meeting = [f"--coordinator_address={coordinator}", f"--num_processes={count}", f"--barrier_timeout={patience}"]
+        coordination = [
+            f"--coordinator_address={coordinator}",
+            f"--num_processes={count}",
+            f"--barrier_timeout={barrier_timeout}",
+        ]
         command = [sys.executable, LAUNCH, "train", f"--config={config}", f"--run={run}", *flags]
         environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
         self.run = run
@@ -86,27 +90,27 @@ class Job:
             subprocess.Popen(
                 [
                     *command,
-                    *(f"{flag}" for flag in meeting if count > 1),
+                    *(f"{flag}" for flag in coordination if count > 1),
                     *([f"--process_id={index}"] if count > 1 else []),
                 ],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
                 env=environment,
-                cwd=places[index] if places else None,
+                cwd=folders[index] if folders else None,
             )
             for index in range(count)
         ]
 
-    def ends(self, *statuses: int) -> list[str]:
-        """Wait for the ends of all processes, which must have these exit statuses. What each printed."""
+    def wait_for_exit(self, *statuses: int) -> list[str]:
+        """Wait for all processes, check their exit statuses, and return what each printed."""
         printed = [process.communicate(timeout=SECONDS)[0] for process in self.processes]
         assert [process.returncode for process in self.processes] == list(statuses), printed
         assert not any("Traceback" in text for text in printed), printed
         return printed
 
-    def waits_for_step(self, step: int) -> None:
-        """Return when a step is recorded."""
+    def wait_for_step(self, step: int) -> None:
+        """Wait until a step is recorded."""
         until = time.monotonic() + SECONDS
         while not any(line["step"] >= step for line in lines(self.run)):
             for process in self.processes:
@@ -124,8 +128,8 @@ def train(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     (tmp_path / "small.py").write_text(CONFIG)
     jobs: list[Job] = []
 
-    def begin(run: Path, count: int, *flags: str, patience: int = SECONDS, places: Sequence[Path] = ()) -> Job:
-        jobs.append(Job(tmp_path / "small.py", run, count, flags, patience, places))
+    def begin(run: Path, count: int, *flags: str, barrier_timeout: int = SECONDS, folders: Sequence[Path] = ()) -> Job:
+        jobs.append(Job(tmp_path / "small.py", run, count, flags, barrier_timeout, folders))
         return jobs[-1]
 
     yield begin
@@ -134,9 +138,9 @@ def train(tmp_path: Path) -> Iterator[Callable[..., Job]]:
         process.communicate()
 
 
-def assert_as_if_never_stopped(run: Path, undisturbed: Path) -> None:
-    """The two runs have the same steps with the same losses, and have written the same about them."""
-    ours, theirs = lines(run), lines(undisturbed)
+def assert_same_records(run: Path, uninterrupted: Path) -> None:
+    """Check that two runs recorded the same steps, losses and samples."""
+    ours, theirs = lines(run), lines(uninterrupted)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for one, other in zip(ours, theirs, strict=True):
         for name in ("train/loss", "valid/loss", "train/gradient_norm"):
@@ -151,23 +155,23 @@ def assert_as_if_never_stopped(run: Path, undisturbed: Path) -> None:
 @pytest.mark.long
 def test_run_resumes_with_another_number_of_processes(train: Callable[..., Job], tmp_path: Path) -> None:
     alone = train(tmp_path / "alone", 1)
-    alone.ends(0)
+    alone.wait_for_exit(0)
     run = tmp_path / "run"
     four = train(run, 4, "--config.mesh.fsdp=2")
-    four.waits_for_step(7)
-    # A signal that reaches one of them stops them all.
+    four.wait_for_step(7)
+    # A signal to one process stops all of them.
     four.processes[2].send_signal(signal.SIGUSR1)
-    printed = four.ends(*[STOPPED_BY_CLUSTER] * 4)
+    printed = four.wait_for_exit(*[STOPPED_BY_CLUSTER] * 4)
     assert "on 4 x cpu (data 2 x fsdp 2)" in printed[0] and "Stopped by SIGUSR1 at step" in printed[0]
     assert "Stopped" not in printed[1]
     two = train(run, 2)
-    two.waits_for_step(17)
+    two.wait_for_step(17)
     two.processes[0].send_signal(signal.SIGINT)
-    two.ends(STOPPED_BY_USER, STOPPED_BY_USER)
+    two.wait_for_exit(STOPPED_BY_USER, STOPPED_BY_USER)
     assert 17 <= lines(run)[-1]["step"] < STEPS
-    train(run, 1).ends(0)
-    train(run, 2).ends(0, 0)
-    assert_as_if_never_stopped(run, tmp_path / "alone")
+    train(run, 1).wait_for_exit(0)
+    train(run, 2).wait_for_exit(0, 0)
+    assert_same_records(run, tmp_path / "alone")
 
 
 @pytest.mark.slow
@@ -177,28 +181,28 @@ def test_killed_process_ends_the_others_and_the_run_resumes(
 ) -> None:
     run = tmp_path / "run"
     two = train(run, 2)
-    two.waits_for_step(12)
+    two.wait_for_step(12)
     two.processes[killed].kill()
     began = time.monotonic()
     other = two.processes[1 - killed]
     printed = other.communicate(timeout=60)[0]
     assert time.monotonic() - began < 60
     if killed == 0 and other.returncode == -signal.SIGABRT:
-        # JAX was faster: it ends a process that has lost the first one, by its own words.
+        # JAX was faster to terminate a process that lost process 0.
         assert "another task died" in printed
     else:
         assert other.returncode == EXIT_PEER_LOST, printed
         assert "Another process of the run is gone" in printed and "continues from the last checkpoint" in printed
     assert "Traceback" not in printed
-    train(run, 2).ends(0, 0)
+    train(run, 2).wait_for_exit(0, 0)
     assert lines(run)[-1]["step"] == STEPS
 
 
 @pytest.mark.slow
 @pytest.mark.long
 def test_hanging_process_ends_the_others(train: Callable[..., Job], tmp_path: Path) -> None:
-    two = train(tmp_path / "run", 2, patience=40)
-    two.waits_for_step(12)
+    two = train(tmp_path / "run", 2, barrier_timeout=40)
+    two.wait_for_step(12)
     two.processes[1].send_signal(signal.SIGSTOP)
     printed = two.processes[0].communicate(timeout=120)[0]
     assert two.processes[0].returncode == EXIT_PEER_LOST, printed
@@ -207,7 +211,7 @@ def test_hanging_process_ends_the_others(train: Callable[..., Job], tmp_path: Pa
 
 @pytest.mark.slow
 def test_user_error_is_reported_by_all_processes(train: Callable[..., Job], tmp_path: Path) -> None:
-    printed = train(tmp_path / "run", 2, "--config.mesh.fsdp=3").ends(2, 2)
+    printed = train(tmp_path / "run", 2, "--config.mesh.fsdp=3").wait_for_exit(2, 2)
     assert all("config.mesh has fsdp 3 = 3 devices, but there are 2 devices" in text for text in printed)
     assert not (tmp_path / "run").exists()
 
@@ -215,24 +219,24 @@ def test_user_error_is_reported_by_all_processes(train: Callable[..., Job], tmp_
 @pytest.mark.slow
 def test_error_in_one_process_ends_all(train: Callable[..., Job], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    train(run, 1, "--config.training.steps=2").ends(0)
-    # Held by another trainer: only process 0 asks for the folder's lock.
+    train(run, 1, "--config.training.steps=2").wait_for_exit(0)
+    # Only process 0 locks the folder.
     with lock_run_dir(run):
-        printed = train(run, 2, "--config.training.steps=2").ends(EXIT_USER_ERROR, EXIT_USER_ERROR)
+        printed = train(run, 2, "--config.training.steps=2").wait_for_exit(EXIT_USER_ERROR, EXIT_USER_ERROR)
     assert "error: " in printed[0] and "error in process 0: " in printed[1]
     assert all("is in use" in text for text in printed), printed
-    # Texts that only one of them finds where it is.
+    # A text file that only one process finds in its current folder.
     (tmp_path / "here").mkdir()
     (tmp_path / "nowhere").mkdir()
     (tmp_path / "here" / "text.txt").write_text("A text. " * 500)
     files = ("--config.data.corpus=files", "--config.data.paths=('text.txt',)", "--config.data.split=tail")
-    two = train(tmp_path / "other", 2, *files, places=(tmp_path / "here", tmp_path / "nowhere"))
-    printed = two.ends(EXIT_USER_ERROR, EXIT_USER_ERROR)
+    two = train(tmp_path / "other", 2, *files, folders=(tmp_path / "here", tmp_path / "nowhere"))
+    printed = two.wait_for_exit(EXIT_USER_ERROR, EXIT_USER_ERROR)
     assert "error in process 1: " in printed[0] and all("text.txt" in text for text in printed), printed
     assert not list((tmp_path / "other").glob("checkpoints/*"))
 
 
-# What needs no other process.
+# Without other processes.
 
 
 @pytest.mark.parametrize(
@@ -269,7 +273,7 @@ def test_single_process_of_a_node_has_all_its_devices(environment: dict[str, str
 
 
 @pytest.mark.parametrize(
-    ("coordinator", "count", "index", "says"),
+    ("coordinator", "count", "index", "message"),
     [
         ("h:1", None, 0, "Give all of --coordinator_address"),
         (None, 2, None, "Give all of --coordinator_address"),
@@ -277,9 +281,9 @@ def test_single_process_of_a_node_has_all_its_devices(environment: dict[str, str
     ],
 )
 def test_incomplete_process_flags_are_rejected(
-    coordinator: str | None, count: int | None, index: int | None, says: str
+    coordinator: str | None, count: int | None, index: int | None, message: str
 ) -> None:
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         initialize(coordinator, count, index, 10)
 
 
@@ -287,19 +291,19 @@ def test_single_process_does_not_wait() -> None:
     votes = LaggedAllReduceMax(math.inf)
     assert [votes.update(value) for value in (0.0, 3.0)] == [0.0, 3.0]
     assert all_agree(True) and not all_agree(False)
-    with Watchdog(0.01, "") as patience:
+    with Watchdog(0.01, "") as watchdog:
         time.sleep(0.1)
-        patience.heartbeat()
+        watchdog.heartbeat()
 
 
 def test_watchdog_exits_after_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
     monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
     monkeypatch.setattr(distributed, "exit_after_peer_loss", lambda what, hint: ended.append(f"{what} {hint}"))
-    with Watchdog(0.2, "Again.") as patience:
+    with Watchdog(0.2, "Again.") as watchdog:
         for _ in range(4):
             time.sleep(0.1)
-            patience.heartbeat()
+            watchdog.heartbeat()
         assert not ended
         time.sleep(0.5)
         assert ended[0] == "Another process of the run has been silent for 0 s. Again."

@@ -1,4 +1,4 @@
-"""Meshes of 8 virtual devices: the same numbers as on one, with the collectives that there should be and no others."""
+"""Meshes of 8 virtual devices: the results of one device, with only the expected collectives."""
 
 import json
 import math
@@ -34,47 +34,47 @@ from rustgpt_jax.training.train_step import init_state
 MESH = {"data": 2, "fsdp": 2, "expert": 2, "context": 1, "tensor": 2}
 
 
-# Which collectives each mesh has: those between the devices of an axis, and nothing else.
+# The collectives of each mesh.
 
 EXPECTED = {
     "data 8": {"all-reduce data"},
     "fsdp 8": {"all-gather fsdp", "all-reduce fsdp"},
     "tensor 4": {"all-reduce tensor", "all-reduce data"},
-    # The rows of each part of a batch go to those who compute them.
+    # The rows of each microbatch are resharded.
     "fsdp 2 x tensor 2": {"all-gather fsdp", "all-reduce", "all-to-all data", "collective-permute"},
     "expert 4": {"all-to-all expert", "all-reduce"},
     "context 4": {"all-gather context", "all-reduce"},
 }
 
 
-OTHERS = {"data 8", "fsdp 8", "tensor 4", "context 4"}
-CASES = [pytest.param(case, marks=[pytest.mark.long] if case in OTHERS else []) for case in EXPECTED]
+LONG_CASES = {"data 8", "fsdp 8", "tensor 4", "context 4"}
+CASES = [pytest.param(case, marks=[pytest.mark.long] if case in LONG_CASES else []) for case in EXPECTED]
 
 
-def told_by(folder: Path, n_processes: int = 1, cases: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """What the processes tell that have 8 devices together, of some cases or all."""
+def run_cases(folder: Path, n_processes: int = 1, cases: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Run some or all cases on 8 devices in some processes, and return the results of each process."""
     tests = Path(__file__).parent
     environment = os.environ | {
         "PYTHONPATH": f"{tests.parent}:{tests}",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // n_processes}",
-        # Layouts and numbers do not depend on it, and compiling takes a third of the time.
+        # This does not affect shardings or numbers, and compilation takes a third of the time.
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PLATFORMS": "cpu",
     }
-    command = [sys.executable, str(tests / "on_devices.py"), str(folder), *cases]
+    command = [sys.executable, str(tests / "mesh_cases.py"), str(folder), *cases]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    meeting = [[f"--meet=127.0.0.1:{port},{n_processes},{index}"] for index in range(n_processes)]
+    distributed = [[f"--distributed=127.0.0.1:{port},{n_processes},{index}"] for index in range(n_processes)]
     processes = [
         subprocess.Popen(
-            [*command, *(words if n_processes > 1 else [])],
+            [*command, *(flags if n_processes > 1 else [])],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for words in meeting
+        for flags in distributed
     ]
     printed = [process.communicate() for process in processes]
     for process, (_, errors) in zip(processes, printed, strict=True):
@@ -82,51 +82,51 @@ def told_by(folder: Path, n_processes: int = 1, cases: Sequence[str] = ()) -> li
     return [json.loads(text.splitlines()[-1]) for text, _ in printed]
 
 
-class Told(dict[str, Any]):
-    """What 8 devices of one process tell of a case, when it is first asked for."""
+class Results(dict[str, Any]):
+    """The results of each case on 8 devices of one process, computed on demand."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def __missing__(self, case: str) -> Any:
-        self[case] = told_by(self.folder, cases=[case])[0][case]
+        self[case] = run_cases(self.folder, cases=[case])[0][case]
         return self[case]
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
-    return Told(tmp_path_factory.mktemp("meshes"))
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return Results(tmp_path_factory.mktemp("meshes"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_results_do_not_depend_on_the_mesh(told: Told, case: str) -> None:
-    assert_unchanged(told, case)
+def test_results_do_not_depend_on_the_mesh(results: Results, case: str) -> None:
+    assert_same_results(results, case)
 
 
 @pytest.mark.slow
 @pytest.mark.long
 def test_results_do_not_depend_on_the_mesh_of_four_processes(tmp_path: Path) -> None:
-    for told in told_by(tmp_path, 4):
+    for results in run_cases(tmp_path, 4):
         for case in EXPECTED:
-            assert_unchanged(told, case)
-            assert told[case]["restored"] == {"tensor 2": True, "fsdp 4": True}
+            assert_same_results(results, case)
+            assert results[case]["restored"] == {"tensor 2": True, "fsdp 4": True}
 
 
-def assert_unchanged(told: dict[str, Any], case: str) -> None:
-    """The first parameters have the bits of one device, losses and gradients differ by rounding."""
-    assert told[case]["same_start"]
-    alone, here = told[case]["losses"]
+def assert_same_results(results: dict[str, Any], case: str) -> None:
+    """Check that initial parameters are bit-identical to one device, and losses and gradients differ by rounding."""
+    assert results[case]["same_start"]
+    alone, here = results[case]["losses"]
     assert len(alone) == 20 and alone[-1] < alone[0] - 0.1
     assert max(abs(one - other) for one, other in zip(alone, here, strict=True)) < 1e-5
-    for path, difference in told[case]["gradients"].items():
+    for path, difference in results[case]["gradients"].items():
         assert difference < 1e-5, path
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_mesh_has_only_the_expected_collectives(told: Told, case: str) -> None:
-    found = told[case]["collectives"]
+def test_mesh_has_only_the_expected_collectives(results: Results, case: str) -> None:
+    found = results[case]["collectives"]
     for name in found:
         assert any(name == expected or name.split()[0] == expected for expected in EXPECTED[case]), found
     for expected in EXPECTED[case]:
@@ -135,22 +135,22 @@ def test_mesh_has_only_the_expected_collectives(told: Told, case: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_devices_gather_at_most_one_layer(told: Told, case: str) -> None:
-    shapes = {path: whole for path, (whole, _) in told[case]["shards"].items() if path.startswith("params")}
+def test_devices_gather_at_most_one_layer(results: Results, case: str) -> None:
+    shapes = {path: whole for path, (whole, _) in results[case]["shards"].items() if path.startswith("params")}
     largest = max(math.prod(shape[1:] if path.startswith("params/blocks") else shape) for path, shape in shapes.items())
-    assert told[case]["largest_gather"] <= 4 * largest
+    assert results[case]["largest_gather"] <= 4 * largest
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_checkpoint_restores_on_other_meshes(told: Told, case: str) -> None:
-    assert told[case]["restored"] == {"one device": True, "tensor 2": True, "fsdp 4": True}
+def test_checkpoint_restores_on_other_meshes(results: Results, case: str) -> None:
+    assert results[case]["restored"] == {"one device": True, "tensor 2": True, "fsdp 4": True}
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_optimizer_state_is_sharded_like_parameters(told: Told) -> None:
-    shards = told["fsdp 8"]["shards"]
+def test_optimizer_state_is_sharded_like_parameters(results: Results) -> None:
+    shards = results["fsdp 8"]["shards"]
     for path, (whole, part) in shards.items():
         is_matrix = re.search("kernel|table", path)
         assert math.prod(whole) == math.prod(part) * (8 if is_matrix else 1), path
@@ -158,11 +158,11 @@ def test_optimizer_state_is_sharded_like_parameters(told: Told) -> None:
     assert moments
 
 
-# The rules.
+# Partition rules.
 
 
 def models() -> dict[str, Any]:
-    """A model of every family and of every part."""
+    """Return a model of every family and component."""
     base = {"model.bias": True, "model.vocab_size": 64, "model.attention.sinks": True, "model.tie_embeddings": False}
     found = {
         name: small_config(**{f"model.{knob}": value for knob, value in preset.items()}).model
@@ -239,7 +239,7 @@ def test_minus_one_takes_the_remaining_devices() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "n_devices", "says"),
+    ("sizes", "n_devices", "message"),
     [
         ({"fsdp": 3}, 8, "config.mesh has fsdp 3 = 3 devices, but there are 8 devices; the product must divide 8."),
         ({"data": 1, "tensor": 4}, 8, "config.mesh has tensor 4 = 4 devices, but there are 8 devices; "),
@@ -248,9 +248,9 @@ def test_minus_one_takes_the_remaining_devices() -> None:
         ({"tensor": 0}, 8, "config.mesh.tensor=0: "),
     ],
 )
-def test_invalid_mesh_is_rejected(sizes: dict[str, int], n_devices: int, says: str) -> None:
+def test_invalid_mesh_is_rejected(sizes: dict[str, int], n_devices: int, message: str) -> None:
     mesh = small_config(**{f"mesh.{axis}": size for axis, size in sizes.items()}).mesh
-    with pytest.raises(UserError, match=re.escape(says)):
+    with pytest.raises(UserError, match=re.escape(message)):
         axis_sizes(mesh, n_devices)
 
 

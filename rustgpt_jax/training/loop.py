@@ -144,8 +144,8 @@ class PopulationExecutor:
         idle = next(iter(args.values()))._replace(count=np.int32(0))
         batches, *scalars = zip(*(args.get(index, idle) for index in range(self._n_slots)), strict=True)
         # Stack batches where they are, on the devices or the host.
-        is_on_devices = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batches))
-        batches_P = _stack_on_devices(batches) if is_on_devices else stack(batches)
+        is_mesh_cases = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batches))
+        batches_P = _stack_mesh_cases(batches) if is_mesh_cases else stack(batches)
         args_P = StepArgs(batches_P, *map(stack, scalars))
         if self._plan.mesh is None:
             args_P = jax.device_put(args_P)
@@ -168,7 +168,7 @@ class PopulationExecutor:
 
 
 @jax.jit
-def _stack_on_devices(trees: Sequence[Any]) -> Any:
+def _stack_mesh_cases(trees: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 

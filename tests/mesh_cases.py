@@ -1,6 +1,6 @@
-"""Trains small models on meshes of 8 virtual devices, of one process or several, and tells what came of it as JSON.
+"""Trains small models on meshes of 8 virtual devices in one or several processes, and prints the results as JSON.
 
-python tests/on_devices.py FOLDER [--meet=HOST:PORT,PROCESSES,PROCESS] [CASE ...]
+python tests/mesh_cases.py FOLDER [--distributed=HOST:PORT,PROCESSES,PROCESS] [CASE ...]
 """
 
 import json
@@ -48,16 +48,16 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 
 
 def config_of(knobs: dict[str, Any], mesh: dict[str, int]) -> Config:
-    """A small model on a mesh; devices that the mesh does not name are of its axis data."""
+    """Return the config of a small model on a mesh. Remaining devices belong to the data axis."""
     return small_config(**{**BASE, **knobs, **{f"mesh.{axis}": size for axis, size in mesh.items()}})
 
 
 def batches_of(config: Config) -> Batch:
-    """Some batches of documents and padding, without a pattern."""
+    """Return random batches with documents and padding."""
     random = np.random.default_rng(0)
     shape = STEPS, config.training.batch_size, config.model.context_length
     tokens = random.integers(0, 64, (*shape[:2], shape[2] + 1)).astype(np.int32)
-    # As if half of the texts were the first ones again, so that there is something to learn.
+    # Repeat half of the rows, so that there is something to learn.
     tokens[:, ::2] = tokens[0, 0]
     segments = 1 + (np.arange(shape[2]) > shape[2] // 3).astype(np.int32)
     positions = np.where(segments == 2, np.arange(shape[2]) - shape[2] // 3 - 1, np.arange(shape[2])).astype(np.int32)
@@ -67,28 +67,28 @@ def batches_of(config: Config) -> Batch:
 
 
 def whole(tree: Any) -> Any:
-    """A tree of arrays, wherever their parts lie, as NumPy arrays of this process."""
+    """Gather a tree of sharded arrays as NumPy arrays of this process."""
     return multihost_utils.process_allgather(tree, tiled=True) if jax.process_count() > 1 else jax.device_get(tree)
 
 
 def run(config: Config, devices: list[jax.Device], folder: Path | None = None) -> dict[str, Any]:
-    """Initial parameters, the gradient of the first batch, the losses of all steps, and the compiled program."""
+    """Return initial parameters, the gradient of the first batch, the losses of all steps, and the compiled program."""
     (static, hparams), batches = partition(config), batches_of(config)
-    placement = plan_for_devices(config.mesh, devices)
+    plan = plan_for_devices(config.mesh, devices)
     rows = config.training.batch_size
-    # What lies on one device of this process is whole.
-    take = whole if placement.mesh else jax.device_get
-    with placement.use_mesh():
-        here = placement.local_rows(rows, config.model.context_length)
+    # Arrays on one device of this process are complete.
+    take = whole if plan.mesh else jax.device_get
+    with plan.use_mesh():
+        here = plan.local_rows(rows, config.model.context_length)
         batches = jax.tree.map(lambda leaf: leaf[:, here], batches)
         state = compiled_init_state(static, hparams)
         first = take(state.params)
         shards = {path: leaf.addressable_shards[0].data.shape for path, leaf in flatten_paths(state).items()}
-        one = placement.shard_batch(jax.tree.map(lambda leaf: leaf[0], batches), rows)
+        one = plan.shard_batch(jax.tree.map(lambda leaf: leaf[0], batches), rows)
         key = jax.random.key(1)
         gradients = jax.jit(lambda params, batch: gradient(params, batch, combine(static, hparams), key)[0])
         found = take(gradients(state.params, one))
-        arguments = placement.shard_batch(batches, rows), np.int32(STEPS), hparams, np.int32(0)
+        arguments = plan.shard_batch(batches, rows), np.int32(STEPS), hparams, np.int32(0)
         compiled = compiled_train_steps.lower(static, state, *arguments).compile()
         state, metrics = compiled(state, *arguments)
         if folder is not None:
@@ -101,18 +101,18 @@ def run(config: Config, devices: list[jax.Device], folder: Path | None = None) -
             "last": take(state),
             "shards": shards,
             "text": compiled.as_text(),
-            "sizes": placement.sizes,
+            "sizes": plan.sizes,
         }
 
 
 @cache
 def run_alone(knobs: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    """The same on one device."""
+    """Run a case on one device."""
     return run(config_of(dict(knobs), {}), jax.local_devices()[:1])
 
 
 def difference(left: Any, right: Any) -> dict[str, float]:
-    """The largest difference in each array of two trees, as a share of the largest value."""
+    """Return the largest difference of each array of two trees, relative to its largest value."""
     left, right = flatten_paths(left), flatten_paths(right)
     return {
         path: float(np.max(np.abs(left[path] - right[path])) / max(np.max(np.abs(left[path])), 1e-6)) for path in left
@@ -120,13 +120,13 @@ def difference(left: Any, right: Any) -> dict[str, float]:
 
 
 def same_bits(left: Any, right: Any) -> bool:
-    """Whether two trees have the same bits."""
+    """Return whether two trees are bit-identical."""
     pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
     return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
 
 
-def told(knobs: dict[str, Any], mesh: dict[str, int], folder: Path) -> dict[str, Any]:
-    """What a case shows, beside the same model on one device."""
+def run_case(knobs: dict[str, Any], mesh: dict[str, int], folder: Path) -> dict[str, Any]:
+    """Return the results of a case, and those of the same model on one device."""
     config = config_of(knobs, mesh)
     alone, here = run_alone(tuple(knobs.items())), run(config, jax.devices(), folder)
     found = find_collectives(here["text"], 8)
@@ -157,7 +157,7 @@ def told(knobs: dict[str, Any], mesh: dict[str, int], folder: Path) -> dict[str,
 if __name__ == "__main__":
     root, names = Path(sys.argv[1]), [word for word in sys.argv[2:] if not word.startswith("--")]
     for word in sys.argv[2:]:
-        if word.startswith("--meet="):
-            coordinator, count, index = word.removeprefix("--meet=").split(",")
+        if word.startswith("--distributed="):
+            coordinator, count, index = word.removeprefix("--distributed=").split(",")
             jax.distributed.initialize(coordinator, int(count), int(index))
-    print(json.dumps({name: told(*CASES[name], root / name.replace(" ", "_")) for name in names or CASES}))
+    print(json.dumps({name: run_case(*CASES[name], root / name.replace(" ", "_")) for name in names or CASES}))
