@@ -476,5 +476,5 @@ def test_folders_not_named_by_step_are_ignored(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     (tmp_path / "12").write_text("a file")
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
-        assert checkpoints.written() == [4]
+        assert checkpoints.steps_on_disk() == [4]
         assert checkpoints.restore(shapes_of(small_state(a=[0.0]))).params["a"] == 1.0

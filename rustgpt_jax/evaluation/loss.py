@@ -185,14 +185,14 @@ def evaluate(
             progress(len(losses))
         pending.append(eval_loss_sums(params, batch, model, loss_chunk_size, n_parts))
         if len(pending) >= limit:
-            _read([pending.popleft() for _ in range((limit + 1) // 2)], losses, weights)
+            _append_sums([pending.popleft() for _ in range((limit + 1) // 2)], losses, weights)
             # The first batch includes compilation; its time does not count.
             if len(losses) == 1:
                 limit, start = 2, time.monotonic()
             else:
                 seconds = (time.monotonic() - start) / (len(losses) - 1)
                 limit = max(1, min(MOST_PENDING, int(MOST_SECONDS_PENDING / max(seconds, 1e-9))))
-    _read(list(pending), losses, weights)
+    _append_sums(list(pending), losses, weights)
     if not losses:
         return {}
     # In the order of the batches, in float64.
@@ -205,7 +205,7 @@ def evaluate(
     }
 
 
-def _read(sums: Sequence[LossSums], losses: "array[float]", weights: "array[float]") -> None:
+def _append_sums(sums: Sequence[LossSums], losses: "array[float]", weights: "array[float]") -> None:
     """Wait for the sums of some batches and append their losses and weights."""
     for part in jax.device_get(sums):
         losses.append(float(part.loss))

@@ -98,7 +98,7 @@ class Checkpoints:
         """Return the steps of all checkpoints, in ascending order."""
         return sorted(self._manager.all_steps())
 
-    def written(self) -> list[int]:
+    def steps_on_disk(self) -> list[int]:
         """Return the steps of the checkpoints that are completely on disk, in ascending order."""
         return sorted(int(path.name) for path in self._folder.glob("*") if is_step_name(path.name) and path.is_dir())
 
@@ -298,7 +298,7 @@ class Checkpoints:
             except Exception as error:
                 if is_peer_lost(error) or isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                     raise
-                raise CorruptCheckpoint(_reason(error)) from error
+                raise CorruptCheckpoint(_describe_error(error)) from error
         found = fingerprint_tree(state)
         changed = [path for path in sorted(found) if metadata["fingerprints"].get(path) != found[path]]
         if changed:
@@ -339,7 +339,7 @@ def _translate_io_errors(folder: Path, what: str = "written") -> Iterator[None]:
         raise
     # The threads of Orbax and TensorStore raise many types of errors.
     except Exception as error:
-        raise NotWritableError(f"{folder}: the checkpoint cannot be {what}: {_reason(error)}.") from error
+        raise NotWritableError(f"{folder}: the checkpoint cannot be {what}: {_describe_error(error)}.") from error
 
 
 def _check_space(folder: Path, n_bytes: int) -> None:
@@ -354,7 +354,7 @@ def _check_space(folder: Path, n_bytes: int) -> None:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({needs})")
 
 
-def _reason(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     """Return the operating system's message in an error of a library, or the first line of the error."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

@@ -55,7 +55,7 @@ class EvaluationStopped(Exception):
 
 
 class ProgressSink(Protocol):
-    """Shows the progress of a run to the user."""
+    """Interface to show the progress of a run."""
 
     def update(self, step: int, values: Mapping[str, float], stage: str) -> None:
         """Show the metrics of a step."""
@@ -75,7 +75,7 @@ class StepEvent:
         step: The number of steps done.
         state: The state after the step.
         is_stopped: Returns whether a stop is requested.
-        owes_evaluation: Whether the evaluation after this step was stopped earlier and has to be repeated.
+        has_pending_evaluation: Whether the evaluation after this step was stopped earlier and has to be repeated.
         is_best: Whether this state has the lowest validation loss of the stage. Set by `Evaluate`.
         is_evaluation_stopped: Whether the evaluation was stopped. Set by `Evaluate`.
     """
@@ -83,13 +83,13 @@ class StepEvent:
     step: int
     state: State
     is_stopped: Callable[[], bool]
-    owes_evaluation: bool = False
+    has_pending_evaluation: bool = False
     is_best: bool = False
     is_evaluation_stopped: bool = False
 
 
 class Hook(Protocol):
-    """Called after each step at which an evaluation or a checkpoint is due, or a stage or the run ends."""
+    """A function that is called after a step with an evaluation or checkpoint, and at the end of a stage or run."""
 
     def __call__(self, event: StepEvent) -> bool:
         """Run the hook. Returns False to skip the hooks after it."""
@@ -180,19 +180,19 @@ class LogMetrics:
 class Evaluate:
     """Evaluates on the validation split of a stage, and writes samples.
 
-    Validation losses up to step `compares_after` were measured on other batches: they do not count for the best loss.
+    Validation losses up to step `incomparable_until` are of other batches and do not count for the best loss.
     """
 
     data: StageData
     run: RunDir
     tokenizer: Tokenizer
     log: LogMetrics
-    compares_after: int = 0
+    incomparable_until: int = 0
 
     def __post_init__(self) -> None:
         # Other stages are evaluated on other text.
         stage, lines = self.data.stage, iter_metrics(self.run.path, containing=b'"valid/loss"')
-        start = max(stage.first_step, self.compares_after)
+        start = max(stage.first_step, self.incomparable_until)
         comparable = (line for line in lines if start < line["step"] <= stage.end_step)
         self._best_loss = min((line["valid/loss"] for line in comparable if "valid/loss" in line), default=np.inf)
 
@@ -202,7 +202,7 @@ class Evaluate:
 
     def __call__(self, event: StepEvent) -> bool:
         """Evaluate if it is due. Returns False if the evaluation was stopped, in which case nothing was written."""
-        if not (self.is_due(event.step) or event.owes_evaluation):
+        if not (self.is_due(event.step) or event.has_pending_evaluation):
             return True
         try:
             event.is_best = self.evaluate(event.state, event.step, event.is_stopped)

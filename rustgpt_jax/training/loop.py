@@ -49,7 +49,7 @@ def run_training_loop(
     is_stopped: Callable[[], bool],
     before_call: Callable[[], object] = lambda: None,
 ) -> None:
-    """Train runs to their ends, or until a stop is requested; then save them all.
+    """Train runs until they are over or a stop is requested, then save them.
 
     Args:
         trainers: The runs, all on the same devices.
@@ -58,7 +58,7 @@ def run_training_loop(
         before_call: Called before each call of the compiled program, and after the last one.
     """
     for index, trainer in enumerate(trainers):
-        if trainer.owes_evaluation:
+        if trainer.has_pending_evaluation:
             _run_hooks(trainer, executor.get_state(index), is_stopped)
     while True:
         before_call()
@@ -109,7 +109,7 @@ class SingleRunExecutor:
             args = jax.device_put(args)
         else:
             args = args._replace(batches=self._plan.shard_batch(args.batches, static.training.batch_size))
-        self._state, metrics = _call([trainer], compiled_train_steps, static, self._state, *args)
+        self._state, metrics = _call_and_record([trainer], compiled_train_steps, static, self._state, *args)
         return lambda _: jax.device_get(metrics)
 
     def get_state(self, index: int) -> State:
@@ -151,7 +151,7 @@ class PopulationExecutor:
             args_P = jax.device_put(args_P)
         else:
             args_P = args_P._replace(batches=self._plan.shard_batch(batches_P, static.training.batch_size))
-        self._states_P, metrics_P = _call(
+        self._states_P, metrics_P = _call_and_record(
             active.values(), compiled_population_steps, self._mode, static, self._states_P, args_P
         )
         read = cache(lambda: jax.device_get(metrics_P))
@@ -182,12 +182,12 @@ def _set_member(tree_P: Any, tree: Any, index: jax.Array) -> Any:
     return jax.tree.map(lambda leaf_P, leaf: leaf_P.at[index].set(leaf), tree_P, tree)
 
 
-# The compiled programs that this process has called, by `_cache_key` of their arguments.
+# The compiled programs that this process has called, by the keys of their arguments.
 _programs: dict[Any, Program] = {}
 
 
-def _call(trainers: "Iterable[Trainer]", function: Any, *arguments: Any) -> Any:
-    """Call a compiled function, and record the program in the journal of each run that calls it for the first time."""
+def _call_and_record(trainers: "Iterable[Trainer]", function: Any, *arguments: Any) -> Any:
+    """Call a compiled function, and record its program in the event log of each run that has not recorded it."""
     new = [trainer for trainer in trainers if not trainer.is_program_recorded]
     if not new:
         return function(*arguments)
@@ -203,7 +203,7 @@ def _call(trainers: "Iterable[Trainer]", function: Any, *arguments: Any) -> Any:
 
 
 def _cache_key(argument: Any) -> Any:
-    """Return what selects the program of an argument: shape, dtype and sharding of an array; anything else as it is."""
+    """Return the shape, dtype and sharding of an array; any other argument is its own key."""
     if not hasattr(argument, "shape"):
         return argument
     return argument.shape, argument.dtype, getattr(argument, "sharding", None)

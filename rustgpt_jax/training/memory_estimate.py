@@ -135,7 +135,7 @@ def check_training_memory(config: Config, machine: Machine, mesh: Mapping[str, i
 
 
 def training_needs(config: Config) -> dict[str, float]:
-    """Return the bytes that a training step needs on all devices together, by what they are for."""
+    """Return the bytes that a training step needs for each purpose, on all devices together."""
     config, seq_len = _fill_vocab_size(config), config.data.seq_len or config.model.context_length
 
     def needs(config: Config) -> dict[str, float]:

@@ -195,24 +195,24 @@ Schedule = Callable[[jax.Array, Scalar, ScheduleConfig], jax.Array]
 
 
 def constant(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
-    """Constant 1."""
+    """No decay after the warmup."""
     del steps, schedule
     return jnp.ones_like(step, jnp.float32)
 
 
 def linear(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
-    """Linear decay from 1 after the warmup to final_lr_frac."""
+    """Linear decay after the warmup, from 1 to final_lr_frac."""
     return 1.0 - (1.0 - schedule.final_lr_frac) * _progress(step, schedule.warmup_steps, steps)
 
 
 def cosine(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
-    """Cosine decay from 1 after the warmup to final_lr_frac (arXiv 1608.03983)."""
+    """Cosine decay after the warmup, from 1 to final_lr_frac (arXiv 1608.03983)."""
     wave = 0.5 * (1.0 + jnp.cos(jnp.pi * _progress(step, schedule.warmup_steps, steps)))
     return schedule.final_lr_frac + (1.0 - schedule.final_lr_frac) * wave
 
 
 def wsd(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
-    """Constant 1, then linear decay to final_lr_frac over the last decay_frac of the steps (arXiv 2404.06395)."""
+    """Warmup-stable-decay: linear decay to final_lr_frac over the last decay_frac of the steps (arXiv 2404.06395)."""
     start = jnp.asarray(steps, jnp.float32) * (1.0 - schedule.decay_frac)
     return 1.0 - (1.0 - schedule.final_lr_frac) * _progress(step, start, steps)
 

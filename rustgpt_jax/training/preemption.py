@@ -14,7 +14,7 @@ STOPPED_BY_CLUSTER = os.EX_TEMPFAIL
 
 
 class StopRequest:
-    """Handles signals as requests to stop. Use it as a context manager; it is true after a signal.
+    """Context manager that handles signals as requests to stop. It is true after a signal.
 
     Python runs signal handlers only between bytecode instructions of the main thread. A background thread waits for a
     second SIGINT, so that it can end the process while the main thread waits for a long computation.

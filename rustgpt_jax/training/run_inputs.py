@@ -68,7 +68,7 @@ class RunInputs:
         """The total number of steps of all stages."""
         return self.stages[-1].stage.end_step
 
-    def compares_after(self, data: StageData) -> int:
+    def find_last_incomparable_step(self, data: StageData) -> int:
         """Return the last step before a stage whose validation loss was measured on other batches."""
         earlier = [each.stage for each in self.stages[: self.stages.index(data)]]
         n_batches = data.stage.config.logging.eval_batches

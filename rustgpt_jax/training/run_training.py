@@ -238,7 +238,7 @@ def _translate_io_errors(run: Trainer) -> Iterator[None]:
         # A checkpoint may still be being written, and may succeed.
         with suppress(NotWritableError):
             run.checkpoints.wait()
-        steps = run.checkpoints.written()
+        steps = run.checkpoints.steps_on_disk()
         last = f"the checkpoint of step {steps[-1]} is complete" if steps else "there is no checkpoint"
         raise UserError(f"{reason} Training stopped at step {run.step}; {last}.") from error
 

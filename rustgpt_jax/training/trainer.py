@@ -144,11 +144,11 @@ class Trainer:
     @property
     def is_over(self) -> bool:
         """Whether training has reached its end or diverged."""
-        is_at_end = self.step >= self.end_step and not self.owes_evaluation
+        is_at_end = self.step >= self.end_step and not self.has_pending_evaluation
         return is_at_end or self.diverged_at is not None
 
     @property
-    def owes_evaluation(self) -> bool:
+    def has_pending_evaluation(self) -> bool:
         """Whether the evaluation after the last step was stopped, and has to be repeated before the next step."""
         return self.step == self._stopped_evaluation
 
@@ -181,13 +181,13 @@ class Trainer:
 
     @property
     def program(self) -> StageProgram:
-        """The program of the next step, and its arguments that do not change."""
+        """The program of the next step, and its constant arguments."""
         return self.inputs.programs[self._stage_index]
 
     @property
     def _stage_index(self) -> int:
         stages = self.inputs.stages
-        next_step = self.step if self.owes_evaluation else self.step + 1
+        next_step = self.step if self.has_pending_evaluation else self.step + 1
         return next((index for index, data in enumerate(stages) if next_step <= data.stage.last_step), len(stages) - 1)
 
     # Training.
@@ -281,8 +281,8 @@ class Trainer:
 
     def _open_metrics(self) -> None:
         # An evaluation that was stopped or killed may have left some of its lines.
-        truncate_after(self.folder.samples_file, self.step - self.owes_evaluation)
-        truncate_after(self.folder.metrics_file, self.step, keeps_evaluation=not self.owes_evaluation)
+        truncate_after(self.folder.samples_file, self.step - self.has_pending_evaluation)
+        truncate_after(self.folder.metrics_file, self.step, keeps_evaluation=not self.has_pending_evaluation)
         self._writer = MetricsWriter(self.folder.path, self.step)
 
     def _close(self) -> None:
@@ -327,14 +327,14 @@ class Trainer:
         return evaluate.is_due(self.step) or save.is_due(self.step) or is_at_end
 
     def new_event(self, state: State, is_stopped: Callable[[], bool]) -> StepEvent:
-        """Return the event to call the hooks with after the last step."""
-        return StepEvent(self.step, state, is_stopped, self.owes_evaluation)
+        """Return the argument for the hooks after the last step."""
+        return StepEvent(self.step, state, is_stopped, self.has_pending_evaluation)
 
     def on_event_done(self, event: StepEvent) -> None:
         """Record that all hooks were called, or that an evaluation was stopped and has to be repeated."""
         data = self.hooks[0].data
         if event.is_evaluation_stopped:
-            if not event.owes_evaluation:
+            if not event.has_pending_evaluation:
                 self._events.append("evaluation", step=self.step, is_done=False)
                 self._stopped_evaluation = self.step
             return
@@ -345,7 +345,7 @@ class Trainer:
         if self.step == data.stage.last_step:
             self._close_source()
             self._hooks = self._hooks if self.step >= self.end_step else None
-        if event.owes_evaluation:
+        if event.has_pending_evaluation:
             # After the checkpoint is marked as the best.
             self._events.append("evaluation", step=self.step, is_done=True)
             self._stopped_evaluation = None
@@ -368,16 +368,16 @@ class Trainer:
         if not self.folder.config_file.exists():
             raise NotWritableError(f"{self.folder.config_file} was deleted during training.")
         # Files written by other processes may become visible with a delay.
-        if is_process_zero() and self.diverged_at is None and self.step not in self.checkpoints.written():
+        if is_process_zero() and self.diverged_at is None and self.step not in self.checkpoints.steps_on_disk():
             raise NotWritableError(f"{self.folder.checkpoints}: the checkpoint of step {self.step} was deleted.")
 
     def stop(self, state: State) -> None:
-        """Save the state after the last step, to resume from."""
+        """Save the state after the last step, so that the run can be resumed."""
         self.flush_metrics()
         if self.needs_rewind:
             self._undo_steps()
         elif self.diverged_at is None:
-            is_scheduled = self.owes_evaluation and self.hooks[2].is_due(self.step)
+            is_scheduled = self.has_pending_evaluation and self.hooks[2].is_due(self.step)
             self.checkpoints.save(state, self.step, is_scheduled=is_scheduled)
 
     @property
@@ -385,9 +385,9 @@ class Trainer:
         """The hooks of the stage of the last step, in the order in which they are called."""
         if self._hooks is None:
             assert self._writer is not None, "begin() opens the metrics file"
-            data, compares_after = self.stage, self.inputs.compares_after(self.stage)
+            data, incomparable_until = self.stage, self.inputs.find_last_incomparable_step(self.stage)
             log = LogMetrics(data, self._writer, self._progress, self.plan, self._seconds_per_step)
-            evaluate = Evaluate(data, self.folder, self.inputs.tokenizer, log, compares_after)
+            evaluate = Evaluate(data, self.folder, self.inputs.tokenizer, log, incomparable_until)
             self._hooks = log, evaluate, SaveCheckpoint(data, self.checkpoints, self.end_step)
         return self._hooks
 
