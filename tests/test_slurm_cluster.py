@@ -64,7 +64,7 @@ def test_stop_leaves_no_processes(tmp_path: Path) -> None:
 def test_stop_ignores_other_folders(tmp_path: Path) -> None:
     (tmp_path / "slurm.conf").write_text("ClusterName=production\n")
     stopped = run_script("stop", tmp_path)
-    assert stopped.stderr == f"no cluster that `slurm_cluster start` began in {tmp_path}\n"
+    assert stopped.stderr == f"no cluster of `slurm_cluster start` in {tmp_path}\n"
     assert [file.name for file in tmp_path.iterdir()] == ["slurm.conf"]
 
 

@@ -215,24 +215,6 @@ def test_queued_jobs_run_the_code_snapshot_and_outlive_the_launcher(
 
 
 @pytest.mark.slow
-@pytest.mark.long
-def test_cancelled_job_is_resubmitted(
-    config: Path, tmp_path: Path, cluster: Environment, undisturbed: Callable[[str], Path]
-) -> None:
-    run = tmp_path / "run"
-    with started(on_slurm(config, run, "--sweep=one"), cluster) as launcher:
-        wait_for(lambda: steps(run) and min(steps(run)) > 1, "a step")
-        ask(cluster, "scancel", events(run, "queued")[0]["job"])
-        printed, _ = launcher.communicate(timeout=TIMEOUT_SECONDS)
-        assert launcher.returncode == 0, printed
-    jobs = [event["job"] for event in events(run, "queued")]
-    assert len(set(jobs)) == len(jobs) == 2
-    assert len(events(run, "finished")) == 1
-    assert len(found(run)) == 1
-    assert found(run).items() <= found(undisturbed("long")).items()
-
-
-@pytest.mark.slow
 def test_trial_fails_after_repeated_job_failures(config: Path, tmp_path: Path, cluster: Environment) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\nif 'SLURM_JOB_ID' in os.environ:\n    sys.stderr.write('no disk')\n    os._exit(3)\n"
@@ -273,8 +255,8 @@ def test_problems_of_the_cluster_are_one_sentence(config: Path, tmp_path: Path, 
         for name, (_, _, sentence) in cases.items():
             printed, _ = running[name].communicate(timeout=TIMEOUT_SECONDS)
             assert running[name].returncode == 2, printed
-            *shown, said = printed.splitlines()
-            assert said.startswith("error: ") and sentence in said, printed
+            *shown, message = printed.splitlines()
+            assert message.startswith("error: ") and sentence in message, printed
             assert [line for line in shown if not line.startswith("shape class")] == []
             assert {event["event"] for event in events(tmp_path / name, *EVENTS)} == {"planned"}
 

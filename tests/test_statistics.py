@@ -237,11 +237,11 @@ def brute_shares(columns: Sequence[Sequence[int]], losses: np.ndarray, pairs: bo
         inside = [subset for size in range(len(knobs)) for subset in itertools.combinations(knobs, size)]
         effects[knobs] = means - sum(effects[subset] for subset in inside)
         degrees[knobs] = len(set(cells)) - sum(degrees[subset] for subset in inside)
-    told = [knobs for knobs in effects if knobs and len(knobs) <= 1 + pairs]
-    fitted = losses.mean() + sum(effects[knobs] for knobs in told)
-    error = np.sum((losses - fitted) ** 2) / (len(losses) - 1 - sum(degrees[knobs] for knobs in told))
+    reported = [knobs for knobs in effects if knobs and len(knobs) <= 1 + pairs]
+    fitted = losses.mean() + sum(effects[knobs] for knobs in reported)
+    error = np.sum((losses - fitted) ** 2) / (len(losses) - 1 - sum(degrees[knobs] for knobs in reported))
     total = np.sum((losses - losses.mean()) ** 2) + error
-    shares = [max(np.sum(effects[knobs] ** 2) - degrees[knobs] * error, 0) / total for knobs in told]
+    shares = [max(np.sum(effects[knobs] ** 2) - degrees[knobs] * error, 0) / total for knobs in reported]
     return [*shares, 1 - sum(shares)]
 
 

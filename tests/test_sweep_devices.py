@@ -1,4 +1,4 @@
-"""Sweeps over several devices: a trial on each, or on a mesh of several of them, with the numbers of a run alone."""
+"""Sweeps on several devices: one trial per device or per mesh, with the losses of runs alone."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def sweep():
 
 
 def call(n_devices: int, *words: str) -> str:
-    """What a verb prints that has so many devices."""
+    """Run a command with a number of devices, and return its output."""
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={n_devices}",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
@@ -55,15 +55,13 @@ def losses(run: Path) -> list[tuple[int, Any, Any]]:
     ("mesh", "per_trial"),
     [([], 1), (["--config.mesh.fsdp=2", "--config.mesh.data=1"], 2)],
 )
-def test_trials_have_their_own_devices_and_the_bits_of_runs_alone(
-    tmp_path: Path, mesh: list[str], per_trial: int
-) -> None:
+def test_trials_on_separate_devices_match_runs_alone(tmp_path: Path, mesh: list[str], per_trial: int) -> None:
     (tmp_path / "small.py").write_text(CONFIG)
     config = f"--config={tmp_path}/small.py"
-    foretold = call(4, "sweep", config, f"--run={tmp_path}/sweep", "--dry_run", *mesh)
+    preview = call(4, "sweep", config, f"--run={tmp_path}/sweep", "--dry_run", *mesh)
     call(4, "sweep", config, f"--run={tmp_path}/sweep", *mesh)
     if per_trial == 2:
-        assert "each on 2 devices (fsdp 2)" in " ".join(foretold.split())
+        assert "each on 2 devices (fsdp 2)" in " ".join(preview.split())
     trials = sorted((tmp_path / "sweep" / "trials").iterdir())
     assert len(trials) == 3
     for trial in trials:

@@ -477,18 +477,6 @@ def test_parallel_coordinates_end_at_their_losses(tmp_path: Path) -> None:
     assert sorted(ends, key=lambda trial: -ends[trial]) == sorted(losses, key=lambda trial: losses[trial])
 
 
-def test_validation_curves_are_plotted_if_one_trial_has_none(tmp_path: Path) -> None:
-    trials = grid(seed=(0, 1, 2))
-    folder = write_sweep(tmp_path / "sweep", trials)
-    metrics = folder / "trials" / trial_id(trials[0]) / "metrics.jsonl"
-    metrics.write_text("".join(line for line in metrics.read_text().splitlines(True) if "valid/" not in line))
-    _, page = write_report(folder)
-    figure = next(figure for figure in re.findall(r"(?s)<figure.*?</figure>", page) if "Loss curves" in figure)
-    assert "training loss, nats per token" in figure and "validation loss, nats per token" in figure
-    drawn = attributes(figure, "data-trial")
-    assert [drawn.count(trial_id(trial)) for trial in trials] == [1, 2, 2]
-
-
 def test_shares_of_importance_sum_to_100_percent(tmp_path: Path) -> None:
     def loss(trial: dict[str, Any]) -> float:
         return 2.0 + trial["model.bias"] + trial["model.n_layers"] + (trial["model.norm"] == "rmsnorm")

@@ -85,8 +85,8 @@ def test_status_is_the_last_event_except_queued(events: list[str], tmp_path_fact
     write_metrics(folder, {"seed": 0}, metrics({"seed": 0}, "finished", 2.0, 20))
     for event in events:
         append(folder, trial_id({"seed": 0}), event)
-    said = ["planned", *(event for event in events if event != "queued")][-1]
-    assert read_results(folder).trials[0].status == {"began": "running"}.get(said, said)
+    status = ["planned", *(event for event in events if event != "queued")][-1]
+    assert read_results(folder).trials[0].status == {"began": "running"}.get(status, status)
 
 
 def test_csv_does_not_depend_on_interruptions(tmp_path: Path) -> None:

@@ -131,13 +131,13 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_errors_name_the_trial(name: str) -> None:
-    sweep, said = WRONG[name]
+    sweep, message = WRONG[name]
     tree = copy.deepcopy(TREE)
     override(tree, {"model.bias": True})
     before = resolve(tree)
     with pytest.raises(UserError) as error:
         make_trials(tree, sweep)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert str(error.value).endswith((".", "?")) and "\n" not in str(error.value)
     assert resolve(tree) == before
 
@@ -188,8 +188,8 @@ WRONG_SPACES = {
 
 @pytest.mark.parametrize("name", WRONG_SPACES)
 def test_invalid_spaces_are_errors(name: str) -> None:
-    space, said = WRONG_SPACES[name]
-    with pytest.raises(UserError, match=re.escape(said)):
+    space, message = WRONG_SPACES[name]
+    with pytest.raises(UserError, match=re.escape(message)):
         sample_feasible_points(TREE, tpe(4, space))
 
 
@@ -217,11 +217,11 @@ import runpy
 import os
 end = os._exit
 
-def told(status):
+def report(status):
     print([name for name in ("jax", "jaxlib", "flax", "optax", "orbax") if name in sys.modules], flush=True)
     end(status)
 
-os._exit = told
+os._exit = report
 runpy.run_path(ROOT + "/launch.py", run_name="__main__")
 """
 

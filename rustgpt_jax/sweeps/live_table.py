@@ -87,7 +87,10 @@ class LiveTable:
                 if event["event"] in ENDED:
                     self._reported[name] = event["time"]
                     if not self._live:
-                        self.message(self._line(name, event))
+                        what = event["event"] + (f" ({event['error']})" if "error" in event else "")
+                        loss = f"  loss {self._losses[name]:.4f}" if name in self._losses else ""
+                        knobs = describe_overrides(self._trials[name].overrides)
+                        self.message(f"{name} {what}{loss}  {knobs}  [{self._summary()}]")
 
     def _read(self, name: str, event: Event) -> None:
         last = last_metrics(self._folder.trial(name).path)
@@ -98,11 +101,6 @@ class LiveTable:
 
     def _states(self) -> dict[str, Event]:
         return {name: event for name, event in self._ledger.states().items() if name in self._trials}
-
-    def _line(self, name: str, event: Event) -> str:
-        what = event["event"] + (f" ({event['error']})" if "error" in event else "")
-        loss = f"  loss {self._losses[name]:.4f}" if name in self._losses else ""
-        return f"{name} {what}{loss}  {describe_overrides(self._trials[name].overrides)}  [{self._summary()}]"
 
     def _summary(self) -> str:
         state_of = {name: event["event"] for name, event in self._states().items()}

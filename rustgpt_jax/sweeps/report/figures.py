@@ -93,8 +93,8 @@ def plot_loss_curves(results: Results) -> ReportFigure | None:
         axes.set(title=title, xlabel="step", xlim=(0, max(curve[-1][0] for curve in curves.values()) or 1))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        whole = [curves[trial.id] for trial in results.trials if trial.id in curves and trial.status != DIVERGED]
-        set_loss_axis(axes, [loss for curve in whole or curves.values() for _, loss in curve])
+        stable = [curves[trial.id] for trial in results.trials if trial.id in curves and trial.status != DIVERGED]
+        set_loss_axis(axes, [loss for curve in stable or curves.values() for _, loss in curve])
         max_points = min(MAX_POINTS_PER_TRIAL, max(MAX_POINTS // len(curves), 2))
         bin_size = max(bin_size, math.ceil(max(map(len, curves.values())) / max_points))
         width = 1.7 if len(curves) <= 12 else 1.2 if len(curves) <= 60 else 0.8

@@ -216,8 +216,13 @@ def decompose_variance(
         losses: The losses; trials with a non-finite loss are ignored.
         without_interactions: Knobs, such as the seed, whose interactions count as noise.
     """
-    columns, finite = _drop_non_finite(knob_values, losses)
-    n = len(finite)
+    all_losses = np.asarray(losses, float)
+    is_finite = np.isfinite(all_losses)
+    finite, n = all_losses[is_finite], int(is_finite.sum())
+    columns = {
+        knob: [value for value, counts in zip(column, is_finite, strict=True) if counts]
+        for knob, column in knob_values.items()
+    }
     bases = {knob: basis for knob in columns if (basis := _make_basis(columns[knob])).values.shape[1] and n > 2}
     while bases and _count_columns(bases.values(), 1) > n - 2:
         del bases[max(bases, key=lambda knob: bases[knob].up_to(1).shape[1])]
@@ -311,18 +316,6 @@ def _divide_variance(
     scale = np.where(of_only > gain, gain, 1.0) / np.where(of_only > gain, of_only, 1.0)
     parts = {name: only[name] * scale + alone[name] * common for name in groups if alone[name][1] > 0}
     return {name: max(float(squares - rank * error), 0.0) for name, (squares, rank) in parts.items()}
-
-
-def _drop_non_finite(
-    knob_values: Mapping[str, Sequence[Any]], losses: Sequence[float]
-) -> tuple[dict[str, list[Any]], np.ndarray]:
-    """Return the values of each knob and the losses of the trials with finite losses."""
-    finite = np.isfinite(np.asarray(losses, float))
-    columns = {
-        knob: [value for value, counts in zip(column, finite, strict=True) if counts]
-        for knob, column in knob_values.items()
-    }
-    return columns, np.asarray(losses, float)[finite]
 
 
 def _fit(groups: Sequence[np.ndarray], losses: np.ndarray) -> tuple[float, int]:
