@@ -26,8 +26,8 @@ from rustgpt_jax.sweeps.planner import (
     Cost,
     Plan,
     ShapeClass,
-    class_key,
     estimate_cost,
+    get_class_key,
     group_by_shape,
     make_plan,
 )
@@ -70,12 +70,12 @@ def test_traced_knobs_share_a_program_and_static_knobs_do_not(group: str) -> Non
     before = small_config(**BEFORE)
     for path in [path for path in FIELDS if path.split(".")[0] == group]:
         after = replace_paths(before, {path: change(get_path(before, path))})
-        assert (class_key(before) != class_key(after)) == selects_a_program(path), path
+        assert (get_class_key(before) != get_class_key(after)) == selects_a_program(path), path
 
 
 @pytest.mark.parametrize("path", SWITCHES)
 def test_a_knob_at_zero_selects_another_program(path: str) -> None:
-    on, other, off = (class_key(small_config(**{path: value})) for value in (0.25, 0.5, 0.0))
+    on, other, off = (get_class_key(small_config(**{path: value})) for value in (0.25, 0.5, 0.0))
     assert on == other != off
 
 
@@ -84,9 +84,9 @@ def test_stages_are_part_of_the_program() -> None:
         stages = ({"name": "pretrain"}, {"name": "instruct"})
         tree = small_tree(stages=stages)
         (trial,) = make_trials(tree, [{path.replace("__", "."): value for path, value in overrides.items()}])
-        return class_key(trial.config)
+        return get_class_key(trial.config)
 
-    alone, both = class_key(small_config()), key()
+    alone, both = get_class_key(small_config()), key()
     assert len(both) == 2 and both != alone and both[0] == alone[0]
     assert key(stages__instruct__optimizer__learning_rate=0.5, stages__pretrain__training__steps=9) == both
     assert key(stages__instruct__data__seq_len=16) != both

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import IO, NamedTuple
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.sweeps.launchers import visible_gpus
+from rustgpt_jax.sweeps.launchers import find_visible_gpus
 from rustgpt_jax.training.preemption import SIGNALS
 from rustgpt_jax.workdir.code_snapshot import list_differing_files, read_verified_code, write_code
 from rustgpt_jax.workdir.environment import environment_variables
@@ -75,7 +75,7 @@ class SnapshotCode(NamedTuple):
     def _variables(self) -> dict[str, str]:
         path = os.pathsep.join(filter(None, [str(self.folder), os.environ.get("PYTHONPATH")]))
         variables = environment_variables(self.launch.environment, self.launch.devices) | {"PYTHONPATH": path}
-        if gpus := visible_gpus():
+        if gpus := find_visible_gpus():
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[: self.launch.devices])
         return variables
 

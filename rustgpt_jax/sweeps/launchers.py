@@ -146,7 +146,7 @@ class _WorkerProcess:
     def _start(self) -> "subprocess.Popen[str]":
         self._log.parent.mkdir(exist_ok=True)
         check_no_symlinks([self._log])
-        code, gpus = self._launch.code, visible_gpus()
+        code, gpus = self._launch.code, find_visible_gpus()
         command = [sys.executable, "-P", "-m", "rustgpt_jax.sweeps.worker", str(self._launch.folder.path), code.name]
         path = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
         own_gpu = {"CUDA_VISIBLE_DEVICES": gpus[self._index % len(gpus)]} if gpus else {}
@@ -175,7 +175,7 @@ class _WorkerProcess:
         return process.wait()
 
 
-def visible_gpus() -> list[str]:
+def find_visible_gpus() -> list[str]:
     """Return the CUDA names of the GPUs that this process may use, without starting JAX."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:

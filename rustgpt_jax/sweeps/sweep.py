@@ -16,7 +16,7 @@ from rustgpt_jax.registry import lookup
 from rustgpt_jax.sharding.hardware_specs import Machine, count_cores, detect_machine
 from rustgpt_jax.sharding.sharding_plan import min_devices
 from rustgpt_jax.sweeps.asset_cache import AssetCache
-from rustgpt_jax.sweeps.launchers import Launch, run_in_subprocesses, run_inline, visible_gpus
+from rustgpt_jax.sweeps.launchers import Launch, find_visible_gpus, run_in_subprocesses, run_inline
 from rustgpt_jax.sweeps.live_table import LiveTable
 from rustgpt_jax.sweeps.planner import MODES, Chunk, Plan, group_by_shape, make_plan
 from rustgpt_jax.sweeps.slurm import run_on_slurm
@@ -45,7 +45,7 @@ REMOTE_CPU = Machine("cpu", 1, 2e9, 0.0)
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """How to run a sweep; None means chosen automatically."""
+    """Options for running a sweep; None means chosen automatically."""
 
     launcher: str = "inline"
     mode: str = "auto"
@@ -88,7 +88,7 @@ class Sweep:
         assets.set_folder(folder.tokenizers)
         code = save_code_snapshot(folder).absolute()
         slurm_options, on_slurm = dict(options.slurm_options or {}), options.launcher == "slurm"
-        gpus = visible_gpus()
+        gpus = find_visible_gpus()
         n_workers = options.n_workers or (DEFAULT_JOBS if on_slurm else len(gpus) or count_cores())
         if options.launcher == "inline":
             self._machine = detect_machine()
@@ -126,7 +126,7 @@ class Sweep:
         if new := [trial for trial in trials if trial.id in deleted or trial.id not in planned]:
             self.ledger.append_all([(trial.id, "planned", {"overrides": trial.overrides}) for trial in new])
         self._ids |= dict.fromkeys(trial.id for trial in trials)
-        write_sweep_info(self.folder, {**_launch_info(self._info, self._options), "trials": list(self._ids)})
+        write_sweep_info(self.folder, {**_make_launch_info(self._info, self._options), "trials": list(self._ids)})
         self._table.add(trials)
 
     def run(self, trials: Sequence[Trial], until: int | None = None) -> None:
@@ -178,12 +178,12 @@ def open_sweep(
     path: Path, info: SweepInfo, options: SweepOptions, assets: AssetCache, console: Console
 ) -> Iterator[Sweep]:
     """Create or resume a sweep in a folder, and show a table of its trials on the console."""
-    folder = create_sweep_dir(path, _launch_info(info, options))
+    folder = create_sweep_dir(path, _make_launch_info(info, options))
     with StopRequest() as stop, LiveTable(console, folder) as table:
         yield Sweep(folder, info, options, assets, table, stop)
 
 
-def _launch_info(info: SweepInfo, options: SweepOptions) -> dict[str, str]:
+def _make_launch_info(info: SweepInfo, options: SweepOptions) -> dict[str, str]:
     """Return the content of sweep.json except for the trials."""
     command = shlex.join(["python", *sys.argv])
     launch_info = {"name": info.name, "command": command, "config_file": info.config_file, "sweep": info.sweep}

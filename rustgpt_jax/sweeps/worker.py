@@ -116,7 +116,7 @@ class Worker:
                 run_training_loop(members, PopulationExecutor(chunk.mode, members, chunk.width), self._is_stopped)
             for run in members:
                 run.finish()
-            self._ledger.append_all([(trial, *_outcome(run)) for trial, run in group.items()])
+            self._ledger.append_all([(trial, *_get_outcome(run)) for trial, run in group.items()])
 
     def _record_failure(self, trial: str, error: Exception) -> None:
         message = " ".join(str(error).split()) or type(error).__name__
@@ -125,7 +125,7 @@ class Worker:
         self._ledger.append(trial, "failed", error=message, traceback="".join(traceback.format_exception(error)))
 
 
-def _outcome(run: Trainer) -> tuple[str, dict[str, int]]:
+def _get_outcome(run: Trainer) -> tuple[str, dict[str, int]]:
     if run.diverged_at is not None:
         return "diverged", {"step": run.diverged_at}
     is_finished = run.is_over and run.step >= run.inputs.total_steps

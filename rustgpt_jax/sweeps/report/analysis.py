@@ -65,7 +65,7 @@ class RankedSetting:
 
     @property
     def is_significantly_worse(self) -> bool:
-        """Whether the setting is significantly worse than the best one."""
+        """True if the setting is significantly worse than the best one."""
         found = self.comparison
         return found is not None and found.p_value < FALSE_CLAIMS and found.difference > 0
 
@@ -179,7 +179,7 @@ def compute_sensitivities(results: Results) -> list[Sensitivity]:
 
 
 def _compute_sensitivity(trials: list[TrialResult], seed: Any, path: str, rates: set[float]) -> float:
-    """Return the sensitivity of a seed, nan if a rate did not finish or diverge or the initial loss is unknown."""
+    """Return the sensitivity of a seed, or NaN if a rate neither finished nor diverged."""
     ended = [
         trial for trial in trials if trial.seed == seed and (trial.final_loss is not None or trial.status == DIVERGED)
     ]

@@ -55,8 +55,8 @@ from rustgpt_jax.sweeps.report.results import (
     format_loss,
     format_value,
     get_knob_names,
+    get_validation_metric,
     to_key,
-    validation_metric,
 )
 from rustgpt_jax.sweeps.report.stats import compute_mean_interval
 
@@ -81,7 +81,7 @@ def plot_loss_curves(results: Results) -> ReportFigure | None:
     valid = {trial.id: trial.valid_curve for trial in results.trials if trial.valid_curve}
     # Losses per token of different tokenizers are not comparable.
     panels = [(str(METRICS[TRAIN_LOSS]), train)] if train and results.metric != BITS_PER_BYTE else []
-    panels += [(str(METRICS[validation_metric(results.metric)]), valid)] if valid else []
+    panels += [(str(METRICS[get_validation_metric(results.metric)]), valid)] if valid else []
     if not panels:
         return None
     knob = analysis.find_most_important(results)
@@ -181,12 +181,12 @@ def _plot_response(results: Results, path: str, is_wide: bool) -> ReportFigure:
     name, scale = get_knob_names(results.swept)[path], _get_scale(results, path)
     by_other_knobs: dict[str, list[TrialResult]] = defaultdict(list)
     for trial in results.trials:
-        by_other_knobs[to_key(_other_knobs(results, trial, path))].append(trial)
+        by_other_knobs[to_key(_get_other_knobs(results, trial, path))].append(trial)
     groups = list(by_other_knobs.values())
     width = WIDE if is_wide else NARROW
     figure, (axes,) = subplots(width, 370)
     colors = _color_groups(results, path, groups, figure)
-    losses = [_losses_by_value(group, path) for group in groups]
+    losses = [_collect_losses(group, path) for group in groups]
     is_named = len(groups) <= MAX_NAMED_LINES
     has_lines = len(groups) <= MAX_LINES and sum(len(by_value) > 1 for by_value in losses) >= len(groups) / 2
     n_diverged = results.counts.get(DIVERGED, 0)
@@ -212,17 +212,17 @@ def _plot_response(results: Results, path: str, is_wide: bool) -> ReportFigure:
     return ReportFigure(title, caption, to_svg(figure, f"response-{results.swept.index(path)}-", title), is_wide)
 
 
-def _other_knobs(results: Results, trial: TrialResult, path: str) -> dict[str, Any]:
+def _get_other_knobs(results: Results, trial: TrialResult, path: str) -> dict[str, Any]:
     return {other: trial.knobs[other] for other in results.knobs if other != path}
 
 
 def _color_groups(results: Results, path: str, groups: Sequence[list[TrialResult]], figure: Figure) -> list[str]:
-    """Return a color per group, its own if they are few, else that of the most important other knob; add a legend."""
+    """Return a color per group: separate ones if they are few, else by the most important other knob. Add a legend."""
     knob = analysis.find_most_important(results, path)
     if knob is None:
         return [get_css_color("hue0")] * len(groups)
     if len(results.knobs) > 2 and len(groups) <= min(MAX_NAMED_LINES, N_HUES):
-        names = [describe_setting(_other_knobs(results, group[0], path)) for group in groups]
+        names = [describe_setting(_get_other_knobs(results, group[0], path)) for group in groups]
         add_legend(figure, "", [(f"hue{index}", name) for index, name in enumerate(names)])
         return [get_css_color(f"hue{index}") for index in range(len(groups))]
     colors = _make_knob_colors(results, knob)
@@ -230,7 +230,7 @@ def _color_groups(results: Results, path: str, groups: Sequence[list[TrialResult
     return [get_css_color(colors.variable(group[0].knobs[knob])) for group in groups]
 
 
-def _losses_by_value(trials: Iterable[TrialResult], path: str) -> dict[float, list[float]]:
+def _collect_losses(trials: Iterable[TrialResult], path: str) -> dict[float, list[float]]:
     """Return the final losses of some trials by the value of a knob, in ascending order."""
     losses: dict[float, list[float]] = defaultdict(list)
     for trial in sorted(trials, key=lambda trial: trial.knobs[path]):
@@ -273,7 +273,7 @@ def _plot_crosses(axes: Axes, trials: Iterable[tuple[TrialResult, str]], path: s
 
 
 def _annotate(axes: Axes, text: str, position: tuple[float, float], shift: tuple[float, float], **style: Any) -> None:
-    """Write a text at a position in axes coordinates, shifted by pixels."""
+    """Write text at a position in axes coordinates, shifted by pixels."""
     style = {"va": "center", "xycoords": "axes fraction", "annotation_clip": False, **style}
     axes.annotate(text, position, shift, textcoords="offset points", **style)
 
@@ -404,7 +404,7 @@ def plot_interactions(results: Results) -> ReportFigure | None:
 
 
 def _plot_cells(axes: Axes, shares: np.ndarray, texts: np.ndarray, colormap: Colormap, dark_from: float) -> None:
-    """Draw a cell per share from 0 to 1, with a text in the page's color where the cell is dark."""
+    """Draw a cell per share from 0 to 1, with text in the page's color on dark cells."""
     axes.pcolormesh(shares, cmap=colormap, vmin=0, vmax=1, edgecolors=get_css_color("paper"), linewidth=3)
     axes.grid(False)
     axes.spines[:].set_visible(False)

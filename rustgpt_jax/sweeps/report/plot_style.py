@@ -168,7 +168,7 @@ class Scale:
 
     @property
     def is_numeric(self) -> bool:
-        """Whether all values are numbers."""
+        """True if all values are numbers."""
         return self.kind != "category"
 
     def index(self, value: Any) -> int:
@@ -184,7 +184,7 @@ class Scale:
         return float(value) if self.is_numeric else float(self.index(value))
 
     def share(self, value: Any) -> float:
-        """Return where a value is on the axis, from 0 to 1."""
+        """Return the position of a value on the axis, from 0 to 1."""
         return float(self._norm(self.coordinate(value))) if len(self.values) > 1 else 0.5
 
     @property
@@ -237,7 +237,7 @@ def make_scale(values: Iterable[Any]) -> Scale:
 
 
 def _is_spaced_by_ratio(values: tuple[float, ...]) -> bool:
-    """Whether the median of the positive values is closer to their geometric than to their arithmetic mean."""
+    """Return whether the median of the positive values is closer to their geometric than to their arithmetic mean."""
     positive = [value for value in values if value > 0]
     if values[0] < 0 or len(positive) < 2 or positive[0] < MIN_LOG_VALUE or positive[-1] / positive[0] < MIN_LOG_FACTOR:
         return False
@@ -275,7 +275,7 @@ class KnobColors:
 
 
 def add_legend(figure: Figure, title: str, entries: Sequence[tuple[str, str]]) -> None:
-    """Add a legend above the axes, with a CSS variable and a text for each entry."""
+    """Add a legend above the axes, from the CSS variable and text of each entry."""
     width = figure.get_figwidth() * PIXELS_PER_INCH
     n_columns = min(max(int(width / (6.3 * max(len(text) for _, text in entries) + 32)), 1), len(entries))
     # Matplotlib fills columns first.

@@ -37,10 +37,9 @@ Curve = tuple[tuple[int, float], ...]
 class TrialResult:
     """One trial. Final and best losses are in the metric that the sweep compares.
 
-    Curves are lists of finite (step, loss) pairs; the validation curve is in the sweep's `validation_metric`. Only a
-    finished trial has final losses. `best_loss` is the lowest evaluation loss of the last stage, and `initial_loss` the
-    training loss at step 1. Trials with equal `setting` have the same resolved config except for the seed. A missing
-    trial was started, but its files are deleted or damaged.
+    Curves are lists of finite (step, loss) pairs. Only a finished trial has final losses. `best_loss` is the lowest
+    evaluation loss of the last stage, and `initial_loss` the training loss at step 1. Trials with equal `setting` have
+    the same resolved config except for the seed. A missing trial was started, but its files are deleted or damaged.
     """
 
     id: str
@@ -189,7 +188,7 @@ def group_by_setting(results: Results) -> tuple[Setting, ...]:
     )
 
 
-def validation_metric(metric: str) -> str:
+def get_validation_metric(metric: str) -> str:
     """Return the metric of the validation curves for a sweep that compares `metric`."""
     return VALID_LOSS if metric == TRAIN_LOSS else metric
 
@@ -322,7 +321,7 @@ def _make_result(record: _Record, knobs: Overrides, metric: str) -> TrialResult:
         step=record.step if record.step is not None else max((line["step"] for line in lines), default=0),
         total_steps=stages(config)[-1].end_step if config else None,
         train_curve=_extract_curve(lines, TRAIN_LOSS),
-        valid_curve=_extract_curve(lines, validation_metric(metric)),
+        valid_curve=_extract_curve(lines, get_validation_metric(metric)),
         initial_loss=first[0] if first else None,
         train_loss=last[TRAIN_LOSS],
         valid_loss=last[VALID_LOSS],
