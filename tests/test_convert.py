@@ -1,4 +1,4 @@
-"""The verbs import and export: a run goes out as a Hugging Face folder, comes back, answers the same and trains on."""
+"""import and export: a run exported to a Hugging Face folder and imported again is the same and trains on."""
 
 import filecmp
 import shutil
@@ -76,7 +76,7 @@ def back(folder: Path) -> Iterator[RunDir]:
     yield imported(folder, folder.parent / "back")
 
 
-def test_what_comes_back_is_what_went_out(native: Path, back: RunDir) -> None:
+def test_export_and_import_preserve_a_run(native: Path, back: RunDir) -> None:
     there, here = load_model(native), load_model(back.path)
     assert here.step == 0 and back.is_untrained
     jax.tree.map(np.testing.assert_array_equal, there.generator.params, here.generator.params)
@@ -88,7 +88,7 @@ def test_what_comes_back_is_what_went_out(native: Path, back: RunDir) -> None:
     )
 
 
-def test_an_untrained_run_goes_out_byte_for_byte_as_it_came(folder: Path, back: RunDir, tmp_path: Path) -> None:
+def test_an_untrained_run_is_exported_as_it_was_imported(folder: Path, back: RunDir, tmp_path: Path) -> None:
     export_run(back.path, tmp_path / "again", "last", None, quiet)
     again = imported(tmp_path / "again", tmp_path / "run")
     export_run(again.path, tmp_path / "thrice", "last", None, quiet)
@@ -97,13 +97,13 @@ def test_an_untrained_run_goes_out_byte_for_byte_as_it_came(folder: Path, back: 
         assert filecmp.cmp(tmp_path / "again" / name, tmp_path / "thrice" / name, shallow=False), name
 
 
-def test_the_config_says_where_the_model_came_from(folder: Path, back: RunDir) -> None:
+def test_origins_name_the_imported_folder(folder: Path, back: RunDir) -> None:
     config, origins = load_config(back.path), load_origins(back.path)
     assert (config.tokenizer.name, config.model.d_model, config.data.corpus) == ("imported", 32, "chat")
     assert origins["model.d_model"] == f"import from {folder}" and origins["data.corpus"] == "here"
 
 
-def test_an_imported_run_trains_on_from_its_parameters(native: Path, folder: Path, tmp_path: Path) -> None:
+def test_an_imported_run_trains_from_its_parameters(native: Path, folder: Path, tmp_path: Path) -> None:
     run = imported(folder, tmp_path / "run")
     assert train(load_config(run.path), run.path, {}, Console(file=StringIO())) == 0
     first, learned = (next(iter(read_metrics(path)))["train/loss"] for path in (native, run.path))
@@ -113,7 +113,7 @@ def test_an_imported_run_trains_on_from_its_parameters(native: Path, folder: Pat
     assert (tmp_path / "trained/model.safetensors").stat().st_size < (folder / "model.safetensors").stat().st_size
 
 
-def test_a_model_that_knows_no_dialogue_continues_its_prompts(folder: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_chat_template_continues_prompts(folder: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     shutil.copytree(folder, plain)
     (plain / "chat_template.jinja").unlink()
@@ -123,13 +123,13 @@ def test_a_model_that_knows_no_dialogue_continues_its_prompts(folder: Path, tmp_
     assert '"prompt": "The sky"' in RunDir(tmp_path / "run").samples_file.read_text()
 
 
-def test_a_checkpoint_that_was_never_finished_is_none(folder: Path, tmp_path: Path) -> None:
+def test_unfinished_checkpoints_are_ignored(folder: Path, tmp_path: Path) -> None:
     run = imported(folder, tmp_path / "run")
     (run.checkpoints / "30.orbax-checkpoint-tmp").mkdir(parents=True)
     assert run.is_untrained and load_model(run.path).step == 0
 
 
-def test_no_run_of_an_imported_tokenizer_begins_elsewhere(back: RunDir, tmp_path: Path) -> None:
+def test_imported_tokenizers_are_not_trained(back: RunDir, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="launch.py import"):
         train(load_config(back.path), tmp_path / "new", {}, Console(file=StringIO()))
     assert not (tmp_path / "new").exists()
@@ -140,7 +140,7 @@ def test_no_run_of_an_imported_tokenizer_begins_elsewhere(back: RunDir, tmp_path
 
 
 @pytest.mark.parametrize("verb", ["import", "export"])
-def test_other_logits_are_no_success(verb: str, folder: Path, native: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_different_logits_are_an_error(verb: str, folder: Path, native: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(convert, "compare_logits", lambda *_: LogitComparison(0.1, "", 5.0))
     with pytest.raises(UserError, match="differ by up to 0.1 .*Nothing was written"):
         if verb == "import":
@@ -150,7 +150,7 @@ def test_other_logits_are_no_success(verb: str, folder: Path, native: Path, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_where_there_is_nothing_to_compare_with_it_is_said(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_missing_comparisons_are_reported(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     said: list[str] = []
     monkeypatch.setattr(convert, "compare_logits", lambda *_: LogitComparison(None, "torch is not installed"))
     imported(folder, tmp_path / "run", said.append)
@@ -161,9 +161,7 @@ def test_where_there_is_nothing_to_compare_with_it_is_said(folder: Path, tmp_pat
 
 
 @pytest.mark.oracle
-def test_a_folder_that_transformers_cannot_run_is_imported_and_that_is_said(
-    folder: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_folders_that_transformers_cannot_load_are_imported(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     pytest.importorskip("torch")
     said: list[str] = []
     monkeypatch.setattr(convert, "_logits", lambda *_: (_ for _ in ()).throw(OSError("no such file\nat all")))
@@ -171,7 +169,7 @@ def test_a_folder_that_transformers_cannot_run_is_imported_and_that_is_said(
     assert "Not compared with transformers: it cannot run this folder (OSError: no such file)." in said
 
 
-def test_nothing_is_read_that_cannot_be_compared(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_parameters_are_read_only_for_comparisons(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(convert, "read_parameters", lambda *_: pytest.fail("the whole model was read"))
     monkeypatch.setattr(convert, "free_memory", lambda: 0)
     imported(folder, tmp_path / "run")
@@ -181,14 +179,14 @@ def test_nothing_is_read_that_cannot_be_compared(folder: Path, tmp_path: Path, m
     imported(folder, tmp_path / "other")
 
 
-def test_a_knob_of_the_model_is_the_folders(folder: Path, tmp_path: Path) -> None:
+def test_conflicting_model_knobs_are_refused(folder: Path, tmp_path: Path) -> None:
     tree = small_tree(**RECIPE, **{"model.context_length": 64})
     with pytest.raises(UserError, match="config.model.context_length=64 was given, but the imported model has 32"):
         import_run(folder, tmp_path / "run", tree, {"model.context_length": "command line"}, quiet)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_current_folder_may_be_the_place(folder: Path, native: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_export_into_the_current_folder(folder: Path, native: Path, tmp_path: Path, monkeypatch: Any) -> None:
     place = tmp_path / "here"
     place.mkdir()
     monkeypatch.chdir(place)
@@ -198,7 +196,7 @@ def test_the_current_folder_may_be_the_place(folder: Path, native: Path, tmp_pat
         export_run(native.resolve(), Path("/"), "last", None, quiet)
 
 
-def test_a_place_that_is_taken_is_left_alone(folder: Path, back: RunDir, native: Path) -> None:
+def test_existing_folders_are_not_overwritten(folder: Path, back: RunDir, native: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in [*folder.iterdir(), *back.path.iterdir()]}
     with pytest.raises(UserError, match="already exists"):
         imported(folder, back.path)

@@ -1,4 +1,4 @@
-"""Corpora: every source gives documents, every bad file one clear sentence, and no document changes sides."""
+"""Datasets: documents of every corpus, errors that name bad files, and stable splits."""
 
 import csv
 import dataclasses
@@ -43,7 +43,7 @@ def texts(found: DataConfig) -> list[str]:
 
 
 @pytest.mark.parametrize("name", CORPORA)
-def test_a_corpus_gives_the_same_documents_again(name: str, tmp_path: Path) -> None:
+def test_corpora_are_reproducible(name: str, tmp_path: Path) -> None:
     paths = tuple(write(tmp_path, f"{index}.txt", f"text {index}") for index in range(20))
     found = config(name, paths, max_documents=12)
     documents = list(datasets.load_documents(found))
@@ -54,24 +54,24 @@ def test_a_corpus_gives_the_same_documents_again(name: str, tmp_path: Path) -> N
     assert {turn.role for document in documents for turn in document.messages} <= {"text", *ROLES}
 
 
-def test_an_unknown_corpus_is_answered_with_the_nearest() -> None:
+def test_unknown_corpora_are_answered_with_a_suggestion() -> None:
     with pytest.raises(UserError, match="config.data.corpus: unknown 'fact'. Did you mean 'facts'"):
         datasets.load_documents(config("fact"))
 
 
-def test_chats_are_dialogues_that_the_assistant_ends() -> None:
+def test_chat_dialogues_end_with_the_assistant() -> None:
     documents = list(datasets.load_documents(config("chat")))
     assert all(document.is_dialogue and document.messages[-1].role == "assistant" for document in documents)
 
 
-def test_the_standard_library_is_there_without_its_tests() -> None:
+def test_python_stdlib_has_no_tests() -> None:
     names = [document.name for document in datasets.load_documents(config("python_stdlib"))]
     assert {"dataclasses.py", "json/decoder.py"} <= set(names)
     assert names == sorted(names)
     assert not [name for name in names if {"test", "tests", "site-packages"} & set(name.split("/"))]
 
 
-def test_a_module_that_says_a_wrong_encoding_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modules_with_a_wrong_encoding_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "a.py", b"# coding: latin-1\n'\xe9'\n")
     write(tmp_path, "b.py", b"'\xe9'\n")
     write(tmp_path, "c.py", b"# coding: no-such-encoding\n")
@@ -106,11 +106,11 @@ def test_a_module_that_says_a_wrong_encoding_is_left_out(tmp_path: Path, monkeyp
         ("a.jsonl", '{"text": "one", "tag": 1, "tag": 2}\n', ["one"]),
     ],
 )
-def test_files_are_read_by_their_suffix(name: str, text: str, expected: list[str], tmp_path: Path) -> None:
+def test_file_formats(name: str, text: str, expected: list[str], tmp_path: Path) -> None:
     assert texts(config(paths=(write(tmp_path, name, text),))) == expected
 
 
-def test_a_dialogue_keeps_its_roles(tmp_path: Path) -> None:
+def test_dialogues_keep_roles(tmp_path: Path) -> None:
     messages = [{"role": role, "content": f"said by {role}"} for role in ROLES]
     path = write(tmp_path, "a.jsonl", json.dumps({"messages": messages}))
     (document,) = datasets.load_documents(config(paths=(path,)))
@@ -118,7 +118,7 @@ def test_a_dialogue_keeps_its_roles(tmp_path: Path) -> None:
     assert document.is_dialogue
 
 
-def test_files_come_sorted_and_once(tmp_path: Path) -> None:
+def test_files_are_sorted_and_unique(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "deep/er/c.txt", "[d].txt", "other.md"):
         write(tmp_path, name, name)
     paths = (f"{tmp_path}/b.txt", f"{tmp_path}/**/*.txt", f"{tmp_path}/deep/../a.txt", f"{tmp_path}/[d].txt")
@@ -164,7 +164,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_bad_file_is_named_with_what_is_wrong(name: str, tmp_path: Path) -> None:
+def test_bad_files_are_named_with_the_reason(name: str, tmp_path: Path) -> None:
     data, message = MISTAKES[name]
     path = write(tmp_path, name, data)
     with pytest.raises(UserError, match=rf"^{re.escape(path)}\b.*{re.escape(message)}"):
@@ -172,7 +172,7 @@ def test_a_bad_file_is_named_with_what_is_wrong(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("pattern", ["missing.txt", "*.txt", ""])
-def test_a_path_that_matches_nothing_is_named(pattern: str, tmp_path: Path) -> None:
+def test_unmatched_paths_are_named(pattern: str, tmp_path: Path) -> None:
     path = f"{tmp_path}/{pattern}"
     with pytest.raises(UserError, match=rf"config.data.paths: {re.escape(repr(path))} matches no file"):
         list(datasets.load_documents(config(paths=(path,))))
@@ -180,14 +180,14 @@ def test_a_path_that_matches_nothing_is_named(pattern: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 @given(rows=st.lists(st.tuples(st.text(st.characters(codec="utf-8"), min_size=1), st.text("a,;|\t", max_size=3))))
-def test_a_table_that_is_written_is_read(delimiter: str, rows: list[tuple[str, str]]) -> None:
+def test_tables_round_trip(delimiter: str, rows: list[tuple[str, str]]) -> None:
     out = io.StringIO()
     csv.writer(out, delimiter=delimiter).writerows([("text", "other"), *rows])
     found = [document.text for document in datasets.parse_file("a.csv", io.BytesIO(out.getvalue().encode()))]
     assert found == [text for text, _ in rows]
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, "a.txt", "text")
 
     def refuse(*_: object) -> None:
@@ -199,7 +199,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("pattern", ["a.txt", "*.txt", "inner/a.txt"])
-def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+def test_unreadable_folders_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
     """A glob finds nothing in it, as if it were empty."""
     closed = tmp_path / "closed"
     closed.mkdir()
@@ -209,22 +209,22 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("read", [lambda found: list(datasets.load_documents(found)), datasets.hash_files])
-def test_a_pipe_and_a_device_are_refused_at_once(read: Callable[[DataConfig], Any], tmp_path: Path) -> None:
+def test_pipes_and_devices_are_refused(read: Callable[[DataConfig], Any], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     for path in (str(tmp_path / "pipe.txt"), "/dev/null"):
         with pytest.raises(UserError, match=rf"^{re.escape(path)}: this is not a regular file"):
             read(config(paths=(path,)))
 
 
-def test_a_file_with_a_comma_in_its_name_is_one_file(tmp_path: Path) -> None:
+def test_file_names_may_contain_commas(tmp_path: Path) -> None:
     path = write(tmp_path, "a,b.txt", "text")
     assert texts(config(paths=parse("data.paths", path))) == ["text"]
     with pytest.raises(UserError, match="matches no file; give one path a flag, or a Python list"):
         texts(config(paths=parse("data.paths", f"{path},{path}")))
 
 
-def test_lines_are_read_one_at_a_time(tmp_path: Path) -> None:
-    """What is wrong late in a file is no matter to who reads its beginning."""
+def test_line_based_formats_are_streamed(tmp_path: Path) -> None:
+    """Errors late in a file do not affect its beginning."""
     for name, data in (("a.jsonl", b'{"text": "one"}\n\xff\n'), ("a.csv", b"text\none\n\xff\n")):
         assert texts(config(paths=(write(tmp_path, name, data),), max_documents=1)) == ["one"]
 
@@ -232,19 +232,19 @@ def test_lines_are_read_one_at_a_time(tmp_path: Path) -> None:
 # Training and validation.
 
 
-def sides(documents: list[Document], found: DataConfig) -> dict[str, str]:
+def splits_of(documents: list[Document], found: DataConfig) -> dict[str, str]:
     n_characters = sum(len(document.text) for document in documents)
     return {document.text: split for split, document in datasets.assign_splits(documents, found, n_characters)}
 
 
-def test_added_documents_move_no_other() -> None:
+def test_added_documents_do_not_move_others() -> None:
     documents = [plain_document(f"{index}", f"text {index}") for index in range(500)]
-    few, many = (sides(documents[:stop], config(valid_fraction=0.2)) for stop in (250, 500))
+    few, many = (splits_of(documents[:stop], config(valid_fraction=0.2)) for stop in (250, 500))
     assert many.items() >= few.items()
     assert 70 < list(many.values()).count("valid") < 130
 
 
-def test_a_documents_side_depends_on_its_content_alone() -> None:
+def test_the_split_does_not_depend_on_names() -> None:
     found = config(valid_fraction=0.5)
     for index in range(50):
         first, second = plain_document("here", f"text {index}"), plain_document("there", f"text {index}")
@@ -253,7 +253,7 @@ def test_a_documents_side_depends_on_its_content_alone() -> None:
         )
 
 
-def test_a_larger_fraction_keeps_what_a_smaller_one_took() -> None:
+def test_a_larger_valid_fraction_keeps_the_smaller_split() -> None:
     documents = [plain_document("", f"text {index}") for index in range(300)]
     taken = [
         {d for d in documents if datasets.is_validation(datasets.hash_document(d), config(valid_fraction=f))}
@@ -269,13 +269,13 @@ turn_lists = st.lists(st.builds(Message, st.sampled_from(ROLES), st.text("ab 1\n
 @given(first=turn_lists, second=turn_lists)
 @example(first=(Message("user", "auserb"),), second=(Message("user", "a"), Message("user", "b")))
 @example(first=(Message("user", "a"),), second=(Message("assistant", "a"),))
-def test_fingerprints_are_equal_only_for_equal_turns(first: tuple[Message, ...], second: tuple[Message, ...]) -> None:
+def test_digests_are_equal_only_for_equal_messages(first: tuple[Message, ...], second: tuple[Message, ...]) -> None:
     same = datasets.hash_document(Document("a", first)) == datasets.hash_document(Document("b", second))
     assert same == (first == second)
 
 
 @given(turns=turn_lists)
-def test_a_fingerprint_is_that_of_the_whole_text_whatever_the_blocks(turns: tuple[Message, ...]) -> None:
+def test_digests_do_not_depend_on_blocks(turns: tuple[Message, ...]) -> None:
     document = Document("a", turns)
     encoded = [(turn.role, turn.text.encode()) for turn in turns]
     whole = b"".join(f"{role} {len(text)}\n".encode() + text for role, text in encoded)
@@ -284,25 +284,14 @@ def test_a_fingerprint_is_that_of_the_whole_text_whatever_the_blocks(turns: tupl
         assert datasets.hash_document(document) == hashlib.sha256(whole).digest()
 
 
-def test_half_of_a_surrogate_pair_is_found_in_any_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lone_surrogates_are_found_in_any_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "BLOCK_CHARACTERS", 2)
     with pytest.raises(UserError, match=r"surrogate pair \(\\ud800\)"):
         datasets._check_text(plain_document("odd", "abc\ud800d"))
 
 
-def test_the_tail_of_one_text_is_what_is_left_after_the_training_characters() -> None:
-    text = "".join(chr(0x4E00 + index) for index in range(10_007))
-    found = config(split="tail")
-    parts = list(datasets.assign_splits([plain_document("novel", text)], found, len(text)))
-    border = int(len(text) * 0.9)
-    assert parts == [
-        ("train", plain_document("novel", text[:border])),
-        ("valid", plain_document("novel", text[border:])),
-    ]
-
-
 @given(texts=st.lists(st.text("abc", min_size=1, max_size=9), min_size=1), fraction=st.floats(0.0, 0.9))
-def test_the_tail_cuts_plain_text_at_one_character(texts: list[str], fraction: float) -> None:
+def test_tail_split_of_texts(texts: list[str], fraction: float) -> None:
     whole = "".join(texts)
     parts = list(
         datasets.assign_splits(
@@ -315,14 +304,14 @@ def test_the_tail_cuts_plain_text_at_one_character(texts: list[str], fraction: f
     assert all(document.text for _, document in parts)
 
 
-def test_the_tail_cuts_no_dialogue() -> None:
+def test_tail_split_keeps_dialogues_whole() -> None:
     documents = [Document(f"{index}", (Message("user", "aaaa"), Message("assistant", "aaaa"))) for index in range(3)]
     parts = list(datasets.assign_splits(documents, config(split="tail", valid_fraction=0.5), 24))
     assert parts == [("train", documents[0]), ("train", documents[1]), ("valid", documents[2])]
 
 
 @pytest.mark.parametrize("split", ["document", "tail"])
-def test_training_documents_are_those_of_the_training_split(split: str) -> None:
+def test_training_documents_are_the_training_split(split: str) -> None:
     found = config("facts", split=split)
     everything = list(datasets.load_documents(found))
     divided = datasets.assign_splits(everything, found, sum(len(document.text) for document in everything))

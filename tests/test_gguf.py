@@ -1,4 +1,4 @@
-"""GGUF files: what is written is what is read, and llama.cpp, where it is installed, computes the same."""
+"""GGUF export: the files contain every parameter, and llama.cpp, if installed, computes the same logits."""
 
 import dataclasses
 import sys
@@ -78,8 +78,8 @@ def _mixer(params: Any) -> dict[str, Any]:
     return {key: parts[key] for key in ("query", "key", "value", "output")}
 
 
-def test_rope_turns_neighbours_in_llama() -> None:
-    """Row i of the first half of a head and row i of its second half, which RoPE turns together, lie side by side."""
+def test_rope_pairs_are_adjacent_in_llama() -> None:
+    """Rows i of the first and second half of a head, which RoPE rotates together, are adjacent."""
     from rustgpt_jax.interop.gguf import _interleave_halves
 
     np.testing.assert_array_equal(
@@ -88,7 +88,7 @@ def test_rope_turns_neighbours_in_llama() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
-def test_matrices_are_rounded_once_and_vectors_not_at_all(dtype: str, tmp_path: Path) -> None:
+def test_only_matrices_are_rounded_and_only_once(dtype: str, tmp_path: Path) -> None:
     model, file = model_of("gpt2"), tmp_path / "model.gguf"
     params = random_params(model)
     write_gguf(params, model, file, dtype=dtype)
@@ -109,7 +109,7 @@ def test_matrices_are_rounded_once_and_vectors_not_at_all(dtype: str, tmp_path: 
         assert stored.n_bytes == 2 * exact.size
 
 
-def test_the_vocabulary_of_a_byte_level_bpe(tmp_path: Path) -> None:
+def test_vocabulary_of_byte_level_bpe(tmp_path: Path) -> None:
     tokenizer, file = codec("bpe", 280), tmp_path / "model.gguf"
     size = tokenizer.get_vocab_size()
     model = model_of("gpt2", vocab_size=size + 8)
@@ -123,7 +123,7 @@ def test_the_vocabulary_of_a_byte_level_bpe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["word", "char", "byte"])
-def test_other_tokenizers_are_left_out(kind: str, tmp_path: Path) -> None:
+def test_unsupported_tokenizers_are_omitted(kind: str, tmp_path: Path) -> None:
     tokenizer, file = codec(kind, None if kind != "byte" else 260), tmp_path / "model.gguf"
     with pytest.raises(UserError, match="llama.cpp"):
         gguf_vocabulary(tokenizer)
@@ -142,14 +142,12 @@ def test_other_tokenizers_are_left_out(kind: str, tmp_path: Path) -> None:
         ("gpt2", {"mixers": ("deltanet",)}, "mixers"),
     ],
 )
-def test_a_model_that_cannot_be_said_is_refused(
-    name: str, changes: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_unsupported_models_are_refused(name: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         gguf_architecture(model_of(name, **changes))
 
 
-def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_exports_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, file = model_of("gpt2", d_model=48), tmp_path / "model.gguf"
     params = random_params(model)
     with pytest.raises(UserError, match="multiples of 32 .* blk.0"):
@@ -165,11 +163,11 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     assert [each.name for each in tmp_path.iterdir()] == ["place"]
 
 
-def test_every_form_has_a_model() -> None:
+def test_every_architecture_is_tested() -> None:
     assert {form.name for form in GGUF_ARCHITECTURES.values()} == set(KNOBS)
 
 
-def test_a_run_goes_out_as_a_file(tmp_path: Path) -> None:
+def test_a_run_is_exported(tmp_path: Path) -> None:
     path, file, said = tmp_path / "run", tmp_path / "run.gguf", list[str]()
     gpt2 = {f"model.{knob}": each for knob, each in FAMILIES["gpt2"].items()}
     train(path, **gpt2, **{"tokenizer.name": "bpe", "training.steps": 2, "schedule.warmup_steps": 0})
@@ -199,7 +197,7 @@ def logits_of(file: Path, tokens: list[int]) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("name", KNOBS)
-def test_llama_cpp_computes_the_same(name: str, dtype: str, tmp_path: Path) -> None:
+def test_llama_cpp_computes_the_same_logits(name: str, dtype: str, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     # Heads that llama.cpp has kernels for.
     model, file = model_of(name, d_model=128, d_ff=128, context_length=64), tmp_path / "model.gguf"
@@ -216,7 +214,7 @@ def test_llama_cpp_computes_the_same(name: str, dtype: str, tmp_path: Path) -> N
         np.testing.assert_array_equal(theirs.argmax(-1), ours.argmax(-1))
 
 
-def test_llama_cpp_has_the_same_tokens(tmp_path: Path) -> None:
+def test_llama_cpp_produces_the_same_tokens(tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     tokenizer, file = codec("bpe", 280), tmp_path / "model.gguf"
     model = model_of("gpt2", vocab_size=tokenizer.get_vocab_size())

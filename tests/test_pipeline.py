@@ -1,4 +1,4 @@
-"""Batches: no token lost, documents told apart, and the batch of a step a function of the step."""
+"""Batches: every token is a target once per epoch, documents are separated, and a batch depends only on its step."""
 
 import subprocess
 import sys
@@ -48,21 +48,21 @@ streams = st.builds(
     st.none() | st.lists(st.booleans(), min_size=1, max_size=9),
     st.integers(1, 30),
 )
-windows = st.integers(1, 9)
+seq_lens = st.integers(1, 9)
 
 
-# Windows.
+# Sequences.
 
 
-def slow_window(stream: TokenStream, window: int, index: int, turn: int) -> Batch:
-    """A window put together token by token from what it should mean, with END in its padding."""
-    circle = stream.n_tokens - 1
-    tokens, weights = stream.tokens(0, circle + 1), stream.weights(0, circle + 1)
+def naive_sequence(stream: TokenStream, seq_len: int, index: int, rotation: int) -> Batch:
+    """Build a sequence token by token, with END as padding."""
+    cycle = stream.n_tokens - 1
+    tokens, weights = stream.tokens(0, cycle + 1), stream.weights(0, cycle + 1)
     rows = []
     document, place = 1, 0
-    for offset in range(index * window, (index + 1) * window):
-        at = (offset + turn) % circle
-        is_real = offset < circle
+    for offset in range(index * seq_len, (index + 1) * seq_len):
+        at = (offset + rotation) % cycle
+        is_real = offset < cycle
         if place and is_real and at in stream.offsets:
             document, place = document + 1, 0
         rows.append((tokens[at], tokens[at + 1], weights[at + 1], document, place) if is_real else (0, 0, 0, 0, place))
@@ -70,24 +70,26 @@ def slow_window(stream: TokenStream, window: int, index: int, turn: int) -> Batc
     return Batch(*(np.array(values, np.int32) for values in zip(*rows, strict=True)))
 
 
-def assert_means(window: Batch, expected: Batch) -> None:
+def assert_equal_without_padding(window: Batch, expected: Batch) -> None:
     real = expected.segments_BT > 0
     for name, values, wanted in zip(Batch._fields, window, expected, strict=True):
         kept = real if name in ("tokens_BT", "targets_BT") else slice(None)
         np.testing.assert_array_equal(values[kept], wanted[kept], err_msg=name)
 
 
-@given(stream=streams, window=windows, seed=st.integers(0, 999))
-def test_a_window_is_what_it_says(stream: TokenStream, window: int, seed: int) -> None:
-    source = SequenceReader(stream, window)
+@given(stream=streams, seq_len=seq_lens, seed=st.integers(0, 999))
+def test_sequences_equal_a_naive_implementation(stream: TokenStream, seq_len: int, seed: int) -> None:
+    source = SequenceReader(stream, seq_len)
     indices = np.arange(len(source))[::-1]
-    turns = np.random.default_rng(seed).integers(stream.n_tokens - 1, size=len(indices))
-    together = source.read(source.locate(indices, turns))
-    for row, (index, turn) in enumerate(zip(indices.tolist(), turns.tolist(), strict=True)):
-        assert_means(Batch(*(field[row] for field in together)), slow_window(stream, window, index, turn))
+    rotations = np.random.default_rng(seed).integers(stream.n_tokens - 1, size=len(indices))
+    together = source.read(source.locate(indices, rotations))
+    for row, (index, rotation) in enumerate(zip(indices.tolist(), rotations.tolist(), strict=True)):
+        assert_equal_without_padding(
+            Batch(*(field[row] for field in together)), naive_sequence(stream, seq_len, index, rotation)
+        )
 
 
-def test_the_types_and_shapes_of_a_batch() -> None:
+def test_dtypes_and_shapes_of_a_batch() -> None:
     batch = Batches(stream_of([9, 9]), 4, 3, 0).batch(0)
     assert [field.shape for field in batch] == [(3, 4)] * 5
     assert [field.dtype for field in batch] == [np.int32, np.int32, np.float32, np.int32, np.int32]
@@ -96,12 +98,12 @@ def test_the_types_and_shapes_of_a_batch() -> None:
 # Batches.
 
 
-@given(stream=streams, window=windows, batch_size=st.integers(1, 5), seed=st.integers(0, 2**32 - 1))
+@given(stream=streams, seq_len=seq_lens, batch_size=st.integers(1, 5), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=25)
-def test_every_token_is_a_target_once_an_epoch(stream: TokenStream, window: int, batch_size: int, seed: int) -> None:
-    source = Batches(stream, window, batch_size, seed)
-    # As many batches as an epoch has windows are as many epochs as a batch has windows.
-    taken = [source.batch(step) for step in range(len(SequenceReader(stream, window)))]
+def test_every_token_is_a_target_once_per_epoch(stream: TokenStream, seq_len: int, batch_size: int, seed: int) -> None:
+    source = Batches(stream, seq_len, batch_size, seed)
+    # len(SequenceReader) batches are batch_size epochs.
+    taken = [source.batch(step) for step in range(len(SequenceReader(stream, seq_len)))]
     targets = Counter(token for b in taken for token in b.targets_BT[b.weights_BT > 0].tolist())
     learned = stream.tokens(1, stream.n_tokens)[stream.weights(1, stream.n_tokens)]
     assert targets == Counter({token: count * batch_size for token, count in Counter(learned.tolist()).items()})
@@ -119,27 +121,27 @@ def shuffling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("shuffling")
-def test_an_epoch_has_every_window_and_an_order_of_its_own() -> None:
+def test_epochs_have_all_sequences_in_different_orders() -> None:
     starts = first_tokens(Batches(stream_of([96]), 4, 8, seed=3), 6)
     first, second = ([(start - epoch[0]) % 96 for start in epoch] for epoch in (starts[:24], starts[24:]))
     assert sorted(first) == sorted(second) == list(range(0, 96, 4))
     assert first != second and first != sorted(first)
 
 
-def test_epochs_cut_the_stream_in_different_places() -> None:
+def test_epochs_start_at_different_offsets() -> None:
     starts = first_tokens(Batches(stream_of([96]), 32, 3, seed=3), 20)
     assert len({start % 32 for start in starts}) > 10
 
 
 @pytest.mark.usefixtures("shuffling")
-def test_a_batch_may_reach_over_two_epochs() -> None:
+def test_batches_may_span_two_epochs() -> None:
     starts = first_tokens(Batches(stream_of([20]), 4, 3, seed=0), 5)
     for epoch in (starts[:5], starts[5:10], starts[10:]):
         assert sorted((start - epoch[0]) % 20 for start in epoch) == list(range(0, 20, 4))
 
 
 @pytest.mark.usefixtures("shuffling")
-def test_batches_of_one_have_the_order_of_larger_ones() -> None:
+def test_the_order_does_not_depend_on_the_batch_size() -> None:
     one, four = (first_tokens(Batches(stream_of([96]), 4, size, seed=3), 48 // size) for size in (1, 4))
     assert one == four
 
@@ -152,7 +154,7 @@ def test_seeds_give_different_orders() -> None:
 
 
 @pytest.mark.usefixtures("shuffling")
-def test_the_second_epoch_of_a_seed_is_not_the_first_of_another() -> None:
+def test_epochs_of_different_seeds_differ() -> None:
     stream = stream_of([400])
     firsts = [Batches(stream, 4, 100, seed).batch(0).tokens_BT.tolist() for seed in range(5)]
     seconds = [Batches(stream, 4, 100, seed).batch(1).tokens_BT.tolist() for seed in range(5)]
@@ -163,7 +165,7 @@ def make() -> Batches:
     return Batches(stream_of([13, 5, 40, 21], [True, True, False]), 5, 4, seed=7)
 
 
-def test_a_step_has_its_batch_whatever_came_before() -> None:
+def test_a_batch_depends_only_on_its_step() -> None:
     in_order = [make().batch(step) for step in range(20)]
     backwards = make()
     for step in reversed(range(20)):
@@ -171,7 +173,7 @@ def test_a_step_has_its_batch_whatever_came_before() -> None:
 
 
 @pytest.mark.parametrize("first_step", [0, 1, 17])
-def test_iteration_gives_the_batches_of_the_steps(first_step: int) -> None:
+def test_iteration_yields_the_batches_of_the_steps(first_step: int) -> None:
     source = make()
     iterator = source.iterate(first_step)
     for step in range(first_step, first_step + 25):
@@ -179,7 +181,7 @@ def test_iteration_gives_the_batches_of_the_steps(first_step: int) -> None:
     iterator.close()
 
 
-def test_a_stage_begins_its_data_at_its_first_step() -> None:
+def test_first_step_shifts_the_batches() -> None:
     stream = stream_of([50])
     first, later = Batches(stream, 4, 3, 5), Batches(stream, 4, 3, 5, first_step=100)
     assert_equal(first.batch(2), later.batch(102))
@@ -189,7 +191,7 @@ def test_a_stage_begins_its_data_at_its_first_step() -> None:
 
 
 @pytest.mark.parametrize("step", [-1, 99])
-def test_a_step_before_the_first_is_refused(step: int) -> None:
+def test_steps_before_the_first_are_refused(step: int) -> None:
     source = Batches(stream_of([50]), 4, 3, 5, first_step=100)
     with pytest.raises(IndexError, match=f"Step {step} comes before the first step of this data, 100"):
         source.batch(step)
@@ -197,7 +199,7 @@ def test_a_step_before_the_first_is_refused(step: int) -> None:
         next(source.iterate(step))
 
 
-def test_a_closed_iterator_leaves_no_thread() -> None:
+def test_closing_an_iterator_ends_its_thread() -> None:
     before = set(threading.enumerate())
     source = make()
     iterator = source.iterate(0)
@@ -217,7 +219,7 @@ next(iterator)
 """
 
 
-def test_an_open_iterator_does_not_keep_the_process() -> None:
+def test_an_open_iterator_does_not_block_exit() -> None:
     command = [sys.executable, "-c", UNFINISHED]
     environment = {"PYTHONPATH": ":".join(filter(None, sys.path))}
     done = subprocess.run(command, timeout=60, capture_output=True, text=True, env=environment)
@@ -227,28 +229,28 @@ def test_an_open_iterator_does_not_keep_the_process() -> None:
 # Evaluation.
 
 
-@given(stream=streams, window=windows, batch_size=st.integers(1, 5))
-def test_evaluation_takes_all_windows_in_order(stream: TokenStream, window: int, batch_size: int) -> None:
-    taken = list(iterate_eval_batches(stream, window, batch_size, None))
+@given(stream=streams, seq_len=seq_lens, batch_size=st.integers(1, 5))
+def test_evaluation_reads_all_sequences_in_order(stream: TokenStream, seq_len: int, batch_size: int) -> None:
+    taken = list(iterate_eval_batches(stream, seq_len, batch_size, None))
     targets = [token for b in taken for token in b.targets_BT[b.segments_BT > 0].tolist()]
     assert targets == stream.tokens(1, stream.n_tokens).tolist()
     assert sum(b.weights_BT.sum() for b in taken) == stream.n_learned
-    assert {b.tokens_BT.shape for b in taken} == {(batch_size, window)}
+    assert {b.tokens_BT.shape for b in taken} == {(batch_size, seq_len)}
 
 
-def test_the_last_evaluation_batch_is_filled_up_with_weightless_rows() -> None:
+def test_the_last_evaluation_batch_is_padded() -> None:
     *_, last = iterate_eval_batches(stream_of([22]), 4, 4, None)
     assert last.weights_BT.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [0] * 4, [0] * 4]
     assert last.segments_BT[2:].tolist() == last.tokens_BT[2:].tolist() == [[0] * 4] * 2
 
 
 @pytest.mark.parametrize(("limit", "n_batches"), [(None, 3), (2, 2), (9, 3)])
-def test_evaluation_may_be_limited(limit: int | None, n_batches: int) -> None:
+def test_evaluation_limit(limit: int | None, n_batches: int) -> None:
     taken = list(iterate_eval_batches(stream_of([40]), 4, 4, limit))
     assert len(taken) == n_batches
     assert taken[1].tokens_BT[0].tolist() == [16, 17, 18, 19]
 
 
-def test_an_empty_stream_has_no_windows() -> None:
+def test_an_empty_stream_has_no_batches() -> None:
     empty = TokenStream((), (), np.array([], np.int64), 0, 0, 0)
     assert list(iterate_eval_batches(empty, 4, 4, None)) == []

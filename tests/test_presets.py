@@ -1,4 +1,4 @@
-"""Families: what their presets say of the released models, and, without torch, what golden models answer."""
+"""Presets: they match the released models, and golden models have the logits of transformers, without torch."""
 
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def small(knobs: dict[str, Any]) -> ModelConfig:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_preset_makes_a_recipe_and_an_architecture_says_it(name: str) -> None:
+def test_every_preset_has_an_architecture(name: str) -> None:
     more: dict[str, Any] = {"attention.n_kv_heads": None, "attention.head_dim": None} if name == "gpt2" else {}
     if name == "recurrent_gemma":
         # The square root of d_model is a number of bfloat16, and so it is in the gates' blocks, one for each head.
@@ -79,7 +79,7 @@ def test_a_preset_makes_a_recipe_and_an_architecture_says_it(name: str) -> None:
     assert total_size(parameter_shapes(model)) > 0
 
 
-# The config.json of released models, their words on tokens and training left out, and how many parameters they have.
+# The config.json of released models without keys about tokens and training, and their numbers of parameters.
 LLAMA = {"hidden_act": "silu", "rms_norm_eps": 1e-05, "tie_word_embeddings": False, "rope_scaling": None}
 PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     "gpt2": (
@@ -204,7 +204,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_preset_is_what_the_released_model_says_of_itself(name: str) -> None:
+def test_presets_match_released_models(name: str) -> None:
     config, parameters = PUBLISHED[name]
     architecture = architecture_of(config, Path("config.json"))
     model = with_knobs(architecture.knobs(config, Path("config.json")))
@@ -250,7 +250,7 @@ QUICK = ("gpt2", "gemma3", "llama3")
     [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in sorted(FAMILIES)],
     indirect=True,
 )
-def test_golden_models_say_the_same_words_as_by_transformers(golden: Any) -> None:
+def test_golden_models_generate_the_tokens_of_transformers(golden: Any) -> None:
     model, params, expected = golden
     (drawn,) = generate(
         params,

@@ -1,4 +1,4 @@
-"""The token store: holds every token, is built once, and is whole or not there."""
+"""The token store: it contains every token, is built once, and is created atomically."""
 
 import dataclasses
 import errno
@@ -56,21 +56,21 @@ def refuse_to_encode(*arguments: object) -> None:
     raise AssertionError("encoded again")
 
 
-# What it holds.
+# Contents.
 
 
 @pytest.mark.parametrize("shard_tokens", [7, 2**26])
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_a_split_is_its_documents_end_to_end(name: str, shard_tokens: int, lines: DataConfig, tmp_path: Path) -> None:
+def test_a_split_concatenates_its_documents(name: str, shard_tokens: int, lines: DataConfig, tmp_path: Path) -> None:
     tokenizer = Tokenizer(TOKENIZERS[name](LINES[:20], 300))
     built = build_store(lines, tokenizer, tmp_path / "stores", shard_tokens=shard_tokens)
     for split in token_store.SPLITS:
         documents = [d for side, d in datasets.assign_splits(datasets.load_documents(lines), lines, 0) if side == split]
-        split_text = [[0, *tokenizers.encode(tokenizer, document.text)] for document in documents]
-        expected = [token for piece in split_text for token in piece] + [0]
+        encoded = [[0, *tokenizers.encode(tokenizer, document.text)] for document in documents]
+        expected = [token for piece in encoded for token in piece] + [0]
         stream, manifest = built.split(split), built.manifest.splits[split]
         assert stream.tokens(0, len(expected) + 9).tolist() == expected
-        assert stream.offsets.tolist() == np.cumsum([0, *map(len, split_text[:-1])]).tolist()
+        assert stream.offsets.tolist() == np.cumsum([0, *map(len, encoded[:-1])]).tolist()
         assert (stream.n_tokens, stream.n_learned) == (len(expected), len(expected) - 1)
         assert stream.learned_bytes == sum(len(document.text.encode()) for document in documents)
         assert stream.bytes_per_token == stream.learned_bytes / stream.n_learned
@@ -81,7 +81,7 @@ def test_a_split_is_its_documents_end_to_end(name: str, shard_tokens: int, lines
     assert any(built.manifest.splits[split].n_unknown for split in token_store.SPLITS) == (name == "word")
 
 
-def test_a_span_may_cross_shards(lines: DataConfig, tmp_path: Path) -> None:
+def test_slices_may_cross_shards(lines: DataConfig, tmp_path: Path) -> None:
     stream = build_store(lines, char(), tmp_path / "stores", shard_tokens=5).split("train")
     everything = stream.tokens(0, stream.n_tokens)
     for start in range(20):
@@ -89,7 +89,7 @@ def test_a_span_may_cross_shards(lines: DataConfig, tmp_path: Path) -> None:
             assert stream.tokens(start, stop).tolist() == everything[start:stop].tolist()
 
 
-def test_weights_are_kept_where_not_all_is_learned(dialogues: DataConfig, tmp_path: Path) -> None:
+def test_weights_are_stored_for_dialogues(dialogues: DataConfig, tmp_path: Path) -> None:
     tokenizer = char()
     built = build_store(dialogues, tokenizer, tmp_path / "stores", shard_tokens=11)
     stream = built.split("train")
@@ -103,7 +103,7 @@ def test_weights_are_kept_where_not_all_is_learned(dialogues: DataConfig, tmp_pa
     assert stream.n_learned == stream.learned_bytes + len(documents)
 
 
-def test_a_large_vocabulary_takes_four_bytes_a_token(lines: DataConfig, tmp_path: Path) -> None:
+def test_large_vocabularies_take_four_bytes_per_token(lines: DataConfig, tmp_path: Path) -> None:
     tokenizer = char(["".join(map(chr, range(0x10000, 0x20000))), *LINES])
     built = build_store(lines, tokenizer, tmp_path / "stores")
     manifest = built.manifest.splits["train"]
@@ -111,17 +111,7 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(lines: DataConfig, tmp_path
     assert tokenizers.decode(tokenizer, built.split("train").tokens(0, 30)).startswith("The rain")
 
 
-def test_the_tail_of_one_document_is_validation(tmp_path: Path) -> None:
-    path = tmp_path / "novel.txt"
-    path.write_text("".join(LINES))
-    built = build_store(config((str(path),), split="tail", valid_fraction=0.1), char(), tmp_path / "stores")
-    train, valid = (built.split(name) for name in token_store.SPLITS)
-    text = [tokenizers.decode(char(), stream.tokens(0, stream.n_tokens)) for stream in (train, valid)]
-    border = int(len("".join(LINES)) * 0.9)
-    assert text == ["".join(LINES)[:border], "".join(LINES)[border:]]
-
-
-def test_without_validation_its_stream_is_empty(lines: DataConfig, tmp_path: Path) -> None:
+def test_the_validation_stream_may_be_empty(lines: DataConfig, tmp_path: Path) -> None:
     built = build_store(dataclasses.replace(lines, valid_fraction=0.0), char(), tmp_path / "stores")
     stream = built.split("valid")
     assert (stream.n_tokens, len(stream.offsets), stream.bytes_per_token) == (0, 0, 0.0)
@@ -129,7 +119,9 @@ def test_without_validation_its_stream_is_empty(lines: DataConfig, tmp_path: Pat
     assert built.manifest.splits["train"].n_documents == len(LINES)
 
 
-def test_batches_of_documents_do_not_show(lines: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_store_does_not_depend_on_batches_of_documents(
+    lines: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = build_store(lines, char(), tmp_path / "whole").manifest
     calls: list[tuple[int, int | None]] = []
     monkeypatch.setattr(token_store, "BATCH_CHARACTERS", 100)
@@ -141,7 +133,9 @@ def test_batches_of_documents_do_not_show(lines: DataConfig, tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_parts_of_a_long_document_do_not_show(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_store_does_not_depend_on_pieces_of_documents(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     novel = "\n\n".join([*LINES, "日本の川。" * 30, "x" * 300, " " * 90]) * 2
     (tmp_path / "novel.txt").write_text(novel, encoding="utf-8")
     found = config((str(tmp_path / "novel.txt"),), split="tail")
@@ -198,7 +192,7 @@ CHANGES: dict[str, Callable[[DataConfig], tuple[DataConfig, HFTokenizer]]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_the_tokens_depend_on_makes_another_store(name: str, lines: DataConfig, tmp_path: Path) -> None:
+def test_every_setting_of_the_tokens_changes_the_store(name: str, lines: DataConfig, tmp_path: Path) -> None:
     first = build_store(lines, char(), tmp_path / "stores")
     assert build_store(*CHANGES[name](lines), tmp_path / "stores").path != first.path
 
@@ -224,7 +218,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_store_is_named_and_built_anew(name: str, lines: DataConfig, tmp_path: Path) -> None:
+def test_damaged_stores_are_named_and_rebuilt(name: str, lines: DataConfig, tmp_path: Path) -> None:
     built = build_store(lines, char(), tmp_path / "stores")
     damage, message = DAMAGE[name]
     damage(built.path)
@@ -247,7 +241,7 @@ def test_verify_finds_a_changed_byte(lines: DataConfig, tmp_path: Path) -> None:
         built.verify()
 
 
-def test_an_error_in_the_build_leaves_nothing(lines: DataConfig, tmp_path: Path) -> None:
+def test_interrupted_builds_leave_nothing(lines: DataConfig, tmp_path: Path) -> None:
     def interrupt(done: int, total: int | None) -> None:
         raise KeyboardInterrupt
 
@@ -293,7 +287,7 @@ for moment in range(1, 1000):
 """
 
 
-def test_after_a_kill_at_any_moment_the_store_is_that_of_an_undisturbed_build(
+def test_builds_killed_at_any_moment_can_be_repeated(
     lines: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(token_store, "BATCH_CHARACTERS", 700)
@@ -316,7 +310,7 @@ def test_after_a_kill_at_any_moment_the_store_is_that_of_an_undisturbed_build(
         assert [path.name for path in root.glob(".*")] == []
 
 
-def test_a_killed_build_is_not_taken_for_a_store(lines: DataConfig, tmp_path: Path) -> None:
+def test_folders_of_killed_builds_are_removed(lines: DataConfig, tmp_path: Path) -> None:
     built = build_store(lines, char(), tmp_path / "stores")
     torn = built.path.with_name(f".{built.path.name}.0123")
     built.path.rename(torn)
@@ -325,7 +319,7 @@ def test_a_killed_build_is_not_taken_for_a_store(lines: DataConfig, tmp_path: Pa
     assert os.listdir(tmp_path / "stores") == [built.path.name]
 
 
-def test_what_another_process_builds_is_left_alone(lines: DataConfig, tmp_path: Path) -> None:
+def test_folders_of_running_builds_are_kept(lines: DataConfig, tmp_path: Path) -> None:
     root = tmp_path / "stores"
     with temporary_folder(root, "key") as held:
         build_store(lines, char(), root)
@@ -336,7 +330,7 @@ def test_what_another_process_builds_is_left_alone(lines: DataConfig, tmp_path: 
     assert [path.name for path in root.glob(".*")] == [".a_file"]
 
 
-def test_where_there_are_no_locks_nothing_is_removed(
+def test_nothing_is_removed_without_file_locks(
     lines: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(file: object, how: int) -> None:
@@ -365,7 +359,7 @@ def test_the_first_of_two_builders_wins(lines: DataConfig, tmp_path: Path) -> No
 # Mistakes.
 
 
-def test_files_that_change_during_the_build_are_noticed(
+def test_files_that_change_during_a_build_are_an_error(
     lines: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extra = tmp_path / "more.txt"
@@ -385,16 +379,14 @@ def test_files_that_change_during_the_build_are_noticed(
         ('["one"]', {"split": "tail", "valid_fraction": 0.9, "loss_mask": "all"}, "the split 'train' got none"),
     ],
 )
-def test_a_corpus_too_small_is_refused(text: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_too_small_corpora_are_refused(text: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = tmp_path / "few.json"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         build_store(config((str(path),), **changes), char(), tmp_path / "stores")
 
 
-def test_one_document_for_two_splits_is_refused_before_anything_is_learned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_empty_splits_are_refused_before_training_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preprocess, "train_tokenizer", refuse_to_encode)
     monkeypatch.setattr(token_store, "encode_documents", refuse_to_encode)
     (tmp_path / "one.txt").write_text("One long text. " * 1000)
@@ -405,7 +397,7 @@ def test_one_document_for_two_splits_is_refused_before_anything_is_learned(
             refused()
 
 
-def test_one_batch_is_required(lines: DataConfig, tmp_path: Path) -> None:
+def test_less_text_than_one_batch_is_refused(lines: DataConfig, tmp_path: Path) -> None:
     stream = build_store(lines, char(), tmp_path / "stores").split("train")
     fitting = stream.n_tokens - 1
     check_enough_tokens(stream, fitting, 1)
@@ -415,7 +407,7 @@ def test_one_batch_is_required(lines: DataConfig, tmp_path: Path) -> None:
         check_enough_tokens(stream, fitting + 1, 1)
 
 
-def test_a_cache_that_cannot_be_written_is_named(lines: DataConfig, tmp_path: Path) -> None:
+def test_unwritable_caches_are_named(lines: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=f"{tmp_path}/file/stores: the token store cannot be written .Not a directory"):
         build_store(lines, char(), tmp_path / "file" / "stores")

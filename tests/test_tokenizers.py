@@ -1,4 +1,4 @@
-"""Tokenizers: what goes in comes out, nothing in a text is special, and the same texts give the same tokenizer."""
+"""Tokenizers: round trips, no special tokens from text, and reproducible training."""
 
 import os
 import re
@@ -38,7 +38,7 @@ TEXTS = [
 ]
 # All but word, which forgets unknown words and runs of blanks.
 LOSSLESS = sorted(TOKENIZERS.keys() - {"word"})
-BYTE_BASED_LEAST = {"char": 260, "byte": 260, "bpe": 260}
+MIN_BYTE_VOCABULARY = {"char": 260, "byte": 260, "bpe": 260}
 
 
 def train(name: str, texts: list[str], vocab_size: int | None = None) -> Tokenizer:
@@ -59,13 +59,9 @@ def test_special_tokens_have_the_first_ids(name: str) -> None:
     assert [TRAINED[name].id_to_token(index) for index in range(4)] == list(SPECIAL_TOKENS)
 
 
-def test_word_knows_unknown_after_the_special_tokens() -> None:
-    assert TRAINED["word"].token_to_id(UNKNOWN) == 4
-
-
 @pytest.mark.parametrize("name", LOSSLESS)
 @given(text=any_text)
-def test_decoding_gives_back_any_text(name: str, text: str) -> None:
+def test_decode_inverts_encode(name: str, text: str) -> None:
     tokenizer = TRAINED[name]
     assert tokenizers.decode(tokenizer, tokenizers.encode(tokenizer, text)) == text
 
@@ -79,7 +75,7 @@ def test_no_text_encodes_to_a_special_token(name: str, text: str) -> None:
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(text=st.text("ab.'’-, \n\t\u00a0é漢\"", max_size=60))
-def test_long_texts_encode_as_they_would_in_one_piece(name: str, text: str) -> None:
+def test_long_texts_are_encoded_in_pieces_with_the_same_result(name: str, text: str) -> None:
     tokenizer = TRAINED[name]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoding, "PIECE_CHARACTERS", 4)
@@ -90,7 +86,7 @@ def test_long_texts_encode_as_they_would_in_one_piece(name: str, text: str) -> N
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(text=any_text | st.text("a1é日 \n\t\r.,'_￭", max_size=40), size=st.integers(1, 9))
-def test_parts_of_a_text_are_encoded_and_learned_from_as_the_whole(name: str, text: str, size: int) -> None:
+def test_pieces_of_a_text_give_the_tokens_and_tokenizer_of_the_whole(name: str, text: str, size: int) -> None:
     codec = TRAINED[name]
     parts = list(encoding.split_text(text, codec.split_chars, size))
     assert "".join(parts) == text
@@ -104,7 +100,7 @@ def test_parts_of_a_text_are_encoded_and_learned_from_as_the_whole(name: str, te
 
 
 @pytest.mark.parametrize("letter", ["x", "7", "-", " "])
-def test_a_run_that_byte_pairs_cannot_read_is_refused_at_once(letter: str) -> None:
+def test_bpe_refuses_very_long_words(letter: str) -> None:
     text = "a b " + letter * 300_000
     with pytest.raises(UserError, match=r"300,000 characters in a row|300,001 characters in a row"):
         tokenizers.encode_document(TRAINED["bpe"], plain_document("long", text), "all")
@@ -113,36 +109,36 @@ def test_a_run_that_byte_pairs_cannot_read_is_refused_at_once(letter: str) -> No
         assert len(ids) == len(text) + 1
 
 
-def test_long_texts_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_are_split_before_spaces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 4)
     assert list(encoding.split_text("one   two three\nfour", " ")) == ["one   two", " three\nfour"]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_the_same_texts_give_the_same_tokenizer(name: str) -> None:
+def test_training_is_reproducible(name: str) -> None:
     texts = [document.text for document in datasets.load_documents(facts(100))]
     assert train(name, texts).serialized == train(name, texts).serialized
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_the_vocabulary_has_no_more_than_was_asked_for(name: str) -> None:
+def test_vocab_size_is_respected(name: str) -> None:
     texts = [document.text for document in datasets.load_documents(facts(100))]
     assert train(name, texts, 270).get_vocab_size() == (260 if name == "byte" else 270)
 
 
 @pytest.mark.parametrize(("name", "kept"), [("word", {"b", "a"}), ("char", {"b", "a"})])
-def test_the_most_frequent_are_kept_and_ties_go_by_the_alphabet(name: str, kept: set[str]) -> None:
+def test_the_most_frequent_tokens_are_kept_with_ties_in_alphabetical_order(name: str, kept: set[str]) -> None:
     reserved = 5 if name == "word" else 260
     vocabulary = train(name, ["b b c a d"] if name == "word" else ["bbcad"], reserved + 2).backend.get_vocab()
     assert {token for token, index in vocabulary.items() if index >= reserved} == kept
 
 
-def test_bytes_have_their_own_value_after_the_special_tokens() -> None:
+def test_byte_ids_follow_the_special_tokens() -> None:
     text = "".join(map(chr, range(2000)))
     assert tokenizers.encode(TRAINED["byte"], text) == [4 + byte for byte in text.encode()]
 
 
-def test_a_character_is_one_token_and_a_strange_one_its_bytes() -> None:
+def test_unknown_characters_are_encoded_as_bytes() -> None:
     tokens = [TRAINED["char"].id_to_token(index) for index in tokenizers.encode(TRAINED["char"], "aé漢")]
     assert tokens == ["a", "é", "<0xE6>", "<0xBC>", "<0xA2>"]
 
@@ -151,12 +147,12 @@ def test_bpe_merges_what_is_frequent() -> None:
     assert "Ġrain" in TRAINED["bpe"].backend.get_vocab()
 
 
-def test_bytes_that_are_not_text_decode_to_replacement_characters() -> None:
+def test_invalid_utf8_decodes_to_replacement_characters() -> None:
     assert tokenizers.decode(TRAINED["byte"], [4 + 0xFF, 4 + ord("a")]) == "\ufffda"
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_special_tokens_are_not_shown(name: str) -> None:
+def test_decoding_omits_special_tokens(name: str) -> None:
     turns = (Message("user", "The rain fell on"), Message("assistant", "the hill."))
     ids, _ = tokenizers.encode_document(TRAINED[name], Document("", turns), "all")
     shown = "The rain fell on the hill." if name == "word" else "The rain fell onthe hill."
@@ -167,21 +163,21 @@ def test_special_tokens_are_not_shown(name: str) -> None:
 
 
 @given(text=st.text("ab.'’-,\"([ \n\té!", max_size=30))
-def test_words_and_marks_keep_their_spacing(text: str) -> None:
+def test_word_preserves_spacing_of_punctuation(text: str) -> None:
     text = re.sub(r"[^\S\n]+", " ", text).strip(" ")
     tokenizer = train("word", [text])
     assert tokenizers.decode(tokenizer, tokenizers.encode(tokenizer, text)) == text
 
 
 @pytest.mark.parametrize("name", ["facts", "chat"])
-def test_words_give_back_every_bundled_text(name: str) -> None:
+def test_word_inverts_bundled_texts(name: str) -> None:
     config = DataConfig(name, (), None, "document", 0.0, "all", None)
     texts = [turn.text for document in datasets.load_documents(config) for turn in document.messages]
     tokenizer = train("word", texts)
     assert [tokenizers.decode(tokenizer, tokenizers.encode(tokenizer, text)) for text in texts] == texts
 
 
-def test_words_and_punctuation_marks_are_tokens_of_their_own() -> None:
+def test_word_separates_words_and_punctuation() -> None:
     text = 'Yes, "it doesn\'t" (3.5 well-known).\nEnd'
     tokens = train("word", [text]).backend.encode(text).tokens
     bare = [token.strip("￭") for token in tokens]
@@ -189,7 +185,7 @@ def test_words_and_punctuation_marks_are_tokens_of_their_own() -> None:
     assert [token.strip() for token in bare] == words
 
 
-def test_unknown_words_are_shown_and_never_dropped() -> None:
+def test_unknown_words_are_decoded_as_unk() -> None:
     tokenizer = TRAINED["word"]
     ids = tokenizers.encode(tokenizer, "The zebra stopped, unseen.")
     assert ids.count(tokenizer.token_to_id(UNKNOWN)) == 2
@@ -203,7 +199,7 @@ def test_unknown_words_are_shown_and_never_dropped() -> None:
     ("loss_mask", "expected"),
     [("all", "111111111111"), ("assistant", "100000011101")],
 )
-def test_weights_of_a_dialogue(loss_mask: str, expected: str) -> None:
+def test_weights_of_dialogues(loss_mask: str, expected: str) -> None:
     turns = (
         Message("system", "a"),
         Message("user", "ab"),
@@ -221,13 +217,13 @@ def test_weights_of_a_dialogue(loss_mask: str, expected: str) -> None:
 
 @pytest.mark.parametrize("loss_mask", ["all", "assistant"])
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_plain_text_is_learned_whole(name: str, loss_mask: str) -> None:
+def test_all_tokens_of_plain_text_are_targets(name: str, loss_mask: str) -> None:
     ids, weights = tokenizers.encode_document(TRAINED[name], plain_document("", TEXTS[0]), loss_mask)
     assert ids.tolist() == [0, *tokenizers.encode(TRAINED[name], TEXTS[0])]
     assert weights.all()
 
 
-def test_documents_encoded_together_are_as_they_are_alone() -> None:
+def test_documents_encode_the_same_together_and_alone() -> None:
     dialogue = Document("", (Message("user", "the hill"), Message("assistant", "the rain")))
     group = [dialogue, plain_document("", "The rain"), Document("", ()), dialogue]
     together = tokenizers.encode_documents(TRAINED["bpe"], group, "assistant")
@@ -254,7 +250,7 @@ def test_prompts(turns: list[Message], expected: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_a_saved_tokenizer_is_the_same(name: str, tmp_path: Path) -> None:
+def test_save_and_load_preserve_a_tokenizer(name: str, tmp_path: Path) -> None:
     path = tmp_path / "folder" / "tokenizer.json"
     tokenizers.save_tokenizer(TRAINED[name], path)
     loaded = tokenizers.load_tokenizer(path)
@@ -264,7 +260,7 @@ def test_a_saved_tokenizer_is_the_same(name: str, tmp_path: Path) -> None:
     assert os.listdir(path.parent) == ["tokenizer.json"]
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_saves_keep_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "tokenizer.json"
     tokenizers.save_tokenizer(TRAINED["byte"], path)
     before = path.read_bytes()
@@ -282,15 +278,11 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 # Mistakes.
 
 
-@pytest.mark.parametrize(("name", "least"), [("word", 6), *BYTE_BASED_LEAST.items()])
-def test_a_vocabulary_too_small_is_refused(name: str, least: int) -> None:
-    with pytest.raises(UserError, match=rf"config.tokenizer.vocab_size={least - 1} .*{name}.* at least {least}\."):
-        train(name, TEXTS, least - 1)
-    assert train(name, TEXTS, least).get_vocab_size() == least
-
-
-def test_every_tokenizer_names_its_least_vocabulary() -> None:
-    assert set(TOKENIZERS) == {"word", *BYTE_BASED_LEAST}
+@pytest.mark.parametrize(("name", "minimum"), [("word", 6), *MIN_BYTE_VOCABULARY.items()])
+def test_too_small_vocabularies_are_refused(name: str, minimum: int) -> None:
+    with pytest.raises(UserError, match=rf"config.tokenizer.vocab_size={minimum - 1} .*{name}.* at least {minimum}\."):
+        train(name, TEXTS, minimum - 1)
+    assert train(name, TEXTS, minimum).get_vocab_size() == minimum
 
 
 def test_bpe_needs_a_vocabulary_size() -> None:
@@ -298,7 +290,7 @@ def test_bpe_needs_a_vocabulary_size() -> None:
         tokenizers.train_tokenizer(TokenizerConfig("bpe", None), TEXTS)
 
 
-def test_an_unknown_kind_is_answered_with_the_nearest() -> None:
+def test_unknown_kinds_are_answered_with_a_suggestion() -> None:
     with pytest.raises(UserError, match="config.tokenizer.name: unknown 'bep'. Did you mean 'bpe'"):
         tokenizers.train_tokenizer(TokenizerConfig("bep", 300), TEXTS)
 
@@ -312,7 +304,7 @@ def test_an_unknown_kind_is_answered_with_the_nearest() -> None:
         (b"\xff\xfe", "not a tokenizer.json"),
     ],
 )
-def test_what_is_no_tokenizer_is_named(data: bytes | None, message: str, tmp_path: Path) -> None:
+def test_invalid_tokenizer_files_are_refused_by_name(data: bytes | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     if data is not None:
         path.write_bytes(data)
@@ -320,7 +312,7 @@ def test_what_is_no_tokenizer_is_named(data: bytes | None, message: str, tmp_pat
         tokenizers.load_tokenizer(path)
 
 
-def test_a_tokenizer_without_our_special_tokens_is_named() -> None:
+def test_missing_special_tokens_are_refused() -> None:
     foreign = Tokenizer(HFTokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")))
     with pytest.raises(UserError, match=re.escape(f"no token '{END}'")):
         tokenizers.encode_document(foreign, plain_document("", "a"), "all")

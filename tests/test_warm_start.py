@@ -141,7 +141,7 @@ def test_warm_start_keeps_the_tokenizer_unless_another_is_requested(source: Path
     )
 
 
-def test_stacked_blocks_are_matched_layer_by_layer() -> None:
+def test_stacked_blocks_are_matched_by_layer() -> None:
     """Of patterns of two mixers: five layers are two stacks of two and one of one; eight are two of four."""
     models = [tiny(**{"model.mixers": ("attention", "local_attention"), "model.n_layers": n}).model for n in (5, 8)]
     generator = np.random.default_rng(0)

@@ -33,11 +33,7 @@ BLOCK_CHARACTERS = 2**20
 
 
 def load_documents(config: DataConfig) -> Iterator[Document]:
-    """Iterate over the non-empty documents of a corpus, in a fixed order, up to `max_documents`.
-
-    Raises:
-        UserError: The corpus is unknown, or a file cannot be read or parsed.
-    """
+    """Iterate over the non-empty documents of a corpus, in a fixed order, up to `max_documents`."""
     corpus = lookup(CORPORA, config.corpus, "config.data.corpus")(config)
     return itertools.islice((_check_text(document) for document in corpus if document.text), config.max_documents)
 
@@ -337,11 +333,7 @@ def _files(config: DataConfig) -> Iterator[Document]:
 
 @contextmanager
 def _open_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a text file.
-
-    Raises:
-        UserError: The file cannot be read, or is a pipe or a device.
-    """
+    """Open a text file. Raises UserError if it cannot be read, or is a pipe or a device."""
     try:
         # Opening a pipe would block until another process writes to it.
         if not stat.S_ISREG(os.stat(path).st_mode):

@@ -116,11 +116,7 @@ def prepare_stage(
     progress: Progress | None = None,
     store: Store | None = None,
 ) -> StageData:
-    """Return a stage with `store`, or else a store that is built or found under `cache`.
-
-    Raises:
-        UserError: The training split has less text than one batch.
-    """
+    """Return a stage with `store`, or else a store that is built or found under `cache`."""
     data = StageData(stage, store or build_store(stage.config.data, tokenizer, cache / "stores", progress))
     check_enough_tokens(data.store.split("train"), data.seq_len, stage.config.training.batch_size)
     return data
@@ -200,11 +196,7 @@ def _token_record(data: StageData) -> dict[str, Any]:
 
 
 def find_changed_stages(record: Path, data: Iterable[StageData]) -> list[str]:
-    """Return the stages whose text or tokens differ from those of a record; none if there is no record yet.
-
-    Raises:
-        UserError: As for `read_data_record`.
-    """
+    """Return the stages whose text or tokens differ from those of a record; none if there is no record yet."""
     if not record.exists():
         return []
     recorded = [{name: value for name, value in stage.items() if name != "files"} for stage in read_data_record(record)]

@@ -414,11 +414,7 @@ def build_store(
 
 
 def compute_corpus_stats(config: DataConfig) -> CorpusStats:
-    """Compute the statistics of a corpus without encoding it.
-
-    Raises:
-        UserError: The corpus has no text, or a split with a nonzero share gets no document.
-    """
+    """Compute the statistics of a corpus without encoding it. Raises UserError if the corpus or a split is empty."""
     digest, n_documents, n_dialogues, n_characters, n_valid = hashlib.sha256(), 0, 0, 0, 0
     for document in load_documents(config):
         document_digest = hash_document(document)

@@ -90,11 +90,7 @@ class Architecture:
     def knobs(
         self, config: Mapping[str, Any], file: Path, warn: Callable[[str], object] = lambda text: None
     ) -> dict[str, Any]:
-        """Return the ModelConfig knobs that a config.json sets, warning about ignored keys.
-
-        Raises:
-            UserError: A key cannot be represented; the message names it.
-        """
+        """Return the knobs of a config.json, warning about ignored keys. Raises UserError naming a bad key."""
         reader = HFConfigReader(file, self._without_aliases(config, file), self.defaults, warn)
         for key in UNSUPPORTED_KEYS:
             if config.get(key):
@@ -108,11 +104,7 @@ class Architecture:
         return {knob: validate_value(f"model.{knob}", value, f"{file}: {knob}") for knob, value in knobs.items()}
 
     def _without_aliases(self, config: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
-        """Return the values of a config.json with aliases resolved.
-
-        Raises:
-            UserError: Two names of one key have different values.
-        """
+        """Return a config.json with aliases resolved. Raises UserError if two names of one key differ in value."""
         values = dict(config)
         for alias, key in self.aliases.items():
             if alias not in config:
@@ -127,11 +119,7 @@ class Architecture:
         return {"architectures": [self.name], "model_type": self.model_type} | write_all(self.mappings, model)
 
     def roundtrip_differences(self, model: ModelConfig) -> dict[str, tuple[Any, Any]]:
-        """Return the knobs that change when a model's config.json is written and read; none if it is equivalent.
-
-        Raises:
-            UserError: The config.json cannot be read.
-        """
+        """Return the knobs that change when a model's config.json is written and read; none if it is equivalent."""
         knobs = self.knobs(self.hf_config(model), Path("config.json"))
         return model_config_differences(model, replace_paths(model, knobs))
 
@@ -153,7 +141,7 @@ SIZES = (
 WIDTH = mapping.direct("intermediate_size", "d_ff", dense_width)
 GATED = (*SIZES, WIDTH, mapping.activation("hidden_act", mapping.GATED))
 ATTENTION_BIAS = mapping.attention_bias("attention_bias")
-MLP_BIAS = mapping.feedforward_bias("mlp_bias")
+MLP_BIAS = mapping.direct("mlp_bias", "feedforward_bias", lambda model: model.has_feedforward_bias)
 
 ROPE_DEFAULTS = dict.fromkeys(
     ("rope_parameters", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings")
@@ -459,11 +447,7 @@ ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for ar
 
 
 def architecture_of(config: Mapping[str, Any], file: Path) -> Architecture:
-    """Return the architecture named in a config.json, or else the one of its model_type.
-
-    Raises:
-        UserError: The architecture is unknown, or `architectures` is not a list of names.
-    """
+    """Return the architecture named in a config.json, or else that of its model_type. Raises UserError if unknown."""
     names, model_type = config.get("architectures"), config.get("model_type")
     if names is None or names == []:
         names = [architecture.name for architecture in _ARCHITECTURES if architecture.model_type == model_type]

@@ -70,11 +70,7 @@ class HFConfigReader:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        UserError: The file is missing or does not contain a JSON object.
-    """
+    """Read a JSON object from a file. Raises UserError if the file is missing or contains something else."""
     try:
         values = json.loads(file.read_bytes())
     except OSError as error:
@@ -292,14 +288,6 @@ def attention_bias(key: str) -> KeyMapping:
         return dict.fromkeys(("attention.qkv_bias", "attention.output_bias"), reader.parse(key, "bias"))
 
     return KeyMapping(read, lambda model: {key: model.has_qkv_bias})
-
-
-def feedforward_bias(key: str) -> KeyMapping:
-    """Map biases in the linear layers of feed-forwards."""
-    return KeyMapping(
-        lambda reader: {"feedforward_bias": reader.parse(key, "bias")},
-        lambda model: {key: model.has_feedforward_bias},
-    )
 
 
 def softcap(key: str, knob: str) -> KeyMapping:
@@ -632,11 +620,7 @@ def _rope_knobs(
     has_fraction: bool = False,
     types: Mapping[str, str] = ALL_ROPE_TYPES,
 ) -> Knobs:
-    """Return the knobs of one RoPE, warning about keys that `transformers` does not read.
-
-    Raises:
-        UserError: The type is unknown, or a key is missing or has the wrong type; the message names it.
-    """
+    """Return the knobs of one RoPE, warning about unused keys. Raises UserError naming a bad type or key."""
     where = f"{reader.file}: RoPE"
     kind = stored.get("rope_type") or stored.get("type") or "default"
     if not isinstance(kind, str) or kind not in types:

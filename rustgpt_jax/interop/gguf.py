@@ -79,11 +79,7 @@ class GGUFVocabulary:
 
 
 def gguf_vocabulary(tokenizer: Tokenizer) -> GGUFVocabulary:
-    """Convert a tokenizer for llama.cpp.
-
-    Raises:
-        UserError: llama.cpp would tokenize differently; the message says how.
-    """
+    """Convert a tokenizer for llama.cpp. Raises UserError if llama.cpp would tokenize differently."""
     settings = json.loads(tokenizer.backend.to_str())
     if settings["model"]["type"] != "BPE" or settings["model"].get("dropout"):
         raise UserError(f"llama.cpp does not support this tokenizer of the kind {settings['model']['type']}")
@@ -172,11 +168,7 @@ def _convert_byte_level(settings: Mapping[str, Any], adds_bos: bool, bos_id: int
 
 
 def _find_split(pre_tokenizer: Mapping[str, Any] | None) -> dict[str, bool]:
-    """Return the entry of SPLITS that matches a pre-tokenizer.
-
-    Raises:
-        UserError: llama.cpp does not support the pre-tokenizer.
-    """
+    """Return the entry of SPLITS that matches a pre-tokenizer. Raises UserError if there is none."""
     parts = [] if pre_tokenizer is None else pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     *first, last = [dict(part) for part in parts] or [{}]
     if last.get("type") == "ByteLevel" and not last["add_prefix_space"]:
@@ -202,11 +194,7 @@ def _merges_build_every_token(settings: Mapping[str, Any], merges: Sequence[Sequ
 
 
 def _require_plain_added_tokens(settings: Mapping[str, Any]) -> None:
-    """Check that added tokens that may occur in text are matched literally.
-
-    Raises:
-        UserError: An added token is matched in another way.
-    """
+    """Raise UserError if added tokens that may occur in text are not matched literally."""
     for token in settings["added_tokens"]:
         special = ("lstrip", "rstrip", "single_word")
         if not token["special"] and (
@@ -245,11 +233,7 @@ def _convert_sentencepiece(settings: Mapping[str, Any], adds_bos: bool, bos_id: 
 
 
 def _prepends_space(settings: Mapping[str, Any]) -> bool:
-    """Return whether a space is prepended to texts.
-
-    Raises:
-        UserError: Spaces are handled differently than in SentencePiece.
-    """
+    """Return whether a space is prepended to texts. Raises UserError if spaces are not handled as in SentencePiece."""
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never", "split": False}
     normalizer, pre_tokenizer = settings["normalizer"], settings["pre_tokenizer"]
@@ -330,11 +314,7 @@ GGUF_ARCHITECTURES = {
 
 
 def export_gguf(path: Path, file: Path, which: str, dtype: str | None, log: Callable[[str], None]) -> None:
-    """Write a run as a GGUF file atomically, in float32 by default.
-
-    Raises:
-        UserError: The run has no parameters, the file already exists, or as for `write_gguf`.
-    """
+    """Write a run as a GGUF file atomically, in float32 by default. Raises UserError if the file already exists."""
     if file.exists():
         raise UserError(f"{file} already exists; choose another name.")
     trained = load_model(path, which)

@@ -81,11 +81,7 @@ def read_model(source: Path, warn: Callable[[str], object] = lambda text: None) 
 
 
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
-    """Open the tensors in a folder by name, from one file or from the shards in an index.
-
-    Raises:
-        UserError: There are no tensors, a file is missing or damaged, or a tensor is in two files.
-    """
+    """Open the tensors in a folder by name, from one file or from the shards in an index."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder with a Hugging Face model.")
     if (folder / SINGLE).exists():

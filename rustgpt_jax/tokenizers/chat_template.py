@@ -89,11 +89,7 @@ class ChatFormat:
 def apply_chat_template(
     chat_format: ChatFormat, messages: Sequence[Message], *, add_generation_prompt: bool, special_tokens: Sequence[str]
 ) -> str:
-    """Render a dialogue with the chat template, optionally followed by the prompt for a reply.
-
-    Raises:
-        UserError: As for `render_prefixes`.
-    """
+    """Render a dialogue with the chat template, optionally followed by the prompt for a reply."""
     return render_prefixes(chat_format, messages, [(len(messages), add_generation_prompt)], special_tokens)[0]
 
 
@@ -152,11 +148,7 @@ class _Renderer:
         self._lock = threading.Lock()
 
     def render(self, template: str, variables: Mapping[str, Any]) -> str:
-        """Render a chat template.
-
-        Raises:
-            UserError: The template fails or exceeds the limits.
-        """
+        """Render a chat template. Raises UserError if it fails or exceeds the limits."""
         limits = {"seconds": MAX_CPU_SECONDS, "characters": MAX_CHARACTERS}
         request = json.dumps({"template": template, "variables": variables, **limits}).encode() + b"\n"
         with self._lock:

@@ -90,7 +90,7 @@ choices = st.fixed_dictionaries(
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_works(name: str, sandbox: Sandbox) -> None:
+def test_unedited_files(name: str, sandbox: Sandbox) -> None:
     with sandbox.case() as folder:
         write(folder / name, FILES[name][0])
         use(data_config(folder, name, split="tail"), CODECS["bpe"], folder / "stores")
@@ -98,7 +98,7 @@ def test_a_file_works(name: str, sandbox: Sandbox) -> None:
 
 @max_cases(450)
 @given(files, choices, st.sampled_from(sorted(CODECS)))
-def test_files_with_edits(sandbox: Sandbox, file: tuple[str, bytes | None], changes: dict[str, Any], kind: str) -> None:
+def test_edited_files(sandbox: Sandbox, file: tuple[str, bytes | None], changes: dict[str, Any], kind: str) -> None:
     name, data = file
     with sandbox.case() as folder:
         write(folder / name, data)
@@ -111,7 +111,7 @@ def test_files_with_edits(sandbox: Sandbox, file: tuple[str, bytes | None], chan
 
 @max_cases(120)
 @given(files, st.sampled_from(sorted(TOKENIZERS)), st.sampled_from((None, 1, 261, 300)))
-def test_tokenizers_of_files_with_edits(
+def test_tokenizers_of_edited_files(
     sandbox: Sandbox, file: tuple[str, bytes | None], kind: str, vocab_size: int | None
 ) -> None:
     name, data = file
@@ -157,7 +157,7 @@ def sums(store: Store) -> list[int]:
 
 @max_cases(250)
 @given(st.data())
-def test_a_damaged_store(sandbox: Sandbox, built: Store, data: st.DataObject) -> None:
+def test_damaged_stores(sandbox: Sandbox, built: Store, data: st.DataObject) -> None:
     with sandbox.case() as folder:
         root = folder / built.path.name
         shutil.copytree(built.path, root)
@@ -181,7 +181,7 @@ def json_bytes(value: Any) -> bytes:
 
 @max_cases(150)
 @given(st.data())
-def test_the_data_of_a_run(sandbox: Sandbox, built: Store, data: st.DataObject) -> None:
+def test_edited_data_records(sandbox: Sandbox, built: Store, data: st.DataObject) -> None:
     material = [StageData(stages(small_config())[0], built)]
     written = format_data_record(material)
     new = data.draw(corrupt_bytes(written.encode()) | edit_tree(json.loads(written)).map(json_bytes) | st.none())

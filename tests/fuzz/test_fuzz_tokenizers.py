@@ -125,7 +125,7 @@ def edits(written: str) -> Any:
 
 
 @pytest.mark.parametrize("name", [*OWN, *FOREIGN])
-def test_a_tokenizer_works(name: str, sandbox: Sandbox) -> None:
+def test_unedited_tokenizers(name: str, sandbox: Sandbox) -> None:
     with sandbox.case() as folder:
         write(folder / "tokenizer.json", (OWN | FOREIGN)[name].encode())
         for file, values in BESIDE.items():
@@ -138,7 +138,7 @@ def test_a_tokenizer_works(name: str, sandbox: Sandbox) -> None:
 
 @max_cases(300)
 @given(st.sampled_from(sorted(OWN)).flatmap(lambda name: edits(OWN[name])) | st.none())
-def test_a_tokenizer_of_a_run_with_edits(sandbox: Sandbox, data: bytes | None) -> None:
+def test_edited_tokenizers_of_runs(sandbox: Sandbox, data: bytes | None) -> None:
     with sandbox.case() as folder:
         write(folder / "tokenizer.json", data)
         run_or_refuse(lambda: use(load_tokenizer(folder / "tokenizer.json"), folder))
@@ -146,7 +146,7 @@ def test_a_tokenizer_of_a_run_with_edits(sandbox: Sandbox, data: bytes | None) -
 
 @max_cases(300)
 @given(st.sampled_from(sorted(FOREIGN)).flatmap(lambda name: edits(FOREIGN[name])))
-def test_a_tokenizer_of_another_model_with_edits(sandbox: Sandbox, data: bytes) -> None:
+def test_edited_imported_tokenizers(sandbox: Sandbox, data: bytes) -> None:
     with sandbox.case() as folder:
         write(folder / "tokenizer.json", data)
         for file, values in BESIDE.items():
@@ -187,7 +187,7 @@ def as_bytes(value: Any) -> bytes | None:
 
 @max_cases(300)
 @given(beside)
-def test_what_stands_beside_a_tokenizer_with_edits(sandbox: Sandbox, files: dict[str, Any]) -> None:
+def test_edited_files_beside_a_tokenizer(sandbox: Sandbox, files: dict[str, Any]) -> None:
     with sandbox.case() as folder:
         write(folder / "tokenizer.json", FOREIGN["llama_2"].encode())
         for name, value in files.items():
