@@ -20,8 +20,8 @@ from experiments.benchmarks.performance.bench import FULL, TINY, about
 from experiments.benchmarks.performance.goals import goals, ratio
 from experiments.benchmarks.performance.models import SHAPES, TRAINING, WEIGHTS, decoding_config, training_config
 from experiments.benchmarks.performance.startup import job, parts
-from experiments.benchmarks.performance.turns import Reading, rotated, take_turns, times_as_fast, told
-from experiments.benchmarks.performance.workers import MALLOC, Request, Worker, crew
+from experiments.benchmarks.performance.turns import Reading, rotated, summarize, take_turns, times_as_fast
+from experiments.benchmarks.performance.workers import MALLOC, Request, Worker, start_workers
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes, total_size
@@ -81,8 +81,8 @@ def test_what_slows_a_whole_round_down_is_not_in_a_ratio(pairs: list[tuple[float
 
 
 def test_a_time_is_told_by_its_median_and_middle_half() -> None:
-    assert told([5.0, 1.0, 2.0, 3.0, 4.0]) == (3.0, pytest.approx(2 / 3))
-    assert told([0.0, 0.0]) == (0.0, 0.0)
+    assert summarize([5.0, 1.0, 2.0, 3.0, 4.0]) == (3.0, pytest.approx(2 / 3))
+    assert summarize([0.0, 0.0]) == (0.0, 0.0)
 
 
 # Workers.
@@ -104,7 +104,7 @@ def test_workers_that_fail_say_why_and_leave_the_others(tmp_path: Path) -> None:
         "no module": Request("baker", "cook"),
         "absent": Request("llama_cpp_peer", "decoding", {"folder": ""}),
     }
-    with crew(requests, 60, log) as (workers, absent):
+    with start_workers(requests, 60, log) as (workers, absent):
         assert not workers
     assert absent["unknown"] == "KeyError: 'cook'" and "Traceback" in log.read_text()
     assert "status 1: " in absent["no module"] and "No module named" in absent["no module"]

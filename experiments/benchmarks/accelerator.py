@@ -2,26 +2,26 @@
 
 python experiments/benchmarks/accelerator.py
 
-It takes about an hour on one H100. --only=checks,training,torch,decoding,sweep and --sizes=124m,350m,1.5b do less, and
---add puts it beside what an earlier part has found:
+A full run takes about an hour on one H100. --only=checks,training,torch,decoding,sweep and --sizes=124m,350m,1.5b
+select parts, and --add merges them with earlier results:
 
-checks     every attention kernel that does not refuse, in value and gradient, against plain attention in float32
-training   GPT-2 with 124M, 350M and 1.5B parameters, windows of 1024 tokens, bfloat16 over float32 parameters, AdamW
+checks     values and gradients of every supported attention kernel, compared with plain attention in float32
+training   GPT-2 with 124M, 350M and 1.5B parameters, sequences of 1024 tokens, bfloat16 over float32 parameters, AdamW
 torch      the same in PyTorch (`gpt2_torch.py`)
-decoding   batches of 1, 8 and 64, with parameters in bfloat16, greedy, 128 tokens after 128
-sweep      16 small trials (configs/shakespeare_char.py) in one program, and the same one after another
+decoding   batches of 1, 8 and 64, with parameters in bfloat16, greedy, 128 tokens after a prompt of 128
+sweep      16 small trials (configs/shakespeare_char.py) in one program, and one after another
 
-Each framework's best batch is searched (`best_batch.py` says how, and that every measurement is a process of its own),
-and measured with other ways to the same too. Then the best of both take turns, PyTorch also at the batch of ours.
-FLOPs are those that the model needs, without recomputation and with the scores that the causal mask hides; peaks are
-those of data sheets. A token that is decoded needs all parameters once, and the keys and values of the tokens so far.
-Times are medians; beside them, in brackets, is the width of their middle half.
+The best batch size of each framework is searched for (see `best_batch.py`; every measurement runs in a process of its
+own), and its best variants are measured there. Then the best of both frameworks alternate, PyTorch also at our batch
+size. FLOPs are those that the model needs, without recomputation but including masked attention scores; peaks are from
+data sheets. Decoding a token reads all parameters once, and the keys and values of the tokens so far. Times are
+medians, with the interquartile range in brackets.
 
-Tables are printed, and written with everything measured to report.md and results.json in --out; log.txt has what
-processes that failed have said. What does not fit, a kernel that refuses and a PyTorch that is not there are told in
-the tables; any other failure too, and then the exit status is 1. --smoke does it all with tiny models, on a CPU too.
+Tables are printed, and written with all measurements to report.md and results.json in --out; log.txt has the output of
+failed processes. The tables also list what ran out of memory, unsupported kernels and a missing PyTorch; after any
+other failure the exit status is 1. --smoke runs everything with tiny models, also on a CPU.
 
-FINDING: no accelerator has been measured yet; report.md says what one has to say, beside the goals.
+FINDING: no accelerator has been measured yet.
 """
 
 import json
@@ -38,7 +38,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
-# A file that is run finds only its neighbours by itself.
+# A script can import only its siblings by default.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.benchmarks.accelerator_report import (
@@ -67,7 +67,7 @@ from rustgpt_jax.errors import UserError, suggest_names
 
 FLAGS = flags.FLAGS
 SECTIONS = ("checks", "training", "torch", "decoding", "sweep")
-# Other ways to the same, tried at the best batch.
+# Variants that are measured at the best batch size.
 VARIANTS: dict[str, tuple[Knobs, ...]] = {
     "rustgpt_jax": ({"model.scan_layers": False},),
     "PyTorch": ({"attention": "cudnn"},),
@@ -77,8 +77,8 @@ VARIANTS: dict[str, tuple[Knobs, ...]] = {
 class Extent(NamedTuple):
     """How much is measured.
 
-    decoded: the sizes that decode, with each of these values of `scan_layers`. prompt, new: tokens. repeats: timings
-    of a process. rounds: how often the best of the frameworks take turns.
+    decoded: the sizes to decode with, and the values of `scan_layers` for each. prompt, new: numbers of tokens.
+    repeats: timings per process. rounds: how often the best of the frameworks alternate.
     """
 
     sizes: tuple[str, ...]
@@ -126,7 +126,7 @@ SMOKE = Extent(
 
 
 def define_flags() -> None:
-    """What the command takes."""
+    """Define the flags of the command."""
     flags.DEFINE_list("only", list(SECTIONS), f"What to measure, of {', '.join(SECTIONS)}.")
     flags.DEFINE_list("sizes", None, f"Which models, of {', '.join(FULL.sizes)}.")
     flags.DEFINE_string("out", "runs/accelerator", "The folder for everything that is written.")
@@ -136,12 +136,12 @@ def define_flags() -> None:
 
 
 def get_config() -> ConfigDict:
-    """The smallest of the models."""
+    """Return the config of the smallest model."""
     return tree_of("124m")
 
 
 class Bench:
-    """Measures, tells, and keeps in `results`, and on disk, what was found."""
+    """Measures, prints results, and stores them in `results` and on disk."""
 
     def __init__(self, extent: Extent, sizes: Sequence[str], out: Path, patience: float, console: Console) -> None:
         self.extent, self.sizes, self.out, self.patience, self.console = extent, sizes, out, patience, console
@@ -154,7 +154,7 @@ class Bench:
         self.results |= {name: [] for name in ("checks", "training", "decoding", "sweep", "unmeasured")}
 
     def add(self, earlier: dict[str, Any]) -> None:
-        """Put what was found earlier before what is found. Raises UserError for another device."""
+        """Add earlier results. Raises UserError if they are from another device."""
         kinds = [results["machine"]["kind"] for results in (earlier, self.results)]
         if kinds[0] != kinds[1]:
             raise UserError(f"--add: {self.out} has been measured on {kinds[0]}, and this is {kinds[1]}.")
@@ -163,11 +163,11 @@ class Bench:
         self.results |= {name: found for name, found in earlier.items() if isinstance(found, list)}
 
     def ask(self, module: str, what: str, **arguments: Any) -> Any:
-        """What another module here measures. Raises Failure."""
+        """Return a measurement of another module here. Raises Failure."""
         return measured(module, {"what": what} | arguments, self.patience, self.out / "log.txt")
 
     def attempt(self, name: str, ask: Callable[[], Any]) -> Any:
-        """What `ask` gives; or None, and a line among what is not measured."""
+        """Return the result of `ask`; if it fails, record that and return None."""
         try:
             found = ask()
             self.say(f"measured: {name}")
@@ -176,18 +176,18 @@ class Bench:
             self.missed(name, failure)
 
     def missed(self, name: str, failure: Failure) -> None:
-        """Tell and keep why something is not measured."""
+        """Print and record why something was not measured."""
         self.say(f"{name}: {failure}", "yellow" if failure.is_memory else "red")
         self.results["unmeasured"].append({"what": name, "reason": str(failure), "is_expected": failure.is_memory})
         self.save()
 
     def keep(self, section: str, rows: list[dict[str, Any]]) -> None:
-        """Add to a section."""
+        """Add rows to a section of the results."""
         self.results[section] += rows
         self.save()
 
     def save(self) -> None:
-        """Write what there is, which an end at any moment leaves."""
+        """Write the results so far."""
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "results.json").write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
 
@@ -196,13 +196,13 @@ class Bench:
         self.console.print(text, style=style, highlight=False, markup=False)
 
     def checks(self) -> None:
-        """Attention kernels of models of each size."""
+        """Check the attention kernels of models of each size."""
         for size in self.sizes:
             found = self.attempt(f"kernels, {size}", partial(self.ask, "gpt2_jax", "checks", size=size))
             self.keep("checks", found or [])
 
     def training(self, frameworks: Sequence[str]) -> None:
-        """Each framework's best; then these in turns, the second at the batch of the first too."""
+        """Measure the best of each framework, then both alternately, the second also at the batch size of the first."""
         for size in self.sizes:
             found: dict[str, Best] = {}
             for framework in frameworks:
@@ -219,7 +219,7 @@ class Bench:
                     self.train(framework, size, batch, knobs)
 
     def search(self, framework: str, size: str) -> Best:
-        """The best batch, and there the best of the variants. Raises Failure where nothing fits."""
+        """Return the best batch size and the best variant there. Raises Failure if nothing fits."""
 
         def rate(batch: int, knobs: Knobs) -> float:
             return tokens_per_second(self.train(framework, size, batch, knobs))
@@ -232,7 +232,7 @@ class Bench:
         return best
 
     def train(self, framework: str, size: str, batch: int, knobs: Knobs) -> dict[str, Any]:
-        """One measurement of training, kept. Raises Failure, which is kept too."""
+        """Measure training once and record the result. Raises Failure, which is recorded too."""
         row: dict[str, Any] = {"size": size, "batch": batch, "knobs": knobs}
         name = f"training {size}, {framework}, batch {batch} {in_words(knobs)}".strip()
         where = {"device": self.torch_device} if framework == "PyTorch" else {}
@@ -250,11 +250,11 @@ class Bench:
 
     @property
     def torch_device(self) -> str:
-        """What PyTorch calls the device that JAX has."""
+        """Return PyTorch's name for the device of JAX."""
         return "cuda" if self.results["machine"]["platform"] == "gpu" else "cpu"
 
     def has_torch(self) -> bool:
-        """Whether PyTorch can be measured. If not, why is told and kept."""
+        """Return whether PyTorch can be measured; if not, print and record why."""
         if self.results["machine"]["platform"] == "tpu":
             found = {"absent": "it is measured on GPUs, and this is a TPU"}
         else:
@@ -265,7 +265,7 @@ class Bench:
         return bool(found) and "absent" not in found
 
     def decoding(self) -> None:
-        """Decoding by layers run in a loop and by layers each compiled."""
+        """Measure decoding with scanned and with unrolled layers."""
         extent = self.extent
         sizes = [size for size in self.sizes if size in extent.decoded] or self.sizes
         lengths = {"prompt": extent.prompt, "new": extent.new, "repeats": extent.repeats}
@@ -276,7 +276,7 @@ class Bench:
             self.keep("decoding", [row | found] if found else [])
 
     def sweep(self) -> None:
-        """Small trials together, and one after another."""
+        """Measure small trials in one program, and one after another."""
         extent = self.extent
         wanted = {"trials": extent.trials, "knobs": extent.trial_knobs, "repeats": extent.repeats}
         found = self.attempt(f"{extent.trials} trials", partial(self.ask, "gpt2_jax", "sweep", **wanted))
@@ -284,7 +284,7 @@ class Bench:
 
 
 def run(console: Console) -> int:
-    """Measure what the flags ask for. Gives the exit status. Raises UserError for flags that make no sense here."""
+    """Run the measurements that the flags select, and return the exit status. Raises UserError for invalid flags."""
     extent, out = SMOKE if FLAGS.smoke else FULL, Path(FLAGS.out).absolute()
     sections, sizes = known("only", FLAGS.only, SECTIONS), known("sizes", FLAGS.sizes or extent.sizes, extent.sizes)
     earlier = out / "results.json"
@@ -314,7 +314,7 @@ def run(console: Console) -> int:
 
 
 def known(flag: str, names: Sequence[str], every: Sequence[str]) -> Sequence[str]:
-    """The names that a flag gives. Raises UserError for one that there is not."""
+    """Return the names given by a flag. Raises UserError if one is unknown."""
     for name in names:
         if name not in every:
             raise UserError(f"--{flag}: unknown {name!r}.{suggest_names(name, every)}")
@@ -322,7 +322,7 @@ def known(flag: str, names: Sequence[str], every: Sequence[str]) -> Sequence[str
 
 
 def main(argv: list[str]) -> int:
-    """Measure; a mistake is one sentence, and exit status 2."""
+    """Run the benchmark; a user error prints one sentence and gives exit status 2."""
     del argv
     try:
         return run(Console(width=None if sys.stdout.isatty() else 160))

@@ -1,12 +1,11 @@
-"""What do the measurements of `accelerator.py` come to, and are its goals met?
+"""What do the measurements of `accelerator.py` show, and are its goals met?
 
 python -m experiments.benchmarks.accelerator_report runs/accelerator/results.json
 
-It prints the tables of a results.json again, whose numbers are as they were measured: seconds, bytes, and what a model
-costs. All shares and ratios are made here. Measurements of the same thing are put together; a framework's best is what
-has the most tokens a second.
+Prints the tables of a results.json, which holds raw measurements: seconds, bytes, and the costs of models. All shares
+and ratios are computed here. Repeated measurements are merged; the best of a framework has the most tokens per second.
 
-FINDING: none of its own; see `accelerator.py`.
+FINDING: none; see `accelerator.py`.
 """
 
 import json
@@ -28,7 +27,7 @@ from rustgpt_jax.tracking.console import format_bytes, format_count
 Row = dict[str, Any]
 UNKNOWN = "-"
 
-# What is wanted of one H100.
+# The goals for one H100.
 TRAINING_GOAL, TRAINING_GOAL_SIZES = 0.5, ("350m", "1.5b")
 TORCH_GOAL = 1.0
 DECODING_GOAL = 0.6
@@ -36,7 +35,7 @@ SWEEP_GOAL = 6.0
 
 
 def get_config() -> ConfigDict:
-    """The smallest of the models."""
+    """Return the config of the smallest model."""
     return gpt2_124m.get_config()
 
 
@@ -44,48 +43,48 @@ def get_config() -> ConfigDict:
 
 
 def tokens_per_second(row: Row) -> float:
-    """Of a measurement of training, by its median step."""
+    """Return the training throughput of a measurement, by its median step."""
     return row["tokens"] / float(np.median(row["seconds"]))
 
 
 def spread(seconds: Sequence[float]) -> float:
-    """The width of the middle half of some times, as a share of their median."""
+    """Return the interquartile range of some times as a fraction of their median."""
     lower, median, upper = np.percentile(seconds, (25, 50, 75))
     return float((upper - lower) / median) if median else 0.0
 
 
 def share_of_peak(flops_per_token: float, rate: float, chip: Chip | None) -> float | None:
-    """Of a chip's bfloat16 FLOPs, those that a model needs at so many tokens a second; None for an unknown chip."""
+    """Return the fraction of a chip's peak bfloat16 FLOP/s at a throughput in tokens/s; None for an unknown chip."""
     return None if chip is None else flops_per_token * rate / chip.bfloat16
 
 
 def share_of_bandwidth(n_bytes: float, seconds: float, chip: Chip | None) -> float | None:
-    """Of a chip's memory bandwidth, what reading so many bytes in that time takes; None for an unknown chip."""
+    """Return the fraction of a chip's memory bandwidth used by a read; None for an unknown chip."""
     return None if chip is None else n_bytes / seconds / chip.bandwidth
 
 
 def chip_of(kind: str) -> Chip | None:
-    """The chip that JAX calls so; None if its data sheet is not known."""
+    """Return the chip with JAX's name for its kind; None if its data sheet is unknown."""
     return next((chip for chip in CHIPS.values() if chip.kind.lower() in kind.lower()), None)
 
 
 def training_share(results: Row, row: Row) -> float | None:
-    """The share of peak of a measurement of training."""
+    """Return the fraction of peak FLOP/s of a training measurement."""
     machine = results["machine"]
     flops = machine["costs"][row["size"]]["flops_per_token"]
     return share_of_peak(flops, tokens_per_second(row), chip_of(machine["kind"]))
 
 
 def decoding_share(results: Row, row: Row) -> float | None:
-    """The share of bandwidth of a measurement of decoding."""
+    """Return the fraction of bandwidth of a decoding measurement."""
     n_bytes = row["parameter_bytes"] + row["cache_bytes"]
     return share_of_bandwidth(n_bytes, float(np.median(row["seconds"])), chip_of(results["machine"]["kind"]))
 
 
 def merged(rows: Iterable[Row]) -> list[Row]:
-    """Training by what was trained: the times of all its measurements, and the least of their peaks of memory.
+    """Merge repeated training measurements: all times, and the smallest peak memory.
 
-    The first process has compiled too, which takes memory of its own.
+    The first process also compiled, which takes memory.
     """
     found: dict[tuple[Any, ...], Row] = {}
     for row in rows:
@@ -97,14 +96,14 @@ def merged(rows: Iterable[Row]) -> list[Row]:
 
 
 def best(results: Row, size: str, framework: str, batch: int | None = None) -> Row | None:
-    """The measurement with the most tokens a second, of those with a batch where one is given."""
+    """Return the measurement with the most tokens per second, optionally only at one batch size."""
     wanted = {"size": size, "framework": framework} | ({} if batch is None else {"batch": batch})
     fitting = [row for row in merged(results["training"]) if wanted.items() <= row.items()]
     return max(fitting, key=tokens_per_second, default=None)
 
 
 def ratios(results: Row, size: str) -> tuple[float | None, float | None]:
-    """Our tokens a second over PyTorch's: the best of each, and at the batch of our best."""
+    """Return our throughput divided by PyTorch's: the best of each, and at our best batch size."""
     ours, theirs = (best(results, size, framework) for framework in ("rustgpt_jax", "PyTorch"))
     if ours is None or theirs is None:
         return None, None
@@ -114,18 +113,18 @@ def ratios(results: Row, size: str) -> tuple[float | None, float | None]:
 
 
 def best_decoding(results: Row, size: str, batch: int) -> Row | None:
-    """The measurement with the least time for a token."""
+    """Return the measurement with the least time per token."""
     fitting = [row for row in results["decoding"] if (row["size"], row["batch"]) == (size, batch)]
     return min(fitting, key=lambda row: np.median(row["seconds"]), default=None)
 
 
 def fused_ratio(row: Row) -> float:
-    """The throughput of trials together over that of trials one after another."""
+    """Return the throughput of trials in one program divided by that of consecutive trials."""
     return float(np.median(row["one_after_another"]) / np.median(row["fused"]))
 
 
 class Goal(NamedTuple):
-    """What is wanted at least, and what was measured; None: it was not."""
+    """A minimum to reach, and the measured value, or None if it was not measured."""
 
     what: str
     wanted: float
@@ -134,7 +133,7 @@ class Goal(NamedTuple):
 
 
 def goals(results: Row) -> list[Goal]:
-    """The goals that concern the sizes that were measured, and the sweep."""
+    """Return the goals of the measured sizes and of the sweep."""
     found = []
     for size in results["machine"]["costs"]:
         ours = best(results, size, "rustgpt_jax")
@@ -153,24 +152,24 @@ def goals(results: Row) -> list[Goal]:
 
 
 def has_failed(results: Row) -> bool:
-    """Whether anything went wrong that is not about memory, or a kernel that serves is not right."""
+    """Return whether anything failed other than for lack of memory, or a supported kernel is wrong."""
     wrong = [row for row in results["checks"] if "refuses" not in row and not is_right(row)]
     return bool(wrong) or not all(row["is_expected"] for row in results["unmeasured"])
 
 
 def is_right(row: Row) -> bool:
-    """Whether a kernel differs from the reference by no more than rounding explains."""
+    """Return whether a kernel matches the reference within rounding."""
     return "difference" in row and row["difference"] <= row["tolerance"]
 
 
-# Tables: a title, and rows of cells by their columns.
+# Tables: a title, and rows of cells by column.
 
 Cells = dict[str, str]
 Sheets = dict[str, list[Cells]]
 
 
 def sheets(results: Row) -> Sheets:
-    """All tables that have rows, by their titles."""
+    """Return all non-empty tables by title."""
     size_of = {size: format_count(cost["parameters"]) for size, cost in results["machine"]["costs"].items()}
     every = {
         "Attention kernels: the largest difference from plain attention in float32, of its largest value": [
@@ -250,32 +249,32 @@ def _goal(goal: Goal) -> Cells:
 
 
 def in_words(knobs: dict[str, Any]) -> str:
-    """Knobs as they are set: 'model.remat=full'."""
+    """Format knobs as on the command line: 'model.remat=full'."""
     return " ".join(f"{path}={value}" for path, value in knobs.items())
 
 
 def percent(share: float | None) -> str:
-    """A share as 52.3%."""
+    """Format a fraction, as in 52.3%."""
     return UNKNOWN if share is None else f"{share:.1%}"
 
 
 def times(ratio: float | None) -> str:
-    """A ratio as 1.07x."""
+    """Format a ratio, as in 1.07x."""
     return UNKNOWN if ratio is None else f"{ratio:.2f}x"
 
 
 def memory(n_bytes: int | None) -> str:
-    """Bytes as 12.3 GB."""
+    """Format bytes, as in 12.3 GB."""
     return UNKNOWN if n_bytes is None else format_bytes(n_bytes)
 
 
 def milliseconds(seconds: Sequence[float]) -> str:
-    """Times as their median and their spread: '12.3 (1.2%)'."""
+    """Format times by their median and spread, as in 12.3 (1.2%)."""
     return f"{1e3 * np.median(seconds):.4g} ({spread(seconds):.1%})"
 
 
 def about(results: Row) -> list[str]:
-    """What the figures were measured on, and how."""
+    """Describe the machine and the method of the measurements."""
     machine, torch = results["machine"], results["torch"] or {}
     environment, chip = machine["environment"], chip_of(machine["kind"])
     names = ("jax", "jaxlib", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "tokamax")
@@ -296,7 +295,7 @@ def about(results: Row) -> list[str]:
 
 
 def show(results: Row, console: Console) -> None:
-    """Print everything."""
+    """Print all tables."""
     for line in about(results):
         console.print(line, highlight=False, markup=False)
     show_sheets(sheets(results), console)
@@ -313,7 +312,7 @@ def show_sheets(sheets: Sheets, console: Console) -> None:
 
 
 def markdown(results: Row) -> str:
-    """The same as a page of Markdown."""
+    """Return all tables as a Markdown page."""
     lines = ["# The accelerator", "", *(f"- {line}" for line in about(results))]
     for title, rows in sheets(results).items():
         lines += ["", f"## {title}", "", *markdown_table(rows)]
@@ -321,7 +320,7 @@ def markdown(results: Row) -> str:
 
 
 def markdown_table(rows: list[Cells]) -> list[str]:
-    """The lines of a table of Markdown."""
+    """Return the lines of a Markdown table."""
     lines = (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows))
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines]
 

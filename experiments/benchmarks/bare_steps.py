@@ -1,10 +1,10 @@
-"""How long do the compiled training steps of a run take, alone in a process, with its data ready?
+"""How long do the compiled training steps of a run take, alone in a process, with data in memory?
 
 python -m experiments.benchmarks.bare_steps CONFIG.py
 
-It prints the seconds of all steps of the run, the least of three times. Nothing is written.
+Prints the seconds of all steps of the run, the minimum of three repeats. Nothing is written.
 
-FINDING: none of its own; see `sweep_throughput.py`.
+FINDING: none; see `sweep_throughput.py`.
 """
 
 import json
@@ -32,12 +32,12 @@ REPEATS = 3
 
 
 def get_config() -> ConfigDict:
-    """A run that is soon over."""
+    """A short run."""
     return tiny.get_config()
 
 
 def bare_steps(file: Path) -> tuple[Callable[[], float], int]:
-    """A function that does all steps of a config file's run and gives their seconds, and how many steps they are."""
+    """Return a function that runs all steps of a config file and returns their seconds, and the number of steps."""
     inputs = AssetCache().inputs(resolve(runpy.run_path(str(file))["get_config"]()))
     calls = list(calls_of(inputs))
 
@@ -54,7 +54,7 @@ def bare_steps(file: Path) -> tuple[Callable[[], float], int]:
 
 
 def calls_of(inputs: RunInputs) -> Iterator[tuple[StaticConfig, StepArgs]]:
-    """What each call of the compiled program is given, stage by stage."""
+    """Yield the static config and the arguments of each call of the compiled program, stage by stage."""
     step = 0
     for data in inputs.stages:
         run = Trainer(inputs, Path("unused"), {}, ShardingPlan())

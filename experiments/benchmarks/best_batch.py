@@ -1,13 +1,12 @@
-"""At which batch does a GPT-2 train fastest on this accelerator, here or in PyTorch?
+"""At which batch size does a GPT-2 train fastest on this accelerator, here or in PyTorch?
 
 python -m experiments.benchmarks.best_batch 350m rustgpt_jax
 
-Every measurement is a process of its own: none holds memory that another lacks, its peak of memory is its own, and one
-that fails leaves the others alone. The batch is doubled until it no longer fits, or gains less than 2%. Where it was
-memory that was short, the search goes on with less and less kept for the backward pass; where not even the first batch
-fits so, with smaller ones.
+Every measurement runs in its own process, so that memory is measured separately and a failure does not affect others.
+The batch size is doubled until it no longer fits or gains less than 2%. If memory was exhausted, the search continues
+with fewer saved residuals; if not even the first batch size fits then, with smaller ones.
 
-FINDING: none of its own; see `accelerator.py`.
+FINDING: none; see `accelerator.py`.
 """
 
 import json
@@ -28,26 +27,26 @@ from rustgpt_jax.config.validation import override, resolve
 ROOT = Path(__file__).resolve().parents[2]
 Knobs = dict[str, Any]
 
-# Of GPT-2 (OpenAI 2019); heads have 64 channels.
+# GPT-2 (OpenAI 2019); heads have 64 channels.
 SIZES: dict[str, Knobs] = {
     "124m": {"n_layers": 12, "attention": {"n_heads": 12}, "d_model": 768},
     "350m": {"n_layers": 24, "attention": {"n_heads": 16}, "d_model": 1024},
     "1.5b": {"n_layers": 48, "attention": {"n_heads": 25}, "d_model": 1600},
     "smoke": {"n_layers": 2, "attention": {"n_heads": 2}, "d_model": 32, "context_length": 64, "vocab_size": 128},
 }
-# Where the search begins.
+# The first batch size of the search.
 FIRST_BATCH = {"124m": 32, "350m": 16, "1.5b": 8, "smoke": 1}
 MOST_BATCH = 512
-# A batch twice as large is worth it if it gives so many times the tokens a second.
+# The minimum gain in throughput for which a batch size is doubled.
 GAIN = 1.02
 MODULES = {"rustgpt_jax": "gpt2_jax", "PyTorch": "gpt2_torch"}
-# What keeps less and less for the backward pass.
+# Settings in decreasing order of memory for residuals.
 SAVINGS: dict[str, tuple[Knobs, ...]] = {
     "rustgpt_jax": ({}, {"model.remat": "dots_no_batch"}, {"model.remat": "full"}),
     "PyTorch": ({}, {"remat": "full"}),
 }
 MEMORY_WORDS = ("RESOURCE_EXHAUSTED", "OutOfMemory", "out of memory", "Out of memory", "ALLOC_FAILED")
-# Both frameworks may have nearly all of the memory of one device. What the user has set stays.
+# Both frameworks may use nearly all memory of one device. Variables set by the user take precedence.
 ENVIRONMENT = {
     "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93",
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
@@ -56,7 +55,7 @@ ENVIRONMENT = {
 
 
 class Failure(Exception):
-    """Why a measurement gave nothing, in one line. is_memory: what was to be measured did not fit."""
+    """A failed measurement: the reason in one line, and whether memory was exhausted (is_memory)."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(" ".join(reason.split())[:300])
@@ -64,7 +63,7 @@ class Failure(Exception):
 
 
 class Best(NamedTuple):
-    """The batch, and the knobs, with the most tokens a second."""
+    """The batch size and knobs with the most tokens per second."""
 
     rate: float
     batch: int
@@ -72,12 +71,12 @@ class Best(NamedTuple):
 
 
 def get_config() -> ConfigDict:
-    """The smallest of the models."""
+    """Return the config of the smallest model."""
     return tree_of("124m")
 
 
 def as_given(words: list[str]) -> str:
-    """The command of a benchmark, for its results: without the folders of the machine that it ran on."""
+    """Return the command line of a benchmark for its results, without the folders of this machine."""
     script, *others = words
     shown = [f"--text={Path(word).name}" if word.startswith("--text=") else word for word in others]
     kept = [word for word in shown if not word.startswith("--out=")]
@@ -85,7 +84,7 @@ def as_given(words: list[str]) -> str:
 
 
 def tree_of(size: str) -> ConfigDict:
-    """configs/gpt2_124m.py in another size, with batches in one part; five steps in a call."""
+    """Return configs/gpt2_124m.py in another size, without gradient accumulation, with five steps per call."""
     tree = gpt2_124m.get_config()
     tree.model.update(SIZES[size])
     tree.training.grad_accum_steps = tree.training.batch_size = 1
@@ -93,7 +92,7 @@ def tree_of(size: str) -> ConfigDict:
 
 
 def config_of(size: str, knobs: Knobs | None = None) -> Config:
-    """The same with the values at some dotted paths changed, as a resolved config."""
+    """Return the resolved config of a size with the values at some dotted paths changed."""
     tree = tree_of(size)
     for path, value in (knobs or {}).items():
         override(tree, {path: value})
@@ -101,10 +100,10 @@ def config_of(size: str, knobs: Knobs | None = None) -> Config:
 
 
 def best_batch(rate: Callable[[int, Knobs], float], first: int, most: int, savings: Sequence[Knobs]) -> Best:
-    """The search. `rate` gives tokens a second, and raises Failure where it cannot.
+    """Search for the best batch size. `rate` returns tokens per second.
 
-    So does this where nothing fits, down to a batch of 1, or where there was another failure before anything was
-    measured.
+    Raises:
+        Failure: Not even a batch of 1 fits, or `rate` failed for another reason before anything was measured.
     """
     best, batch, failure = Best(0.0, first, {}), first, None
     for knobs in savings:
@@ -130,7 +129,7 @@ def best_batch(rate: Callable[[int, Knobs], float], first: int, most: int, savin
 
 
 def measured(module: str, request: dict[str, Any], patience: float, log: Path) -> Any:
-    """What a process of its own measures. Raises Failure; then the log has all that the process has said."""
+    """Return a measurement made in a new process. Raises Failure; the log then has the output of the process."""
     command = [sys.executable, "-m", f"experiments.benchmarks.{module}", json.dumps(request)]
     environment = ENVIRONMENT | os.environ
     try:
@@ -153,7 +152,7 @@ def measured(module: str, request: dict[str, Any], patience: float, log: Path) -
 
 
 def printed(tasks: dict[str, Callable[..., Any]]) -> None:
-    """What such a process does: the task that its one argument asks for, and its result printed as JSON."""
+    """Run the task that the command line names, and print its result as JSON."""
     request = json.loads(sys.argv[1])
     try:
         reply = {"result": tasks[request.pop("what")](**request)}
@@ -164,7 +163,7 @@ def printed(tasks: dict[str, Callable[..., Any]]) -> None:
 
 
 def main(size: str, framework: str) -> None:
-    """Search, and tell each step of it."""
+    """Search, and print each step."""
     device = {"device": "cuda"} if framework == "PyTorch" else {}
 
     def rate(batch: int, knobs: Knobs) -> float:

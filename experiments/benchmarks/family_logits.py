@@ -1,13 +1,13 @@
-"""How far are the logits of each family of models here from those of `transformers`, with the same weights?
+"""How much do the logits of each model family differ from those of `transformers`, with the same weights?
 
 python -m experiments.benchmarks.family_logits
 
-A tiny random model of every family, and of its variants (untied embeddings, biases, windows, stretched positions), is
-made and saved by `transformers`, read here, and asked for the logits of 24 random tokens in float32, which are of the
-order of 1. The weights are random with a spread that lets every part matter, and windows are shorter than the text.
+A tiny random model of every family and of its variants (untied embeddings, biases, windows, scaled positions) is
+created and saved by `transformers`, imported here, and evaluated on 24 random tokens in float32, where logits are of
+order 1. The weights are large enough that every component matters, and windows are shorter than the text.
 
 FINDING (CPU, float32; JAX 0.10.2, torch 2.13, transformers 5.24): by 1e-6 to 4e-6 for the 15 families and their
-variants, which is rounding. The tests allow 1e-4.
+variants, which is rounding. Tests allow 1e-4.
 """
 
 import copy
@@ -68,7 +68,7 @@ _LONGROPE = _rope(
     long_factor=[1.0, 3.0, 5.0],
 )
 
-# One tiny model for each family: the class in transformers, and the values of its config.
+# A tiny model of each family: its class in transformers, and the values of its config.
 CASES: dict[str, dict[str, Any]] = {
     "gpt2": _GPT2,
     "llama2": _case("LlamaForCausalLM", head_dim=8),
@@ -177,25 +177,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def get_config() -> ConfigDict:
-    """A family with all that base.py says of sizes."""
+    """Return the config of one family with the sizes of base.py."""
     config = base.get_config()
     config.model.update_from_flattened_dict(FAMILIES["qwen3"])
     return config
 
 
 def random_reference(case: dict[str, Any], seed: int = 0) -> Any:
-    """The model of a case by `transformers`, with random weights that let every part of it matter."""
+    """Return the `transformers` model of a case, with random weights such that every component matters."""
     import torch
     import transformers
 
     config_class = getattr(transformers, case["architecture"]).config_class
-    # The config classes write into what they are given.
+    # The config classes modify their arguments.
     keys = {key: copy.deepcopy(value) for key, value in case.items() if key != "architecture"}
     no_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     config = config_class(**keys, **no_tokens, attn_implementation="eager")
     model = getattr(transformers, case["architecture"])(config).eval()
     generator = torch.Generator().manual_seed(seed)
-    # Where embeddings are the output layer too, large ones would make every token follow itself.
+    # With tied embeddings, large ones would make every token predict itself.
     embedding = 0.15 if config.tie_word_embeddings else 0.5
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -211,7 +211,7 @@ def random_reference(case: dict[str, Any], seed: int = 0) -> Any:
 
 
 def model_config(knobs: dict[str, Any]) -> ModelConfig:
-    """The knobs that a Hugging Face folder says, with what base.py says of the rest."""
+    """Return a model config with the knobs of a Hugging Face folder, and the defaults of base.py for the rest."""
     config = base.get_config()
     config.model.update_from_flattened_dict(knobs)
     return resolve(config).model

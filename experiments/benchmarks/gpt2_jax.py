@@ -2,12 +2,12 @@
 
 python -m experiments.benchmarks.gpt2_jax '{"what": "training", "size": "124m", "batch": 16}'
 
-One measurement, printed as JSON: `accelerator.py` asks for many and puts them together. What is asked for is one of
-TASKS; its other words are the arguments of the function there. A training step is the framework's own, compiled as
-`train` compiles it, several steps in a call; decoding is what `generate` does. Times are of calls from start to end,
-after two that are not counted: the first compiles, and the second has its arguments where the first has put them.
+Prints one measurement as JSON; `accelerator.py` runs many and collects them. The argument names one of TASKS and the
+arguments of its function. A training step is the framework's own, compiled as `train` compiles it, with several steps
+per call; decoding is what `generate` does. Calls are timed after two warm-up calls: the first compiles, and the second
+has its arguments on the device.
 
-FINDING: none of its own; see `accelerator.py`.
+FINDING: none; see `accelerator.py`.
 """
 
 import time
@@ -48,12 +48,12 @@ WARM_UP = 2
 
 
 def get_config() -> ConfigDict:
-    """The smallest GPT-2."""
+    """Return the config of the smallest GPT-2."""
     return tree_of("124m")
 
 
 def machine(sizes: list[str]) -> dict[str, Any]:
-    """The device that JAX has, versions, and what models of some sizes cost."""
+    """Return the device, versions, and the costs of models of some sizes."""
     device = jax.devices()[0]
     return {
         "platform": device.platform,
@@ -65,8 +65,8 @@ def machine(sizes: list[str]) -> dict[str, Any]:
 
 
 def cost(model: ModelConfig) -> dict[str, float]:
-    """Parameters, and FLOPs that training needs for a token by the convention of `rustgpt_jax.model.flops`."""
-    # Of a library's kernel no product could be seen, so those of attention as it is written down are counted.
+    """Return the number of parameters, and the training FLOPs per token as `rustgpt_jax.model.flops` counts them."""
+    # The products inside library kernels are invisible, so count those of plain attention.
     counted = replace_paths(model, {"attention.kernel": "plain"})
     return {
         "parameters": total_size(parameter_shapes(model)),
@@ -75,7 +75,7 @@ def cost(model: ModelConfig) -> dict[str, float]:
 
 
 def checks(size: str) -> list[dict[str, Any]]:
-    """How far each kernel's attention, values and gradients, is from the reference in float32; or why it refuses."""
+    """Compare values and gradients of each kernel with the float32 reference, or say why it is unsupported."""
     block = config_of(size).model.block(0)
     request = Attention.attention_spec(block, block.context_length, is_cached=False, has_dropout=False)
     found: list[dict[str, Any]] = []
@@ -96,7 +96,7 @@ def checks(size: str) -> list[dict[str, Any]]:
 
 
 def attention_task(block: ModelConfig) -> tuple[AttentionInputs, jax.Array]:
-    """Attention of two rows of a block's full length, one of them two documents and padding; and a cotangent."""
+    """Return attention inputs of two full-length rows, one with two documents and padding, and a cotangent."""
     length, rng = block.context_length, np.random.default_rng(0)
     places_T = np.arange(length, dtype=np.int32)
     border, end = length // 3, length - length // 8
@@ -113,7 +113,7 @@ def attention_task(block: ModelConfig) -> tuple[AttentionInputs, jax.Array]:
 
 
 def training(size: str, batch: int, knobs: dict[str, Any], repeats: int) -> dict[str, Any]:
-    """Seconds of a step in each of some calls of several steps, at a batch size and with knobs that differ."""
+    """Return the seconds per step of several calls, at a batch size and with some knobs changed."""
     config = config_of(size, {"training.batch_size": batch} | knobs)
     steps = config.training.steps_per_jit_call
     compiling, seconds, losses = timed(trainer(config), repeats)
@@ -130,7 +130,7 @@ def training(size: str, batch: int, knobs: dict[str, Any], repeats: int) -> dict
 
 
 def trainer(config: Config) -> Callable[[], jax.Array]:
-    """A function that goes on training for the steps of a call, and gives their losses."""
+    """Return a function that trains for one call of the compiled program and returns the losses."""
     static, arguments = partition(config)
     steps = np.int32(config.training.steps_per_jit_call)
     batches = jax.device_put(synthetic(config, (int(steps), config.training.batch_size)))
@@ -145,7 +145,7 @@ def trainer(config: Config) -> Callable[[], jax.Array]:
 
 
 def synthetic(config: Config, lead: tuple[int, ...]) -> Batch:
-    """Windows of random tokens, each one document of which every token is learned."""
+    """Return sequences of random tokens, each a single document whose tokens all count in the loss."""
     model = config.model
     shape = (*lead, model.context_length)
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, shape, np.int32)
@@ -154,10 +154,9 @@ def synthetic(config: Config, lead: tuple[int, ...]) -> Batch:
 
 
 def decoding(size: str, batch: int, scan_layers: bool, prompt: int, new: int, repeats: int) -> dict[str, Any]:
-    """Seconds of a token of all rows, and the bytes that it cannot do without: parameters, and keys and values.
+    """Return the seconds per token of all rows, and the bytes that it must read: parameters, keys and values.
 
-    Parameters are kept in the type that is computed in. A row has the tokens of its prompt and on average half of those
-    that are drawn.
+    Parameters are in the compute dtype. On average, a row has its prompt and half of the new tokens.
     """
     model = config_of(size, {"model.scan_layers": scan_layers}).model
     narrowed = jax.jit(
@@ -171,7 +170,7 @@ def decoding(size: str, batch: int, scan_layers: bool, prompt: int, new: int, re
         return decode_steps(params, generation, np.int32(new), (Greedy(),), key, stops, model=model).tokens_BS
 
     compiling, seconds, _ = timed(call, repeats, lambda: start_generation(params, prompts, model, new))
-    # One row of the table of positions is read.
+    # Only one row of the position table is read.
     read_whole = {name: tree for name, tree in params.items() if name != "positions"}
     cached_token = total_bytes(jax.eval_shape(partial(transformer.init_cache, model, 1, 1)))
     return {
@@ -184,7 +183,7 @@ def decoding(size: str, batch: int, scan_layers: bool, prompt: int, new: int, re
 
 
 def small_trials(trials: int, knobs: dict[str, Any], repeats: int) -> dict[str, Any]:
-    """Seconds of a step of all trials of a small model: fused, and one trial's whole call after another's."""
+    """Return the seconds per step of all trials of a small model: fused, and in consecutive calls."""
     tree = shakespeare_char.get_config()
     tree.model.vocab_size = 65
     config = replace_paths(resolve(tree), knobs)
@@ -216,7 +215,7 @@ def small_trials(trials: int, knobs: dict[str, Any], repeats: int) -> dict[str, 
 
     _, alone, losses = timed(one_after_another, repeats)
     _, fused, losses_P = timed(together, repeats)
-    # Both have done the same steps; sums are taken in another order, and training amplifies that.
+    # Both ran the same steps; sums are in another order, which training amplifies.
     difference = float(np.max(np.abs(np.stack(losses) - losses_P)))
     return {
         "trials": trials,
@@ -230,9 +229,9 @@ def small_trials(trials: int, knobs: dict[str, Any], repeats: int) -> dict[str, 
 def timed(
     call: Callable[..., Any], repeats: int, prepare: Callable[[], Any] | None = None
 ) -> tuple[float, list[float], Any]:
-    """Seconds of the first call, which compiles, and of each one after the warm-up; and what the last one gave.
+    """Return the seconds of the first call, which compiles, of each call after the warm-up, and the last result.
 
-    What `prepare` gives is the argument of each call, and takes no time.
+    `prepare` makes the argument of each call, and is not timed.
     """
     seconds, result = [], None
     for _ in range(WARM_UP + repeats):
@@ -244,7 +243,7 @@ def timed(
 
 
 def peak_memory() -> int | None:
-    """The most bytes that this process has had on its device; None where the device does not tell."""
+    """Return the peak memory of this process on its device in bytes; None if the device does not report it."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 

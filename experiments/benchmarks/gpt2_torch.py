@@ -1,16 +1,15 @@
-"""How fast does PyTorch train a GPT-2 that is equal to this framework's?
+"""How fast does PyTorch train the same GPT-2?
 
 python -m experiments.benchmarks.gpt2_torch '{"what": "training", "size": "124m", "batch": 16, "device": "cuda"}'
 
-One measurement, printed as JSON, to be put beside those of `gpt2_jax.py` by `accelerator.py`. The model is what a
-careful user of PyTorch writes: torch.compile, queries, keys and values by one product, scaled_dot_product_attention,
-bfloat16 by autocast over float32 weights and in the residual stream, fused AdamW. It has the same parameters, and for
-the same weights the same logits and the same losses over steps of training (tests/test_accelerator.py). Knobs:
-remat=full computes each block anew in the backward pass; attention=cudnn asks for that kernel, where PyTorch would
-choose its own flash attention. In its favour, logits are bfloat16 until the loss widens them, the learning rate is
-constant, and nothing looks whether an update is finite.
+Prints one measurement as JSON, which `accelerator.py` compares with those of `gpt2_jax.py`. The model is what a careful
+user of PyTorch writes: torch.compile, a single QKV projection, scaled_dot_product_attention, autocast to bfloat16 over
+float32 weights, a bfloat16 residual stream, fused AdamW. It has the same parameters and, for the same weights, the same
+logits and training losses (tests/test_accelerator.py). Knobs: remat=full recomputes each block in the backward pass;
+attention=cudnn selects that kernel instead of PyTorch's default. In its favor, logits stay bfloat16 up to the loss, the
+learning rate is constant, and updates are not checked for finiteness.
 
-FINDING: none of its own; see `accelerator.py`.
+FINDING: none; see `accelerator.py`.
 """
 
 import time
@@ -29,12 +28,12 @@ WARM_UP = 2
 
 
 def get_config() -> ConfigDict:
-    """The smallest GPT-2."""
+    """Return the config of the smallest GPT-2."""
     return tree_of("124m")
 
 
 def gpt2(model: ModelConfig) -> "torch.nn.ModuleDict":
-    """The layers of a GPT-2 whose output layer is its embedding table."""
+    """A GPT-2 with tied embeddings."""
     from torch import nn
 
     width = model.d_model
@@ -69,7 +68,7 @@ def gpt2(model: ModelConfig) -> "torch.nn.ModuleDict":
 
 
 def logits(layers: "torch.nn.ModuleDict", tokens_BT: "torch.Tensor", model: ModelConfig) -> "torch.Tensor":
-    """logits_BTV for the token after each token."""
+    """Return logits_BTV for the next token at each position."""
     import torch
     from torch.nn import functional
     from torch.utils.checkpoint import checkpoint
@@ -91,7 +90,7 @@ def logits(layers: "torch.nn.ModuleDict", tokens_BT: "torch.Tensor", model: Mode
 
 
 def loss_of(layers: "torch.nn.ModuleDict", model: ModelConfig) -> Callable[..., "torch.Tensor"]:
-    """The mean cross-entropy of targets_BT as a function of tokens_BT and them."""
+    """Return a function that computes the mean cross-entropy of targets_BT given tokens_BT."""
     from torch.nn import functional
 
     def loss(tokens_BT: "torch.Tensor", targets_BT: "torch.Tensor") -> "torch.Tensor":
@@ -102,7 +101,7 @@ def loss_of(layers: "torch.nn.ModuleDict", model: ModelConfig) -> Callable[..., 
 
 
 def adamw(layers: "torch.nn.ModuleDict", config: Config) -> "torch.optim.AdamW":
-    """AdamW with the config's numbers; biases and norms do not decay."""
+    """Return AdamW with the config's hyperparameters, without weight decay for biases and norms."""
     import torch
 
     numbers = config.optimizer
@@ -117,7 +116,7 @@ def adamw(layers: "torch.nn.ModuleDict", config: Config) -> "torch.optim.AdamW":
 
 
 def stepper(config: Config, layers: "torch.nn.ModuleDict", compiled: bool) -> Callable[..., "torch.Tensor"]:
-    """A training step: a function of tokens_BT and targets_BT that changes the layers and gives the loss."""
+    """Return a training step: a function of tokens_BT and targets_BT that updates the layers and returns the loss."""
     import torch
 
     optimizer, model = adamw(layers, config), config.model
@@ -137,7 +136,7 @@ def stepper(config: Config, layers: "torch.nn.ModuleDict", compiled: bool) -> Ca
 
 
 def trainer(config: Config, device: str, compiled: bool) -> Callable[[], float]:
-    """A function that goes on training for the steps of a call, and gives the last loss, for which it waits."""
+    """Return a function that trains for several steps, then waits for and returns the last loss."""
     import torch
 
     model, training = config.model, config.training
@@ -157,7 +156,7 @@ def trainer(config: Config, device: str, compiled: bool) -> Callable[[], float]:
 
 
 def training(size: str, batch: int, knobs: dict[str, Any], repeats: int, device: str) -> dict[str, Any]:
-    """Seconds of a step in each of some runs of several steps, at a batch size and with knobs that differ."""
+    """Return the seconds per step of several calls, at a batch size and with some knobs changed."""
     import torch
 
     remat = {"model.remat": knobs.get("remat", "none")}
@@ -169,7 +168,7 @@ def training(size: str, batch: int, knobs: dict[str, Any], repeats: int, device:
         torch.backends.cuda.enable_math_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(True)
     torch.set_float32_matmul_precision("high")
-    # Compiling for a CPU would take the most of a smoke's time.
+    # On a CPU, compilation would dominate the smoke test.
     call = trainer(config, device, compiled=is_cuda)
     seconds = []
     for _ in range(WARM_UP + repeats):
@@ -188,7 +187,7 @@ def training(size: str, batch: int, knobs: dict[str, Any], repeats: int, device:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """The version of PyTorch, and why it cannot be used on a device, if it cannot."""
+    """Return the version of PyTorch, and the reason why it cannot use a device, if any."""
     try:
         import torch
     except ImportError as error:

@@ -1,20 +1,19 @@
-"""How fast is this framework on this machine, beside PyTorch, transformers, llama.cpp and RustGPT?
+"""How fast is this framework on this machine, compared with PyTorch, transformers, llama.cpp and RustGPT?
 
 python experiments/benchmarks/run.py [training] [decoding] [startup] [sweeps] --text=tinyshakespeare.txt
 
-All parts take about an hour on two cores, the sweeps half of it; without a name, all are measured. Peers come with
-`pip install 'rustgpt_jax[bench]'`; one that is not installed is left out, which is said. Nothing else should run
-meanwhile.
+All parts take about an hour on two cores, half of it for sweeps; without arguments, all are measured. Install the peers
+with `pip install 'rustgpt_jax[bench]'`; missing ones are skipped with a message. Run nothing else at the same time.
 
-training   a step, against the same model in PyTorch (`performance/training.py`); --shapes=shk,mid,124M does some
-decoding   against transformers and llama.cpp with the same weights (`performance/decoding.py`)
-startup    until the first step, and RustGPT's whole job (`performance/startup.py`)
+training   a step, compared with the same model in PyTorch (`performance/training.py`); --shapes=shk,mid,124M selects
+decoding   compared with transformers and llama.cpp with the same weights (`performance/decoding.py`)
+startup    time to the first step, and RustGPT's whole job (`performance/startup.py`)
 sweeps     many trials as one program (`sweep_throughput.py`)
 
-Tables are printed; docs/performance.json has everything that was measured, and docs/performance.md is drawn from it,
-with the goals. A part that is not measured keeps what it has there. --smoke does it all with tiny models in --out.
+Tables are printed; docs/performance.json has all measurements, and docs/performance.md is generated from it, with the
+goals. Parts that are not measured keep their tables. --smoke runs everything with tiny models in --out.
 
-FINDING: docs/performance.md has the tables, and which goals are reached.
+FINDING: docs/performance.md has the tables and the goals.
 """
 
 import json
@@ -27,7 +26,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
-# A file that is run finds only its neighbours by itself.
+# A script can import only its siblings by default.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configs import tiny
@@ -39,14 +38,14 @@ from experiments.benchmarks.performance.bench import FULL, TINY, Bench, Row, abo
 from rustgpt_jax.errors import UserError, suggest_names
 
 FLAGS = flags.FLAGS
-# Of the 16 `train` processes of a sweep's alternatives, how many are run.
+# How many of the 16 `train` processes that a sweep replaces are run.
 PROCESSES = 4
 CACHES = ("cold", "warm")
 SMOKE_TEXT = "Two households, both alike in dignity, in fair Verona, where we lay our scene.\n" * 200
 
 
 def define_flags() -> None:
-    """What the command takes."""
+    """Define the flags of the command."""
     flags.DEFINE_string("text", None, "A text file for configs/shakespeare_char.py, such as tiny Shakespeare.")
     flags.DEFINE_list("shapes", None, f"Which models to train, of {', '.join(FULL.shapes)}.")
     flags.DEFINE_string("out", "runs/benchmarks", "The folder for everything but the results.")
@@ -56,12 +55,12 @@ def define_flags() -> None:
 
 
 def get_config() -> ConfigDict:
-    """The smallest of the models."""
+    """Return the config of the smallest model."""
     return tree_of("124m")
 
 
 def sweeps(bench: Bench) -> Row:
-    """Many trials as one program, and as processes."""
+    """Measure many trials as one program and as processes."""
     configs = {"tiny": tiny.get_config()}
     if not FLAGS.smoke:
         configs["shakespeare_char"] = sweep_throughput.shakespeare(str(bench.needed_text()))
@@ -74,7 +73,7 @@ def sweeps(bench: Bench) -> Row:
 
 
 def run(parts: list[str], console: Console) -> int:
-    """Measure these parts, print them, and write them down. Raises UserError for what there is not."""
+    """Measure parts, print their tables and save them. Raises UserError for an unknown part."""
     extent, out = TINY if FLAGS.smoke else FULL, Path(FLAGS.out).absolute()
     if FLAGS.rounds:
         extent = extent._replace(rounds=FLAGS.rounds, shapes=dict.fromkeys(extent.shapes, FLAGS.rounds))
@@ -110,14 +109,14 @@ def run(parts: list[str], console: Console) -> int:
 
 
 def known(names: list[str], every: Any, saying: str) -> None:
-    """Raises UserError for a name that there is not."""
+    """Check names. Raises UserError if one is unknown."""
     for name in names:
         if name not in every:
             raise UserError(f"{saying} {name!r}.{suggest_names(name, every)}")
 
 
 def main(argv: list[str]) -> int:
-    """Measure; a mistake is one sentence, and exit status 2."""
+    """Run the benchmark; a user error prints one sentence and gives exit status 2."""
     try:
         return run(argv[1:] or list(page.PARTS), Console(width=None if sys.stdout.isatty() else 160))
     except (UserError, Failure) as error:

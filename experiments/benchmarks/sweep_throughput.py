@@ -1,19 +1,18 @@
-"""How much faster is a sweep of 16 trials as one program than as 16 processes, and what does one more trial cost?
+"""How much faster is a sweep of 16 trials as one program than as 16 processes, and what does an additional trial cost?
 
 python -m experiments.benchmarks.sweep_throughput --text=tinyshakespeare.txt --out=runs/sweep_throughput
 
 Four learning rates with four seeds of configs/tiny.py (100 steps), and of configs/shakespeare_char.py cut to 200 steps:
-as one sweep (exact, on one core a trial; fused; worker processes), and as `train` processes one after another
-with an empty compilation cache, with a full one, and two at a time. Everything is timed as a whole command from start
-to exit, with run folders, evaluations and checkpoints; each kind of sweep runs once with an empty cache and once with a
-full one, and once more with four trials, which gives the price of one more. `--processes` fewer than 16 are timed and
-scaled up, for they are all alike. The bare steps are the compiled
-training steps of one trial alone, on all cores, timed in a process of their own.
+as one sweep (exact, with one core per trial; fused; worker processes), and as consecutive `train` processes with an
+empty compilation cache, with a full one, and two at a time. Whole commands are timed from start to exit, including run
+folders, evaluations and checkpoints. Each kind of sweep runs with an empty and with a full cache, and also with four
+trials, which gives the cost of an additional one. With `--processes` below 16, fewer `train` processes are timed and
+scaled up. The bare steps are the compiled training steps of one trial alone, on all cores, timed in a separate process.
 
 FINDING (2 vCPU AMD EPYC, JAX 0.10.2; the tables are in docs/performance.md): with empty caches, tiny takes 23 s as one
 sweep and 138 s as 16 processes, 6.0 times as long; shakespeare_char 191 s (152 s with worker processes) and 366 s.
-A sweep with an empty cache is faster than any way with processes, full caches included (tiny 40 s, shakespeare_char
-204 s). One more trial costs 1.20 of its bare steps for tiny (1.08 with workers) and 0.90 (0.66) for shakespeare_char.
+A sweep with an empty cache is faster than processes even with full caches (tiny 40 s, shakespeare_char 204 s). An
+additional trial costs 1.20 of its bare steps for tiny (1.08 with workers) and 0.90 (0.66) for shakespeare_char.
 """
 
 import json
@@ -48,7 +47,7 @@ PROFILES = {
 
 
 def define_flags() -> None:
-    """What the command takes."""
+    """Define the flags of the command."""
     flags.DEFINE_string("text", None, "The text file for shakespeare_char.", required=True)
     flags.DEFINE_string("out", "runs/sweep_throughput", "The folder for everything that is written.")
     flags.DEFINE_integer("processes", 16, "How many of the 16 train processes to time.", 2)
@@ -57,12 +56,12 @@ def define_flags() -> None:
 
 
 def get_config() -> ConfigDict:
-    """The smaller of the two."""
+    """The smaller config."""
     return tiny.get_config()
 
 
 def shakespeare(text: str) -> ConfigDict:
-    """The larger: nanoGPT's small recipe for 200 steps."""
+    """The larger config: nanoGPT's small recipe for 200 steps."""
     config = shakespeare_char.get_config()
     config.data.paths = (str(Path(text).absolute()),)
     config.training.steps = 200
@@ -73,17 +72,17 @@ def shakespeare(text: str) -> ConfigDict:
 
 
 def sweep() -> list[Overrides]:
-    """Sixteen trials of one structure."""
+    """Sixteen trials of one shape class."""
     return product(values("optimizer.learning_rate", *RATES), seeds(SEEDS))
 
 
 def sweep_few() -> list[Overrides]:
-    """Four of them: what the other twelve add to the time is the price of one more trial, twelve times."""
+    """Four trials: the time that the other twelve add is twelve times the cost of an additional trial."""
     return sweep()[:SEEDS]
 
 
 def write_config(config: ConfigDict, file: Path) -> None:
-    """A config file that holds the config as it is, with the sweep of this benchmark."""
+    """Write a config file with a config and the sweep of this benchmark."""
     file.write_text(
         "from ml_collections import ConfigDict\n"
         "from experiments.benchmarks.sweep_throughput import sweep, sweep_few\n\n"
@@ -92,18 +91,18 @@ def write_config(config: ConfigDict, file: Path) -> None:
 
 
 class Bench:
-    """One model's timings, in a folder of its own with compilation caches of its own."""
+    """Timings of one model, in its own folder with its own compilation caches."""
 
     def __init__(self, name: str, config: ConfigDict, out: Path) -> None:
         self.out, self.config, self.file = out, config, out / f"{name}.py"
         self.trials: list[Trial] = make_trials(config, sweep())
         out.mkdir(parents=True)
         write_config(config, self.file)
-        # The first one makes the token store and fills the cache that is called warm.
+        # The first command builds the token store and fills the warm cache.
         self.train(self.trials[0], "first", "warm")
 
     def command(self, *words: str, cache: str) -> float:
-        """Seconds that a command takes, with a cache of compiled programs of this name."""
+        """Return the seconds that a command takes with the compilation cache of a name."""
         environment = os.environ | {
             "RUSTGPT_JAX_CACHE": str(self.out / "cache"),
             "JAX_COMPILATION_CACHE_DIR": str(self.out / "programs" / cache),
@@ -117,19 +116,19 @@ class Bench:
         return time.perf_counter() - began
 
     def sweep(self, profile: str, kind: str, name: str = "sweep") -> float:
-        """Seconds of a whole sweep; the cold one fills the cache for the warm one."""
+        """Return the seconds of a whole sweep; the cold one fills the cache for the warm one."""
         folder = self.out / f"{name}_{profile}_{kind}"
         words = ["launch.py", "sweep", f"--config={self.file}", f"--sweep={name}", f"--run={folder}"]
         return self.command(*words, *PROFILES[profile], cache=f"{name}_{profile}")
 
     def train(self, trial: Trial, folder: str, cache: str) -> float:
-        """Seconds of one `train` process."""
+        """Return the seconds of one `train` process."""
         knobs = [f"--config.{path}={value}" for path, value in trial.overrides.items()]
         words = ["launch.py", "train", f"--config={self.file}", f"--run={self.out / folder / trial.id}"]
         return self.command(*words, *knobs, cache=cache)
 
     def processes(self, n: int, cold: bool, at_once: int) -> float:
-        """Seconds of 16 `train` processes, of which n are run, so many at once."""
+        """Return the seconds of 16 `train` processes, `at_once` in parallel, extrapolated from n of them."""
         kind = f"{'cold' if cold else 'warm'}_{at_once}"
         caches = [f"{kind}_{index}" if cold else "warm" for index in range(n)]
         began = time.perf_counter()
@@ -138,7 +137,7 @@ class Bench:
         return (time.perf_counter() - began) * len(self.trials) / n
 
     def bare_steps(self) -> float:
-        """Seconds of the compiled steps of one trial, alone in a process: the least of three runs."""
+        """Return the seconds of the compiled steps of one trial in a separate process: the minimum of three runs."""
         self.command("-m", "experiments.benchmarks.bare_steps", str(self.file), cache="warm")
         return float(json.loads(self.output.splitlines()[-1]))
 
@@ -146,10 +145,10 @@ class Bench:
 def measure(
     name: str, config: ConfigDict, out: Path, console: Console, n: int, caches: Sequence[str]
 ) -> dict[str, Any]:
-    """Time everything for one config, with n `train` processes, and print it as a table of Markdown.
+    """Time everything for one config, with n `train` processes, and print a Markdown table.
 
-    bare: seconds of the bare steps of a trial. rows: pairs of what was run and its seconds. more: by profile, seconds
-    that one more trial takes.
+    bare: seconds of the bare steps of a trial. rows: pairs of a label and seconds. more: seconds of an additional
+    trial, by profile.
     """
     bench = Bench(name, config, out)
     bare = bench.bare_steps()

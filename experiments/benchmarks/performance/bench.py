@@ -1,8 +1,8 @@
-"""What do all parts of the benchmark have in common: how much is measured, where, and what is told meanwhile?
+"""What do all parts of the benchmark share: the extent of measurements, the machine, and messages?
 
 python experiments/benchmarks/run.py
 
-FINDING: none of its own; see `run.py`.
+FINDING: none; see `run.py`.
 """
 
 import os
@@ -23,7 +23,7 @@ from experiments.benchmarks.accelerator_report import spread
 from experiments.benchmarks.best_batch import as_given, tree_of
 from experiments.benchmarks.performance.models import DECODED, SMOKE, Decoded
 from experiments.benchmarks.performance.turns import Reading, take_turns
-from experiments.benchmarks.performance.workers import Request, asked, crew
+from experiments.benchmarks.performance.workers import Request, describe_task, start_workers
 from experiments.benchmarks.sweep_throughput import shakespeare
 from rustgpt_jax.errors import UserError
 
@@ -33,10 +33,10 @@ Row = dict[str, Any]
 class Extent(NamedTuple):
     """How much is measured.
 
-    shapes: to train, each with its rounds, against the types of PyTorch in `races`. batches, dtypes, kernels: to decode
-    with. rounds: of everything else. product, gigabytes: of what the peaks are found with. width, train_steps: of a
-    whole run of configs/shakespeare_char.py. job_steps: of the two stages of RustGPT's job. compiled: whether
-    torch.compile takes part.
+    shapes: models to train and their rounds, compared with the dtypes of PyTorch in `races`. batches, dtypes, kernels:
+    for decoding. rounds: of everything else. product, gigabytes: sizes for measuring peaks. width, train_steps: of a
+    whole run of configs/shakespeare_char.py. job_steps: of the two stages of RustGPT's job. compiled: whether to
+    measure torch.compile too.
     """
 
     shapes: Mapping[str, int]
@@ -87,7 +87,7 @@ TINY = Extent(
 
 
 class Bench(NamedTuple):
-    """What a part is given. text: of configs/shakespeare_char.py; None where none was named. out: for its files."""
+    """The inputs of a part. text: for configs/shakespeare_char.py, or None. out: the folder for its files."""
 
     extent: Extent
     text: Path | None
@@ -96,33 +96,34 @@ class Bench(NamedTuple):
     console: Console
 
     def ask(self, module: str, what: str, **arguments: Any) -> Row:
-        """What a worker says. Raises Failure."""
-        return asked(Request(module, what, arguments), self.patience, self.log)
+        """Return the description of a prepared worker. Raises Failure."""
+        return describe_task(Request(module, what, arguments), self.patience, self.log)
 
     def race(self, requests: Mapping[str, Request], rounds: int, title: str) -> Row:
-        """Workers that take turns: their readings by contender and by what is read, and why some have none."""
+        """Measure workers in turns; return readings by contender and quantity, and the reasons for missing ones."""
         self.say(f"{title}: {', '.join(requests)}")
-        with crew(requests, self.patience, self.log) as (workers, absent):
+        with start_workers(requests, self.patience, self.log) as (workers, absent):
             about = {name: worker.about for name, worker in workers.items()}
             readings, failures = take_turns({name: worker.turn for name, worker in workers.items()}, rounds)
         columns = {name: columns_of(rows) for name, rows in readings.items()}
         for name, reason in (absent | failures).items():
             self.say(f"  {name} is not measured: {reason}", "yellow")
         for name, column in columns.items():
-            shown = (f"{what} {told(values)}" for what, values in column.items())
+            shown = (f"{what} {format_median(values)}" for what, values in column.items())
             self.say(f"  {name}: {', '.join(shown)}")
         return {"readings": columns, "about": about, "absent": absent | failures, "date": today()}
 
     def needed_text(self) -> Path:
-        """The text. Raises UserError where none was named."""
+        """Return the text. Raises UserError if none was given."""
         if self.text is None:
             raise UserError("Which text? Give --text=FILE, such as tiny Shakespeare.")
         return self.text
 
     def shakespeare(self, steps: int, every: int) -> ConfigDict:
-        """configs/shakespeare_char.py for so many steps, with evaluations and checkpoints every so many.
+        """Return configs/shakespeare_char.py for a number of steps, evaluated and saved at an interval.
 
-        Raises UserError where no text was named.
+        Raises:
+            UserError: No text was given.
         """
         config = shakespeare(str(self.needed_text()))
         config.training.steps, config.schedule.warmup_steps = steps, min(steps // 2, config.schedule.warmup_steps)
@@ -131,7 +132,7 @@ class Bench(NamedTuple):
         return config
 
     def peaks(self) -> Row:
-        """FLOP/s and bytes a second that the machine gives at best, by whatever product is the fastest."""
+        """Return the peak FLOP/s and bytes/s of the machine, by the fastest matrix product."""
         requests = {
             "rustgpt_jax": Request("ours", "peaks", {"size": self.extent.product, "gigabytes": self.extent.gigabytes}),
             "torch": Request("torch_peer", "peaks", {"size": self.extent.product}),
@@ -149,12 +150,12 @@ class Bench(NamedTuple):
 
     @property
     def log(self) -> Path:
-        """What processes have said."""
+        """The log file of the processes."""
         return self.out / "log.txt"
 
 
 def about(*peers: str) -> Row:
-    """The machine, the versions of JAX and of some packages, as far as they are installed, and the date."""
+    """Return the machine, the versions of JAX and of some installed packages, and the date."""
     versions = {"Python": platform.python_version()}
     for package in ("jax", *peers):
         with suppress(PackageNotFoundError):
@@ -163,22 +164,22 @@ def about(*peers: str) -> Row:
 
 
 def columns_of(readings: list[Reading]) -> dict[str, list[float]]:
-    """Readings by what is read."""
+    """Return readings by quantity."""
     return {name: [reading[name] for reading in readings] for name in readings[0]} if readings else {}
 
 
-def told(values: list[float]) -> str:
-    """A median and its spread, for a line that is printed meanwhile."""
+def format_median(values: list[float]) -> str:
+    """Format a median and its spread for a progress message."""
     return f"{np.median(values):.4g} ({spread(values):.0%})"
 
 
 def today() -> str:
-    """The date in UTC."""
+    """Return the date in UTC."""
     return f"{datetime.now(UTC):%Y-%m-%d}"
 
 
 def machine() -> Row:
-    """The processor, its cores and its memory."""
+    """Describe the processor, its cores and the memory."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     features = (fields.get("flags") or fields.get("Features") or "").split()
@@ -192,5 +193,5 @@ def machine() -> Row:
 
 
 def get_config() -> ConfigDict:
-    """The smallest of the models."""
+    """Return the config of the smallest model."""
     return tree_of("124m")

@@ -1,13 +1,13 @@
-"""How fast is decoding, beside transformers and llama.cpp with the same weights?
+"""How fast is decoding, compared with transformers and llama.cpp with the same weights?
 
 python experiments/benchmarks/run.py decoding
 
-GPT-2 124M with random weights, written by us for both others: 128 tokens are read, then 128 drawn, the likeliest each
-time. Contenders of a race have the same type and batch, and take turns, each in a process of its own. Weights have
-these types; int8 has a scale for each of some numbers, and is not in transformers. Then 1,000 steps of ours are timed
-one by one.
+GPT-2 124M with random weights, exported for both peers: a prompt of 128 tokens, then 128 tokens generated greedily.
+Contenders of a race have the same dtype and batch size and take turns, each in its own process. The dtype is that of
+the weights; int8 has a scale per group of numbers, and transformers does not support it. Then 1,000 of our steps are
+timed individually.
 
-FINDING: none of its own; see `run.py`.
+FINDING: none; see `run.py`.
 """
 
 import shutil
@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
 
 
 def measure(bench: Bench) -> Row:
-    """All races, and how steady our steps are."""
+    """Run all races, and measure the variation of our steps."""
     decoded, folder = bench.extent.decoded, bench.out / "weights"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -42,13 +42,13 @@ def measure(bench: Bench) -> Row:
         for dtype in bench.extent.dtypes
         for kernel in bench.extent.kernels
     }
-    # One after another: a turn is long, and nothing is compared.
+    # Consecutively: turns are long, and nothing is compared.
     found["steadiness"] = {name: bench.race({name: each}, 1, "steadiness") for name, each in steady.items()}
     return found
 
 
 def contenders(dtype: str, batch: int, folder: str, bench: Bench) -> dict[str, Request]:
-    """Who takes part in a race."""
+    """Return the contenders of a race."""
     decoded = bench.extent.decoded
     lengths = {"dtype": dtype, "batch": batch, "prompt": decoded.prompt, "new": decoded.new}
     found = {

@@ -1,11 +1,11 @@
-"""Which goals of speed are reached on two cores?
+"""Which speed goals are reached on two cores?
 
 python experiments/benchmarks/run.py training decoding startup --text=tinyshakespeare.txt
 
-Ratios are made in each round of a race and told by their median. "The best" of a framework is its contender with the
-least median time in that race.
+Ratios are computed in each round of a race, and their median is reported. "The best" of a framework is its contender
+with the smallest median time in that race.
 
-FINDING: none of its own; docs/performance.md has the goals beside what was measured.
+FINDING: none; docs/performance.md has the goals and the measurements.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ from experiments.benchmarks.performance.turns import times_as_fast
 Row = dict[str, Any]
 OURS, TORCH, TRANSFORMERS, LLAMA_CPP = "rustgpt_jax", "torch", "transformers", "llama.cpp"
 TRAINING_GOALS = {"float32": {"shk": 1.5, "mid": 1.0, "124M": 1.15}, "bfloat16": {"mid": 0.8, "124M": 0.8}}
-# What is decoded in a type at batch 1, by which kernel ("": the best), against llama.cpp.
+# Decoding at batch 1 compared with llama.cpp, by dtype and kernel ("": the best).
 DECODING_GOALS = {
     ("float32", "plain"): 0.65,
     ("float32", "native"): 0.95,
@@ -32,7 +32,7 @@ BATCHED = {"float32": 1.5, "bfloat16": 1.5}
 
 
 class Ratio(NamedTuple):
-    """How many times as fast, its spread over the rounds, and who was compared."""
+    """A speed ratio, its spread over rounds, and the contenders compared."""
 
     median: float
     spread: float
@@ -41,7 +41,7 @@ class Ratio(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """What is wanted, at least or at most, and what was measured; None: it was not."""
+    """A bound to reach, and the measured value, or None if it was not measured."""
 
     what: str
     at_least: bool
@@ -53,7 +53,7 @@ class Goal(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Whether it is reached."""
+        """Whether the goal is reached."""
         if self.measured is None:
             return "not measured"
         reached = self.measured >= self.wanted if self.at_least else self.measured <= self.wanted
@@ -61,29 +61,29 @@ class Goal(NamedTuple):
 
 
 def get_config() -> ConfigDict:
-    """The smallest of the models."""
+    """Return the config of the smallest model."""
     return tree_of("124m")
 
 
 def best(race: Row, beginning: str, what: str) -> str | None:
-    """The contender with this beginning of its name that takes the least time."""
+    """Return the fastest contender whose name has a prefix."""
     medians = {name: np.median(column[what]) for name, column in race["readings"].items() if name.startswith(beginning)}
     return min(medians, key=lambda name: medians[name], default=None)
 
 
 def ratio(race: Row | None, ours: str, theirs: str, what: str) -> Ratio | None:
-    """The best of ours against the best of theirs; None where one of them was not measured."""
+    """Compare our best with their best; None if one of them was not measured."""
     if race is None:
         return None
     first, second = best(race, ours, what), best(race, theirs, what)
     if first is None or second is None:
         return None
-    told = times_as_fast(race["readings"][first][what], race["readings"][second][what])
-    return Ratio(told.median, told.spread, first, second)
+    summary = times_as_fast(race["readings"][first][what], race["readings"][second][what])
+    return Ratio(summary.median, summary.spread, first, second)
 
 
 def goals(results: Row) -> list[Goal]:
-    """All goals, whatever was measured."""
+    """Return all goals, whether measured or not."""
     training, decoding, startup = (results.get(name, {}) for name in ("training", "decoding", "startup"))
     return [*_training(training), *_decoding(decoding), *_steadiness(decoding), *_startup(startup)]
 
@@ -122,7 +122,7 @@ def _decoding(decoding: Row) -> list[Goal]:
 
 
 def _steadiness(decoding: Row) -> list[Goal]:
-    """The worst of all ways that were measured."""
+    """Return the worst of all measured variants."""
     rows = {
         name: {what: values[0] for what, values in column.items()}
         for race in decoding.get("steadiness", {}).values()
@@ -158,15 +158,15 @@ def _startup(startup: Row) -> list[Goal]:
 
 
 def seconds(value: float | None) -> str:
-    """As 1.23 s."""
+    """Format seconds, as in 1.23 s."""
     return "-" if value is None else f"{value:.3g} s"
 
 
 def whole(value: float | None) -> str:
-    """As 3."""
+    """Format a count, as in 3."""
     return "-" if value is None else f"{value:.0f}"
 
 
 def megabytes(value: float | None) -> str:
-    """As 1.2 MB."""
+    """Format bytes, as in 1.2 MB."""
     return "-" if value is None else f"{value / 1e6:.1f} MB"

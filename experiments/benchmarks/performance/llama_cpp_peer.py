@@ -3,11 +3,10 @@
 python -m experiments.benchmarks.performance.llama_cpp_peer \
     '{"what": "decoding", "folder": "weights", "batch": 1, "dtype": "int8", "prompt": 9, "new": 9}'
 
-A worker (`workers.py`), which does a turn for each line that it reads. It calls the C functions through
-llama-cpp-python: one `llama_decode` for the prompts of all rows, one for each token of all of them, the likeliest each
-time, with a thread a core.
+A worker (see `workers.py`). It calls the C functions through llama-cpp-python: one `llama_decode` for the prompts of
+all rows, then one per token of all rows, greedily, with one thread per core.
 
-FINDING: none of its own; see `run.py`.
+FINDING: none; see `run.py`.
 """
 
 import os
@@ -24,12 +23,12 @@ from experiments.benchmarks.performance.workers import Prepared, serve
 
 
 def get_config() -> ConfigDict:
-    """The smallest of the models."""
+    """Return the config of the smallest model."""
     return tree_of("124m")
 
 
 class Context:
-    """A model of llama.cpp with a cache for so many rows of so many tokens."""
+    """A llama.cpp model with a KV cache for a number of rows and tokens."""
 
     def __init__(self, file: Path, rows: int, length: int) -> None:
         import llama_cpp
@@ -52,7 +51,7 @@ class Context:
         self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
 
     def read(self, tokens_BT: np.ndarray, position: int) -> np.ndarray:
-        """Go on in all rows from a position, and give the likeliest next token of each, a column."""
+        """Decode tokens in all rows from a position, and return the most likely next token of each, as a column."""
         rows, length = tokens_BT.shape
         self.batch.n_tokens = rows * length
         for index, (row, place) in enumerate(np.ndindex(rows, length)):
@@ -69,7 +68,7 @@ class Context:
 
 
 def decoding(folder: str, batch: int, dtype: str, prompt: int, new: int) -> Prepared:
-    """Seconds of a prompt of all rows, and then of a token of all of them."""
+    """Measure the seconds of a prompt of all rows, and then per token of all rows."""
     context = Context(Path(folder) / f"{dtype}.gguf", batch, prompt + new)
     prompts_BT = np.random.default_rng(0).integers(0, context.n_tokens, (batch, prompt))
 

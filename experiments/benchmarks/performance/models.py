@@ -1,8 +1,8 @@
-"""Which models are measured, at which batch, and in how many ways?
+"""Which models are measured, at which batch size, and in which variants?
 
 python experiments/benchmarks/run.py
 
-FINDING: none of its own; see `run.py`.
+FINDING: none; see `run.py`.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from rustgpt_jax.config.schema import Config
 
 
 class Shape(NamedTuple):
-    """A GPT-2 to train. steps: in a call, which is a turn. scan_layers: the value that is faster at this size."""
+    """A GPT-2 to train. steps: per call, which is a turn. scan_layers: the faster value at this size."""
 
     knobs: Knobs
     batch: int
@@ -23,7 +23,7 @@ class Shape(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """In a batch."""
+        """Number of tokens in a batch."""
         return self.batch * self.knobs["model.context_length"]
 
 
@@ -43,7 +43,7 @@ SHAPES = {
     "124M": Shape(_knobs(12, 12, 768, 256, 50304), batch=2, steps=1, scan_layers=False),
     "smoke": Shape(_knobs(2, 2, 32, 16, 64), batch=2, steps=2, scan_layers=False),
 }
-# The ways that we train; one more is a line more, and a name in RACES.
+# Our training variants; a new one also needs a name in RACES.
 TRAINING: dict[str, Knobs] = {
     "float32": {"model.dtype": "float32"},
     "bfloat16 factors": {
@@ -56,7 +56,7 @@ TRAINING: dict[str, Knobs] = {
 
 
 def training_config(shape: str, knobs: Knobs) -> Config:
-    """The config of a shape, with the values at some dotted paths changed."""
+    """Return the config of a shape with the values at some dotted paths changed."""
     wanted = SHAPES[shape]
     sizes = {"training.batch_size": wanted.batch, "training.steps_per_jit_call": wanted.steps}
     return config_of(
@@ -64,7 +64,7 @@ def training_config(shape: str, knobs: Knobs) -> Config:
     )
 
 
-# The ways that weights are read in decoding.
+# The dtypes of weights in decoding.
 WEIGHTS: dict[str, Knobs] = {
     "float32": {"model.dtype": "float32"},
     "bfloat16": {"model.dtype": "bfloat16"},
@@ -73,7 +73,7 @@ WEIGHTS: dict[str, Knobs] = {
 
 
 class Decoded(NamedTuple):
-    """A GPT-2 to decode with, and how many tokens: of the prompt, new ones, and steps that are timed one by one."""
+    """A GPT-2 to decode with, and numbers of tokens: in the prompt, generated, and individually timed."""
 
     size: str
     prompt: int
@@ -86,10 +86,10 @@ SMOKE = Decoded("smoke", prompt=16, new=16, steps=40)
 
 
 def decoding_config(size: str, weights: str, kernel: str) -> Config:
-    """The config of a GPT-2 that decodes with weights of a type by a kernel."""
+    """Return the config of a GPT-2 that decodes with weights of a dtype by a kernel."""
     return config_of(size, {"model.scan_layers": False, "sampling.matmul_impl": kernel} | WEIGHTS[weights])
 
 
 def get_config() -> ConfigDict:
-    """The largest of the models."""
+    """Return the config of the largest model."""
     return tree_of("124m")

@@ -1,10 +1,10 @@
-"""How fast does one process of this framework train and decode, turn by turn, and what could the machine do?
+"""How fast does one process of this framework train and decode, turn by turn, and what are the peaks of the machine?
 
 python -m experiments.benchmarks.performance.ours '{"what": "peaks", "size": 2048, "gigabytes": 1}'
 
-A worker (`workers.py`), which does a turn for each line that it reads; what it does is one of TASKS.
+A worker (see `workers.py`) for one of TASKS.
 
-FINDING: none of its own; see `run.py`.
+FINDING: none; see `run.py`.
 """
 
 import gc
@@ -26,7 +26,7 @@ from experiments.benchmarks.best_batch import Knobs, tree_of
 from experiments.benchmarks.gpt2_jax import trainer
 from experiments.benchmarks.performance.models import SHAPES, decoding_config, training_config
 from experiments.benchmarks.performance.turns import Reading
-from experiments.benchmarks.performance.workers import Prepared, only_said, serve
+from experiments.benchmarks.performance.workers import Prepared, description_only, serve
 from rustgpt_jax.config.schema import ModelConfig, for_inference
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.decode_params import select_weight_layout, to_decode_params
@@ -40,23 +40,23 @@ from rustgpt_jax.planning.aot_compile import compile_step
 from rustgpt_jax.process_setup import enable_compilation_cache, keep_freed_memory
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 
-# Event of JAX for each program that its compiler makes, or that it finds among those that are kept.
+# The event that JAX records for each program that it compiles or finds in the compilation cache.
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def get_config() -> ConfigDict:
-    """The smallest of the models."""
+    """Return the config of the smallest model."""
     return tree_of("124m")
 
 
-# What the machine could do.
+# Peaks of the machine.
 
 
 def peaks(size: int, gigabytes: float) -> Prepared:
-    """FLOP/s of products of large matrices, and bytes read a second; a turn is one of each."""
+    """Measure the FLOP/s of large matrix products and the bytes read per second."""
     left = jnp.asarray(np.random.default_rng(0).standard_normal((size, size)), jnp.float32)
     products = {name: partial(_product, left.astype(name)) for name in ("float32", "bfloat16")}
-    # BLAS reads some rows at a time, on all cores: memory delivers more when it is read at several places in order.
+    # BLAS reads several rows at a time on all cores: memory is faster if read sequentially at several places.
     rows = np.ones((int(gigabytes * 2**28) // 2048, 2048), np.float32)
 
     def turn() -> Reading:
@@ -73,7 +73,7 @@ def _product(matrix: jax.Array) -> jax.Array:
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """How long a call takes, until its result is there."""
+    """Return the seconds of a call, including the computation of its result."""
     began = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - began
@@ -83,7 +83,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def training(shape: str, knobs: Knobs) -> Prepared:
-    """Seconds of a training step, the framework's own, compiled as `train` compiles it."""
+    """Measure the seconds of a training step, compiled as `train` compiles it."""
     config = training_config(shape, knobs)
     call = trainer(config)
     first = seconds(call)
@@ -100,7 +100,7 @@ def training(shape: str, knobs: Knobs) -> Prepared:
 
 
 def bare(config: str) -> Prepared:
-    """Seconds of a step of a run, of its compiled steps alone."""
+    """Measure the seconds per step of the compiled steps of a run alone."""
     call, steps = bare_steps(Path(config))
 
     def turn() -> Reading:
@@ -110,14 +110,14 @@ def bare(config: str) -> Prepared:
 
 
 def cost(shape: str) -> Prepared:
-    """Parameters, and FLOPs of a training step: counted from shapes, from the compiled program, and by XLA."""
+    """Report parameters, and FLOPs of a training step: from shapes, from the compiled program, and by XLA."""
     config = training_config(shape, {})
     window = config.model.context_length
     flops = training_flops_per_token(config.model, window) * SHAPES[shape].tokens
-    # XLA counts the body of a loop once.
+    # XLA counts the body of a loop only once.
     unrolled = training_config(shape, {"model.scan_layers": False})
     step = compile_step(unrolled, window, ShardingPlan(), for_cpu=True)
-    return only_said(
+    return description_only(
         {
             "parameters": total_size(parameter_shapes(config.model)),
             "flops": flops,
@@ -131,23 +131,23 @@ def cost(shape: str) -> Prepared:
 
 
 def export(size: str, folder: str) -> Prepared:
-    """Write a model for the others, with the parameters that `weights` gives; for llama.cpp where `gguf` is there."""
+    """Export a model with the parameters of `weights` for the peers; as GGUF only if `gguf` is installed."""
     model = decoding_config(size, "float32", "plain").model
     params, place = weights(model), Path(folder)
     export_model(params, model, place / "transformers")
     with suppress(UserError):
         for dtype in ("float32", "bfloat16", "int8"):
             write_gguf(params, model, place / f"{dtype}.gguf", dtype=dtype)
-    return only_said({"parameters": total_size(params)})
+    return description_only({"parameters": total_size(params)})
 
 
 def weights(model: ModelConfig) -> transformer.Params:
-    """The parameters that everybody decodes with."""
+    """Return the parameters that all contenders decode with."""
     return jax.jit(lambda key: transformer.init(key, model))(jax.random.key(0))
 
 
 def prepared(size: str, dtype: str, kernel: str) -> tuple[transformer.Params, ModelConfig]:
-    """Parameters as they lie for decoding in a type, by plain products or by the native kernel."""
+    """Return parameters in the layout for decoding in a dtype, by plain products or by the native kernel."""
     config = decoding_config(size, dtype, kernel)
     model, wanted = for_inference(config.model), select_weight_layout(config.sampling)
     if wanted.matmul_impl != kernel:
@@ -156,7 +156,7 @@ def prepared(size: str, dtype: str, kernel: str) -> tuple[transformer.Params, Mo
 
 
 def decoding(size: str, batch: int, dtype: str, kernel: str, prompt: int, new: int) -> Prepared:
-    """Seconds of a prompt of all rows, and then of a token of all of them, the likeliest each time."""
+    """Measure the seconds of a prompt of all rows, and then per greedily generated token of all rows."""
     params, model = prepared(size, dtype, kernel)
     key, stops = jax.random.key(1), pad_stop_ids(())
     prompts = np.random.default_rng(0).integers(0, model.vocab_size, (batch, prompt)).tolist()
@@ -175,7 +175,7 @@ def decoding(size: str, batch: int, dtype: str, kernel: str, prompt: int, new: i
 
 
 def steadiness(size: str, dtype: str, kernel: str, prompt: int, steps: int) -> Prepared:
-    """Seconds of each of many decoding steps; programs that were compiled meanwhile, and memory that was taken."""
+    """Measure the seconds of many decoding steps, the programs compiled meanwhile, and the growth of memory."""
     params, model = prepared(size, dtype, kernel)
     key, stops = jax.random.key(1), pad_stop_ids(())
     compiled = 0
@@ -209,7 +209,7 @@ def steadiness(size: str, dtype: str, kernel: str, prompt: int, steps: int) -> P
 
 
 def resident_memory() -> int:
-    """Bytes that this process has in memory."""
+    """Return the resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -1,11 +1,11 @@
-"""What does the benchmark show, as tables and in docs/performance.md?
+"""What do the tables of the benchmark and docs/performance.md show?
 
 python -m experiments.benchmarks.performance.page
 
-It draws the page again from docs/performance.json. The page keeps its words; between `<!-- begin: NAME -->` and
-`<!-- end: NAME -->` it has the tables of the part NAME, which are replaced when that part has been measured.
+Updates the page from docs/performance.json. Its text stays; the tables of the part NAME between `<!-- begin: NAME -->`
+and `<!-- end: NAME -->` are replaced if that part was measured.
 
-FINDING: none of its own; see `run.py`.
+FINDING: none; see `run.py`.
 """
 
 import json
@@ -39,12 +39,12 @@ PARTS = ("training", "decoding", "startup", "sweeps")
 
 
 def get_config() -> ConfigDict:
-    """The smallest of the models."""
+    """Return the config of the smallest model."""
     return tree_of("124m")
 
 
 def draw(results: Row, page: Path = PAGE) -> None:
-    """Put the tables of what was measured into the page. Raises UserError where it has no place for them."""
+    """Write the tables of the measurements into the page. Raises UserError if it has no place for them."""
     text = page.read_text(encoding="utf-8")
     measured = [part for part in PARTS if part in results]
     for part in ["goals", *measured]:
@@ -53,7 +53,7 @@ def draw(results: Row, page: Path = PAGE) -> None:
 
 
 def replaced(text: str, part: str, by: str) -> str:
-    """A page with other lines between the marks of a part. Raises UserError if it has not both marks, once each."""
+    """Return a page with the lines of a part replaced. Raises UserError unless it has both of its marks once."""
     begin, end = f"<!-- begin: {part} -->", f"<!-- end: {part} -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise UserError(f"docs/performance.md needs one line {begin!r} and, after it, one line {end!r}.")
@@ -61,7 +61,7 @@ def replaced(text: str, part: str, by: str) -> str:
 
 
 def lines(part: str, results: Row) -> Iterator[str]:
-    """What stands between the marks of a part, as Markdown."""
+    """Return the Markdown between the marks of a part."""
     if part != "goals":
         yield from (f"{line}  " for line in about(results[part]["about"]))
     for title, rows in sheets(part, results).items():
@@ -70,14 +70,14 @@ def lines(part: str, results: Row) -> Iterator[str]:
 
 
 def about(row: Row) -> list[str]:
-    """What a part was measured on, when, and by which command."""
+    """Describe the machine, date and command of a part's measurements."""
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
     machine = f"{row['processor']} ({' '.join(row['features'])}), {row['cores']} cores, {format_bytes(row['memory'])}"
     return [f"{row['date']}: `{row['command']}`", machine, versions]
 
 
 def sheets(part: str, results: Row) -> Sheets:
-    """The tables of a part that have rows, by their titles."""
+    """Return the non-empty tables of a part by title."""
     if part == "goals":
         every: Sheets = {"Goals on two cores": [_goal(goal) for goal in goals(results)]}
     else:
@@ -100,7 +100,7 @@ def _goal(goal: Any) -> Cells:
 
 
 def _absent(part: Row) -> list[Cells]:
-    """Who did not take part, once each, and why."""
+    """Return the contenders that did not take part, and why."""
     races = [*part.get("races", {}).values(), *part.get("steadiness", {}).values()]
     found = {(name, reason): None for race in races for name, reason in race["absent"].items()}
     return [{"not measured": name, "why": reason} for name, reason in found]
@@ -190,7 +190,7 @@ def _decoding(part: Row) -> Sheets:
     }
 
 
-# Bytes of a weight.
+# Bytes per weight.
 WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 34 / 32}
 
 
@@ -212,7 +212,7 @@ def _token(title: str, name: str, column: dict[str, list[float]], part: Row) -> 
     }
 
 
-# Starting up.
+# Startup.
 
 
 def _startup(part: Row) -> Sheets:
@@ -267,7 +267,7 @@ def _sweeps(part: Row) -> Sheets:
 
 
 def read(file: Path = RESULTS) -> Row:
-    """What was measured; nothing yet where there is no file."""
+    """Return the saved measurements; empty if there is no file."""
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 

@@ -1,17 +1,17 @@
-"""How long until the first step of a run, and how long does RustGPT's whole job take?
+"""How long does a run take until its first step, and how long does RustGPT's whole training job take?
 
 python experiments/benchmarks/run.py startup --text=tinyshakespeare.txt
 
-Start: `launch.py train --config=configs/shakespeare_char.py`, until the first line of metrics.jsonl is there, with the
-program's caches empty and then full. Each start makes a new run.
+Startup: `launch.py train --config=configs/shakespeare_char.py` until the first line of metrics.jsonl is written, with
+empty and then with full caches. Each start creates a new run.
 
 Job: RustGPT (github.com/tekaratzas/RustGPT) trains three blocks of one head, 128 wide with 256 hidden channels, on 25
-facts for 100 epochs and on 53 dialogues for 100 more, one text an update: 7,800 updates in 20 seconds of one core, as
+facts for 100 epochs and on 53 dialogues for 100 more, one text per update: 7,800 updates in 20 seconds on one core, as
 measured with its program built by rustc 1.95 on 2 vCPUs of an AMD EPYC (Zen 4); its program is not run here. Ours has
-the same sizes (an output projection of attention more), and makes as many updates, each on a window of 32 tokens, which
-would hold any of RustGPT's texts.
+the same sizes (plus an output projection of attention) and number of updates, each on a sequence of 32 tokens, which
+fits any of RustGPT's texts.
 
-FINDING: none of its own; see `run.py`.
+FINDING: none; see `run.py`.
 """
 
 import os
@@ -30,20 +30,20 @@ from experiments.benchmarks.performance.bench import Bench, Row, about
 from experiments.benchmarks.performance.workers import Request
 from experiments.benchmarks.sweep_throughput import write_config
 
-# Between looks at the metrics of a run.
+# The polling interval of the metrics of a run.
 LOOK_SECONDS = 0.003
 START_STEPS = 40
-# Of RustGPT's program, measured once.
+# The time of RustGPT's program, measured once.
 RUSTGPT_SECONDS = 20.0
 
 
 def get_config() -> ConfigDict:
-    """The smallest of the models."""
+    """Return the config of the smallest model."""
     return tree_of("124m")
 
 
 def job(steps: tuple[int, int]) -> ConfigDict:
-    """RustGPT's job: so many updates on facts, and then on dialogues."""
+    """Return RustGPT's job, with numbers of updates on facts and on dialogues."""
     config = rustgpt.get_config()
     config.data.seq_len = 32
     config.model.update(
@@ -73,7 +73,7 @@ def job(steps: tuple[int, int]) -> ConfigDict:
 
 
 def measure(bench: Bench) -> Row:
-    """Starts, and the job."""
+    """Measure startup and the job."""
     folder = bench.out / "startup"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -94,9 +94,9 @@ def measure(bench: Bench) -> Row:
 
 
 def started(bench: Bench, folder: Path, name: str, turn: int) -> Row:
-    """Seconds of a training command until its first step is recorded, and until its end. The first finds empty caches.
+    """Return the seconds of a training command until its first step and until its end. The first has empty caches.
 
-    parts: where the command says that the seconds before the first step went, if it says so.
+    parts: the startup breakdown that the command prints, if any.
     """
     run, caches = folder / f"{name}_{turn}", folder / "caches"
     settings = os.environ | {"RUSTGPT_JAX_CACHE": str(caches)}
@@ -124,6 +124,6 @@ def started(bench: Bench, folder: Path, name: str, turn: int) -> Row:
 
 
 def parts(said: str) -> str | None:
-    """What a training command has said of the seconds before its first step."""
+    """Parse the startup breakdown in the output of a training command."""
     found = re.search(r"^.*(first step|before the first).*$", said, re.MULTILINE | re.IGNORECASE)
     return found[0].strip() if found else None

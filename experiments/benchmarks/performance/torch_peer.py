@@ -2,10 +2,10 @@
 
 python -m experiments.benchmarks.performance.torch_peer '{"what": "peaks", "size": 2048}'
 
-A worker (`workers.py`), which does a turn for each line that it reads. The model is that of `gpt2_torch.py`, with the
-same parameters and logits as ours, eager or through torch.compile, with fused AdamW.
+A worker (see `workers.py`). The model is that of `gpt2_torch.py`, with the same parameters and logits as ours, eager or
+with torch.compile, and with fused AdamW.
 
-FINDING: none of its own; see `run.py`.
+FINDING: none; see `run.py`.
 """
 
 import time
@@ -20,12 +20,12 @@ from experiments.benchmarks.performance.workers import Prepared, serve
 
 
 def get_config() -> ConfigDict:
-    """The smallest of the models."""
+    """Return the config of the smallest model."""
     return tree_of("124m")
 
 
 def peaks(size: int) -> Prepared:
-    """FLOP/s of products of large matrices."""
+    """Measure the FLOP/s of large matrix products."""
     import torch
 
     matrices = {name: torch.randn(size, size, dtype=getattr(torch, name)) for name in ("float32", "bfloat16")}
@@ -43,7 +43,7 @@ def peaks(size: int) -> Prepared:
 
 
 def training(shape: str, dtype: str, compiled: bool) -> Prepared:
-    """Seconds of a training step, in float32, or in bfloat16 by autocast over float32 weights."""
+    """Measure the seconds of a training step in float32, or with bfloat16 autocast over float32 weights."""
     config = training_config(shape, {"model.dtype": dtype})
     began = time.perf_counter()
     call = trainer(config, "cpu", compiled)

@@ -1,14 +1,14 @@
-"""How fast is a training step, beside that of the same model in PyTorch, and what does the framework add to its own?
+"""How fast is a training step, compared with the same model in PyTorch, and what overhead does a whole run add?
 
 python experiments/benchmarks/run.py training --text=tinyshakespeare.txt
 
-A step is forward, backward, clipping and AdamW, on random tokens that lie ready. Each contender is a process of its own
-with the settings of the allocator that serve it best. Those of a race take turns: all that compute in float32 or say
-that they round the factors of products only; all that compute in bfloat16, and the fastest that rounds factors. Then a
-whole run of configs/shakespeare_char.py, with its data, metrics, evaluations and checkpoints, beside its bare compiled
+A step is forward, backward, clipping and AdamW, on random tokens in memory. Each contender runs in its own process with
+the allocator settings that are fastest for it. There are two races: all contenders that compute in float32 or round
+only the operands of products; and all that compute in bfloat16, with the fastest that rounds operands. Then a whole run
+of configs/shakespeare_char.py, with data, metrics, evaluations and checkpoints, is compared with its bare compiled
 steps.
 
-FINDING: none of its own; see `run.py`.
+FINDING: none; see `run.py`.
 """
 
 import shutil
@@ -19,26 +19,26 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from experiments.benchmarks.best_batch import ROOT, Failure, tree_of
-from experiments.benchmarks.performance.bench import Bench, Row, about, columns_of, told
+from experiments.benchmarks.performance.bench import Bench, Row, about, columns_of, format_median
 from experiments.benchmarks.performance.models import TRAINING
 from experiments.benchmarks.performance.turns import Reading, take_turns
 from experiments.benchmarks.performance.workers import Request, Worker
 from experiments.benchmarks.sweep_throughput import write_config
 from rustgpt_jax.tracking.metric_writer import read_metrics
 
-# Which of our ways run against PyTorch in which type.
+# Our variants in the race with each dtype of PyTorch.
 RACES = {"float32": ("float32", "bfloat16 factors"), "bfloat16": ("bfloat16 factors", "bfloat16")}
-# Steps of a run that are not counted: the first calls compile, and take one step each.
+# Warm-up steps of a run: the first calls compile and take one step each.
 FIRST_STEPS = 60
 
 
 def get_config() -> ConfigDict:
-    """The smallest of the models."""
+    """Return the config of the smallest model."""
     return tree_of("124m")
 
 
 def measure(bench: Bench, shapes: list[str], earlier: Row) -> Row:
-    """The races of some shapes, put beside what is known of others, and the framework's own step."""
+    """Measure the races of some shapes, added to earlier ones, and the framework's own step."""
     found: Row = {
         "about": about("torch"),
         "peaks": bench.peaks(),
@@ -53,7 +53,7 @@ def measure(bench: Bench, shapes: list[str], earlier: Row) -> Row:
 
 
 def contenders(shape: str, against: str, bench: Bench) -> dict[str, Request]:
-    """Who takes part in a race."""
+    """Return the contenders of a race."""
     ours = {
         f"rustgpt_jax, {name}": Request("ours", "training", {"shape": shape, "knobs": TRAINING[name]})
         for name in RACES[against]
@@ -69,7 +69,7 @@ def contenders(shape: str, against: str, bench: Bench) -> dict[str, Request]:
 
 
 def whole_run(bench: Bench) -> Row:
-    """Seconds of a step of whole runs, as their metrics say, and of the bare steps of such a run, in turns."""
+    """Measure, in turns, the seconds per step of whole runs by their metrics, and of the bare steps of such a run."""
     folder = bench.out / "whole"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -88,12 +88,12 @@ def whole_run(bench: Bench) -> Row:
         readings, absent = take_turns({"whole": train, "bare": worker.turn}, rounds)
     found = {name: columns_of(rows)["seconds"] for name, rows in readings.items()}
     for name, seconds in found.items():
-        bench.say(f"  {name}: {told(seconds)} s a step")
+        bench.say(f"  {name}: {format_median(seconds)} s a step")
     return {"readings": found, "absent": absent}
 
 
 def run_once(folder: Path, name: str, config: ConfigDict) -> float:
-    """Seconds of a step in a run, on average over all calls but the first. Raises Failure."""
+    """Return the average seconds per step of a run, without the first calls. Raises Failure."""
     command = [sys.executable, "launch.py", "train", f"--config={folder / 'config.py'}", f"--run={folder / name}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:

@@ -3,10 +3,9 @@
 python -m experiments.benchmarks.performance.transformers_peer \
     '{"what": "decoding", "folder": "weights", "batch": 1, "dtype": "float32", "prompt": 9, "new": 9}'
 
-A worker (`workers.py`), which does a turn for each line that it reads: `generate` as it is, greedy, with its cache of
-keys and values.
+A worker (see `workers.py`): unmodified greedy `generate` with its KV cache.
 
-FINDING: none of its own; see `run.py`.
+FINDING: none; see `run.py`.
 """
 
 import time
@@ -20,12 +19,12 @@ from experiments.benchmarks.performance.workers import Prepared, serve
 
 
 def get_config() -> ConfigDict:
-    """The smallest of the models."""
+    """Return the config of the smallest model."""
     return tree_of("124m")
 
 
 def decoding(folder: str, batch: int, dtype: str, prompt: int, new: int) -> Prepared:
-    """Seconds of a prompt of all rows and its first token, and then of a token of all of them."""
+    """Measure the seconds of a prompt of all rows and its first token, and then per token of all rows."""
     import torch
     import transformers
 

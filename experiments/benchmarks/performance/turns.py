@@ -1,12 +1,12 @@
-"""Which of several contenders is faster, where a machine has better and worse seconds?
+"""Which of several contenders is faster on a machine whose speed varies?
 
 python experiments/benchmarks/run.py
 
-They take turns, in another order each round, so that all have the same share of the bad seconds. A time is told as the
-median of the rounds, with the width of their middle half as a share of it; a ratio is made in each round, and told
-likewise: what slows a whole round down is not in it.
+They take turns, in a different order in each round, so that slow periods affect all alike. A time is the median over
+rounds, with the interquartile range as a fraction of it; a ratio is computed in each round and summarized in the same
+way, so that what slows a whole round cancels.
 
-FINDING: none of its own; see `run.py`.
+FINDING: none; see `run.py`.
 """
 
 import time
@@ -19,30 +19,30 @@ from ml_collections import ConfigDict
 from experiments.benchmarks.accelerator_report import spread
 from experiments.benchmarks.best_batch import Failure, tree_of
 
-# What a turn has measured, by name; seconds mostly.
+# The measurements of a turn by name, mostly seconds.
 Reading = dict[str, float]
-# Seconds in which the threads of the one before come to rest.
+# Seconds between turns, in which the threads of the previous contender become idle.
 PAUSE = 0.05
 
 
-class Told(NamedTuple):
-    """A median, and the width of the middle half as a share of it."""
+class Summary(NamedTuple):
+    """A median, and the interquartile range as a fraction of it."""
 
     median: float
     spread: float
 
 
 def get_config() -> ConfigDict:
-    """The smallest of the models."""
+    """Return the config of the smallest model."""
     return tree_of("124m")
 
 
 def take_turns(
     contenders: Mapping[str, Callable[[], Reading]], rounds: int, warm_up: int = 1, pause: float = PAUSE
 ) -> tuple[dict[str, list[Reading]], dict[str, str]]:
-    """The readings of each contender, one a round, and why some have none.
+    """Return the readings of each contender, one per round, and the reasons for missing ones.
 
-    Rounds of warming up are not counted. A contender that raises Failure is out, with all its readings.
+    Warm-up rounds are not counted. A contender that raises Failure is removed with all its readings.
     """
     readings: dict[str, list[Reading]] = {name: [] for name in contenders}
     failures: dict[str, str] = {}
@@ -60,16 +60,16 @@ def take_turns(
 
 
 def rotated(names: list[str], turn: int) -> list[str]:
-    """The names in their order, from another one in each turn."""
+    """Rotate the names, by another offset in each turn."""
     first = turn % max(1, len(names))
     return names[first:] + names[:first]
 
 
-def told(values: list[float]) -> Told:
-    """Some measurements of the same thing."""
-    return Told(float(np.median(values)), spread(values))
+def summarize(values: list[float]) -> Summary:
+    """Summarize repeated measurements."""
+    return Summary(float(np.median(values)), spread(values))
 
 
-def times_as_fast(ours: list[float], theirs: list[float]) -> Told:
-    """How many times as fast as they we are, by the seconds of the same rounds."""
-    return told([their / our for our, their in zip(ours, theirs, strict=True)])
+def times_as_fast(ours: list[float], theirs: list[float]) -> Summary:
+    """Return how many times as fast we are, by the seconds of the same rounds."""
+    return summarize([their / our for our, their in zip(ours, theirs, strict=True)])

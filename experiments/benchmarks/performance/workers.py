@@ -1,13 +1,12 @@
-"""How are several frameworks measured in turns, each in a process of its own?
+"""How are several frameworks measured in turns, each in its own process?
 
 python -m experiments.benchmarks.performance.ours '{"what": "peaks", "size": 2048, "gigabytes": 1}'
 
-A worker is a process that prepares what its one argument asks for (one of the tasks of its module), says so, and then
-does a turn for each line that it is sent, and tells what it measured. Only one works at a time: the others wait for a
-line. Ours tell the allocator what every command of the framework tells it; peers begin with those settings of it that
-serve them best (`MALLOC`), which matter to all of them.
+A worker is a process that prepares the task named by its argument, reports that it is ready, and then runs one turn per
+line of standard input and reports the measurement. Only one works at a time; the others wait for input. Our workers use
+the framework's allocator settings; peers start with the settings that are fastest for them (`MALLOC`).
 
-FINDING: none of its own; see `run.py`.
+FINDING: none; see `run.py`.
 """
 
 import json
@@ -29,8 +28,8 @@ from experiments.benchmarks.performance.turns import Reading
 
 PACKAGE = "experiments.benchmarks.performance"
 OURS = "ours"
-# glibc is to keep large blocks instead of giving them back to the system, which would hand them out page by page again.
-# One arena for all threads, as we have it, makes PyTorch slower.
+# glibc keeps large blocks instead of returning them to the system, which would map them page by page again.
+# A single arena for all threads, as in our processes, makes PyTorch slower.
 LARGE = str(2**33)
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": LARGE,
@@ -39,7 +38,7 @@ MALLOC = {
 }
 
 
-# What a task gives: what there is to say once it is prepared, and the function that does a turn.
+# A prepared task: its description, and the function that runs a turn.
 Prepared = tuple[dict[str, Any], Callable[[], Reading]]
 
 
@@ -52,9 +51,9 @@ class Request(NamedTuple):
 
 
 class Worker:
-    """A process that does a task turn by turn. Use it in a `with` statement.
+    """A process that runs a task turn by turn; a context manager.
 
-    about: what it has said once it was prepared. Raises Failure where it fails, then and in any turn.
+    about: its description, once it is prepared. Raises Failure if the process fails, then or in any turn.
     """
 
     def __init__(self, request: Request, patience: float, log: Path) -> None:
@@ -77,7 +76,7 @@ class Worker:
             raise
 
     def turn(self) -> Reading:
-        """What it measures in its next turn."""
+        """Run a turn and return its measurement."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.write(b"\n")
@@ -111,7 +110,7 @@ class Worker:
         self.close()
 
     def close(self) -> None:
-        """End the process: it ends when there are no more lines to come, or else it is ended."""
+        """End the process by closing its input, or else by killing it."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -124,10 +123,10 @@ class Worker:
 
 
 @contextmanager
-def crew(
+def start_workers(
     requests: Mapping[str, Request], patience: float, log: Path
 ) -> Iterator[tuple[dict[str, Worker], dict[str, str]]]:
-    """Workers by name, prepared one after another, and why some are not there."""
+    """Yield prepared workers by name, and the reasons for missing ones."""
     workers: dict[str, Worker] = {}
     failures: dict[str, str] = {}
     with ExitStack() as stack:
@@ -139,17 +138,17 @@ def crew(
         yield workers, failures
 
 
-def asked(request: Request, patience: float, log: Path) -> dict[str, Any]:
-    """What a worker says once it is prepared, without any turn. Raises Failure."""
+def describe_task(request: Request, patience: float, log: Path) -> dict[str, Any]:
+    """Return the description of a prepared worker, without running a turn. Raises Failure."""
     with Worker(request, patience, log) as worker:
         return worker.about
 
 
 def serve(tasks: Mapping[str, Callable[..., Prepared]]) -> None:
-    """What such a process does."""
+    """Run the worker loop of this process."""
     request = json.loads(sys.argv[1])
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    # What libraries print is no reply.
+    # Output of libraries must not mix with replies.
     os.dup2(2, 1)
 
     def say(**reply: Any) -> None:
@@ -167,11 +166,11 @@ def serve(tasks: Mapping[str, Callable[..., Prepared]]) -> None:
         say(error=f"{type(error).__name__}: {error}")
 
 
-def only_said(about: dict[str, Any]) -> Prepared:
-    """A task that is done when it is prepared."""
+def description_only(about: dict[str, Any]) -> Prepared:
+    """Return a task that has a description but no turns."""
     return about, dict
 
 
 def get_config() -> ConfigDict:
-    """The smallest of the models."""
+    """Return the config of the smallest model."""
     return tree_of("124m")
