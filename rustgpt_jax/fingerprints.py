@@ -31,16 +31,15 @@ def format_fingerprint(first: int, second: int) -> str:
 @jax.jit
 def _hash_arrays(arrays: list[jax.Array]) -> list[tuple[jax.Array, ...]]:
     # Offloaded arrays are in host memory.
-    return [hash_array(jax.device_put(jnp.asarray(array), jax.memory.Space.Device)) for array in arrays]
-
-
-def hash_array(array: jax.Array) -> tuple[jax.Array, ...]:
-    """Hash an array to two 32-bit numbers: for each salt, the sum of the hashes of its elements and their positions."""
-    return tuple(jnp.sum(each, dtype=jnp.uint32) for each in hash_elements(array))
+    on_device = (jax.device_put(jnp.asarray(array), jax.memory.Space.Device) for array in arrays)
+    return [tuple(jnp.sum(each, dtype=jnp.uint32) for each in hash_elements(array)) for array in on_device]
 
 
 def hash_elements(array: jax.Array) -> tuple[jax.Array, ...]:
-    """Hash each element together with its position, once per salt. A 64-bit element counts as two of 32 bits."""
+    """Hash each element together with its position, once per salt. A 64-bit element counts as two of 32 bits.
+
+    The fingerprint of the array consists of the sums of these hashes.
+    """
     if array.dtype == jnp.bool_:
         bits = array.astype(jnp.uint32)
     else:

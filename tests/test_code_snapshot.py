@@ -114,7 +114,7 @@ def test_archive_contains_only_the_code(code: Path, tmp_path: Path) -> None:
     some.dictionaries(some.sampled_from(sorted(FILES)), some.binary(max_size=20)),
     some.dictionaries(some.sampled_from(sorted(FILES)), some.binary(max_size=20)),
 )
-@hypothesis.settings(max_examples=40)
+@hypothesis.settings(max_examples=15)
 def test_hash_depends_on_names_and_contents(first: dict[str, bytes], second: dict[str, bytes]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         left, right = (write(Path(folder) / name, files) for name, files in (("a", first), ("b", second)))
@@ -232,7 +232,7 @@ def test_archive_cannot_write_outside_the_target(tmp_path: Path, name: str) -> N
 
 
 @given(some.floats(0, 1, exclude_max=True), some.sampled_from(["cut", "flip"]))
-@hypothesis.settings(max_examples=40, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.settings(max_examples=15, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 def test_damaged_archive_is_rejected(tmp_path_factory: pytest.TempPathFactory, place: float, damage: str) -> None:
     folder = tmp_path_factory.mktemp("damage")
     files = code_files([write(folder / "code", FILES) / name for name in code_snapshot.CODE])

@@ -25,6 +25,7 @@ from rustgpt_jax.reproduce.run_diff import diff
 from rustgpt_jax.reproduce.snapshot_runner import FinishedProcess, SnapshotCode, load_snapshot_code
 from rustgpt_jax.training import run_training
 from rustgpt_jax.training.config_checks import validate_components
+from rustgpt_jax.workdir import code_snapshot
 from rustgpt_jax.workdir.code_snapshot import code_hash, read_code
 from rustgpt_jax.workdir.event_log import EventLog, code_archive, load_first_launch
 from rustgpt_jax.workdir.run_dir import RunDir, load_config
@@ -107,11 +108,12 @@ def test_missing_modules_count_as_other_code(name: str, trained: Path, tmp_path:
         pass
 
 
-def test_archive_of_unlimited_size_is_not_read(tmp_path: Path) -> None:
+def test_archive_of_unlimited_size_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code_snapshot, "MAX_UNPACKED_BYTES", 2**20)
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for number in range(9):
-            archive.writestr(f"{number}.py", bytes(2**26))
-    with pytest.raises(UserError, match="603,979,776 bytes when unpacked"):
+            archive.writestr(f"{number}.py", bytes(2**17))
+    with pytest.raises(UserError, match="1,179,648 bytes when unpacked"):
         read_code(tmp_path / "bomb.zip")
 
 

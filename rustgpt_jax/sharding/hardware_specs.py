@@ -5,7 +5,7 @@ import os
 import re
 import resource
 import sys
-import time
+import timeit
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -74,30 +74,17 @@ CHIPS = {
 }
 
 
-# Peak dense bfloat16 FLOP/s by device kind.
-PEAK_FLOPS = {chip.kind: chip.bfloat16 for chip in CHIPS.values()}
-
-
 @cache
 def device_peak_flops() -> float:
     """Return the peak FLOP/s of one device: from a data sheet, or else measured with a float32 matrix product."""
-    kind = jax.devices()[0].device_kind
-    for name, peak in PEAK_FLOPS.items():
-        if name.lower() in kind.lower():
-            return peak
-    return _timed_matrix_product()
-
-
-def _timed_matrix_product(size: int = 1024, repeats: int = 3) -> float:
-    product = jax.jit(jnp.dot)
-    matrix = np.ones((size, size), np.float32)
-    product(matrix, matrix).block_until_ready()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        product(matrix, matrix).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+    kind = jax.devices()[0].device_kind.lower()
+    for chip in CHIPS.values():
+        if chip.kind.lower() in kind:
+            return chip.bfloat16
+    matmul, matrix = jax.jit(jnp.dot), np.ones((1024, 1024), np.float32)
+    seconds = timeit.repeat(lambda: matmul(matrix, matrix).block_until_ready(), number=1, repeat=4)
+    # The first call, which compiles, is never the fastest.
+    return 2 * len(matrix) ** 3 / min(seconds)
 
 
 # The devices of this machine, found without initializing JAX on a CPU.
@@ -119,7 +106,7 @@ class Machine:
 
 
 def detect_machine() -> Machine:
-    """Describe this machine. On a CPU every core is a device, unless XLA_FLAGS says otherwise; JAX stays unused."""
+    """Return the devices of this machine without initializing JAX on a CPU, whose cores are devices by default."""
     if not any(find_spec(plugin) for plugin in ACCELERATOR_PLUGINS) or jax.default_backend() == "cpu":
         n_devices = _devices_in_xla_flags() or count_cores()
         return Machine("cpu", n_devices, free_memory() / n_devices, 0.0)

@@ -3,7 +3,6 @@
 The path of an optimizer state ends with the path of its parameter, so it is sharded like the parameter.
 """
 
-import math
 import re
 from typing import Any, NamedTuple
 
@@ -93,9 +92,3 @@ def constrain(tree: Any) -> Any:
         ),
         tree,
     )
-
-
-def shard_fraction(shape: tuple[int, ...], spec: PartitionSpec, mesh: dict[str, int]) -> float:
-    """Return the fraction of an array that one device holds."""
-    axes_used = [axis for axes in spec if axes is not None for axis in ((axes,) if isinstance(axes, str) else axes)]
-    return 1 / math.prod(mesh[axis] for axis in axes_used)

@@ -79,7 +79,7 @@ def describe_mesh(mesh: MeshConfig | dict[str, int]) -> str:
 
 @dataclass(frozen=True)
 class ShardingPlan:
-    """How a run uses its devices. Without a mesh, it uses the default device of the thread."""
+    """The mesh of a run and the shardings of its arrays. Without a mesh, it uses the default device of the thread."""
 
     mesh: Mesh | None = None
 

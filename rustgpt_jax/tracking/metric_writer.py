@@ -95,12 +95,11 @@ class MetricsWriter:
         self.check()
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
-        self._write_tensorboard(step, {name: value for name, value in values.items() if not isinstance(value, str)})
 
-    def _write_tensorboard(self, step: int, scalars: Mapping[str, float]) -> None:
         from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
+        scalars = {name: value for name, value in values.items() if not isinstance(value, str)}
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
         self._tensorboard.add_event(Event(wall_time=time.time(), step=step, summary=summary))
 
@@ -286,14 +285,10 @@ def _parse_all(lines: list[bytes], containing: bytes, file: Path) -> list[dict[s
         records = [None]
     if len(records) == len(lines) and None not in records:
         return records  # type: ignore[return-value]
-    return [_parse_or_raise(line, file) for line in lines]
-
-
-def _parse_or_raise(line: bytes, file: Path) -> dict[str, Any]:
-    record = _parse(line)
-    if record is None:
-        raise _malformed(file, line)
-    return record
+    records = [_parse(line) for line in lines]
+    if None in records:
+        raise _malformed(file, lines[records.index(None)])
+    return records  # type: ignore[return-value]
 
 
 def _malformed(file: Path, line: bytes) -> UserError:

@@ -1,1 +1,1 @@
-"""What a run folder holds: its records, its code snapshot, and its environment."""
+"""Run folders: their files, event log, code snapshot and environment."""

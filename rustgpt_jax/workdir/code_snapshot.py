@@ -226,16 +226,13 @@ def _files(source: Path) -> Iterator[tuple[Path, bool]]:
     for file in files:
         names = file.relative_to(source.parent).parts
         if not _matches(names, BYTECODE):
-            yield file, not _matches(names, DENIED) and _is_inside(file, source) and (tracked is None or tracked(file))
+            # A link must not point to a target outside the source.
+            is_inside = not file.is_symlink() or file.resolve().is_relative_to(source.resolve())
+            yield file, is_inside and not _matches(names, DENIED) and (tracked is None or tracked(file))
 
 
 def _matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name.lower(), pattern) for name in names for pattern in patterns)
-
-
-def _is_inside(file: Path, source: Path) -> bool:
-    """Return whether a file is not a link to a target outside the source."""
-    return not file.is_symlink() or file.resolve().is_relative_to(source.resolve())
 
 
 def _tracked(source: Path) -> Callable[[Path], bool] | None:

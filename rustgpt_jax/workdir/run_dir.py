@@ -98,24 +98,6 @@ def is_step_name(name: str) -> bool:
     return name.isascii() and name.isdecimal() and str(int(name[:20])) == name
 
 
-def check_same_config(path: Path, config: Config, earlier: Sequence[Earlier] = ()) -> None:
-    """Check that a folder, which may not exist, does not hold a run with another config. Writes nothing.
-
-    Args:
-        path: The folder.
-        config: The config of the run.
-        earlier: Earlier configs of the run; the last of them is also accepted.
-
-    Raises:
-        UserError: The folder holds a run with another config.
-    """
-    if RunDir(path).config_file.exists():
-        stored = load_config(path)
-        changed = describe_differences(to_dict(stored), config)
-        if changed and stored not in [each.config for each in earlier[-1:]]:
-            raise UserError(f"{path} holds a run with another config: {changed}. Choose another --run folder.")
-
-
 def prepare_run_dir(path: Path, config: Config, earlier: Sequence[Earlier] = ()) -> None:
     """Create the folder of a run, or check that an existing folder is empty or has a run with this config.
 
@@ -129,13 +111,17 @@ def prepare_run_dir(path: Path, config: Config, earlier: Sequence[Earlier] = ())
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        used = any(not entry.name.startswith(".") for entry in path.iterdir())
+        is_used = any(not entry.name.startswith(".") for entry in path.iterdir())
     except OSError as error:
         is_file = isinstance(error, (FileExistsError, NotADirectoryError))
         reason = "there is a file in its place" if is_file else error.strerror or error
         raise UserError(f"The run folder {path} cannot be created: {reason}.") from error
-    check_same_config(path, config, earlier)
-    if used and not RunDir(path).config_file.exists():
+    if RunDir(path).config_file.exists():
+        stored = load_config(path)
+        changed = describe_differences(to_dict(stored), config)
+        if changed and stored not in [each.config for each in earlier[-1:]]:
+            raise UserError(f"{path} holds a run with another config: {changed}. Choose another --run folder.")
+    elif is_used:
         raise UserError(f"{path} holds files but no run (no config.json); choose another --run folder.")
 
 
@@ -145,7 +131,7 @@ def create_run_dir(path: Path, config: Config, origins: Mapping[str, str], earli
     Args:
         path: The folder.
         config: The config of the run.
-        origins: The origin of each knob's value, by dotted path.
+        origins: The origin of each value of the config, by dotted path.
         earlier: Earlier configs of the run. If the folder has the last of them, its config is replaced.
 
     Raises:
@@ -334,10 +320,10 @@ def describe_differences(stored: Mapping[str, Any], wanted: Config) -> str:
     """Describe the fields in which a config, given as by `to_dict`, computes something else; '' if there are none."""
     try:
         differing = diff_configs(resolve(stored), wanted)
-        changed = {knob: values for knob, values in differing.items() if affects_result(knob)}
+        changed = {path: values for path, values in differing.items() if affects_result(path)}
     except UserError as error:
         return f"it is not valid in this version ({error})"
-    listed = [f"{knob} is {there!r} there and {here!r} here" for knob, (there, here) in changed.items()]
+    listed = [f"{path} is {there!r} there and {here!r} here" for path, (there, here) in changed.items()]
     if len(listed) > MAX_DIFFERENCES_SHOWN:
         listed[MAX_DIFFERENCES_SHOWN:] = [f"and {len(listed) - MAX_DIFFERENCES_SHOWN} more"]
     return "; ".join(listed)
