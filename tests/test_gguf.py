@@ -17,7 +17,7 @@ from rustgpt_jax.interop.gguf import GGUF_ARCHITECTURES, export_gguf, gguf_archi
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes, total_size
 from rustgpt_jax.model.presets import FAMILIES
-from rustgpt_jax.tokenizers import END, Tokenizer, encode, train_tokenizer
+from rustgpt_jax.tokenizers import END, Tokenizer, train_tokenizer
 from rustgpt_jax.training.load_model import load_model
 
 gguf = pytest.importorskip("gguf")
@@ -177,7 +177,7 @@ def test_a_run_is_exported(tmp_path: Path) -> None:
     stored = tensors_of(file)["blk.0.ffn_down.weight"]
     read = gguf.quants.dequantize(stored.data, stored.tensor_type)
     np.testing.assert_array_equal(read, np.asarray(trained).T.astype(ml_dtypes.bfloat16).astype(np.float32))
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="already exists"):
         export_gguf(path, file, "last", None, said.append)
 
 
@@ -212,16 +212,3 @@ def test_llama_cpp_computes_the_same_logits(name: str, dtype: str, tmp_path: Pat
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=tolerance * np.abs(ours).max())
     if dtype == "float32":
         np.testing.assert_array_equal(theirs.argmax(-1), ours.argmax(-1))
-
-
-def test_llama_cpp_produces_the_same_tokens(tmp_path: Path) -> None:
-    llama_cpp = pytest.importorskip("llama_cpp")
-    tokenizer, file = codec("bpe", 280), tmp_path / "model.gguf"
-    model = model_of("gpt2", vocab_size=tokenizer.get_vocab_size())
-    write_gguf(random_params(model), model, file, tokenizer=tokenizer)
-    llama = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
-    try:
-        for text in (*TEXTS[:2], "An 8-legged spider\n wouldn't - ¿señor? 漢字"):
-            assert llama.tokenize(text.encode(), add_bos=False) == encode(tokenizer, text)
-    finally:
-        llama.close()

@@ -183,14 +183,6 @@ GEMMA = (
 )
 
 
-def _every_other(reader: HFConfigReader, layer: int) -> str:
-    return FULL if layer % 2 else SLIDING
-
-
-def _all_but_every_nth(reader: HFConfigReader, layer: int) -> str:
-    return SLIDING if (layer + 1) % reader.positive_int("sliding_window_pattern") else FULL
-
-
 def _no_rope_layers(reader: HFConfigReader, layer: int) -> str:
     has_window = reader.boolean("use_sliding_window") and reader["sliding_window"] is not None
     positions = mapping.no_rope_layers().read(reader)["positions"]
@@ -276,7 +268,7 @@ _ARCHITECTURES = (
         mappings=(
             *GEMMA,
             mapping.softcap("attn_logit_softcapping", "attention.logit_softcap"),
-            mapping.layer_types(_every_other),
+            mapping.layer_types(lambda reader, layer: FULL if layer % 2 else SLIDING),
             rope(),
         ),
         defaults=GEMMA_DEFAULTS | {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
@@ -290,7 +282,10 @@ _ARCHITECTURES = (
             *GEMMA,
             # transformers reads it but does not use it.
             mapping.constant("attn_logit_softcapping", None),
-            mapping.layer_types(_all_but_every_nth, has_local_rope=True),
+            mapping.layer_types(
+                lambda reader, layer: SLIDING if (layer + 1) % reader.positive_int("sliding_window_pattern") else FULL,
+                has_local_rope=True,
+            ),
             global_and_local_rope(),
         ),
         defaults=GEMMA_DEFAULTS | {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},

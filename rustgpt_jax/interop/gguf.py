@@ -151,7 +151,9 @@ def _convert_byte_level(settings: Mapping[str, Any], adds_bos: bool, bos_id: int
         raise UserError("llama.cpp does not support byte-level BPE with prefixes, suffixes or byte fallback")
     if not set(pre_tokenizers.ByteLevel.alphabet()) <= model["vocab"].keys():
         raise UserError("the tokenizer has no token for some of the 256 bytes")
-    _require_plain_added_tokens(settings)
+    for token in settings["added_tokens"]:
+        if not token["special"] and any(token[key] for key in ("lstrip", "rstrip", "single_word")):
+            raise UserError(f"llama.cpp does not find the token {token['content']} in the same way as the tokenizer")
     merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
     if not merges:
         raise UserError("llama.cpp does not support BPE without merges")
@@ -191,18 +193,6 @@ def _merges_build_every_token(settings: Mapping[str, Any], merges: Sequence[Sequ
     tokens = [token for token in vocabulary if token not in added]
     encoded = bare.encode_batch_fast(tokens, add_special_tokens=False)
     return all(each.ids == [vocabulary[token]] for token, each in zip(tokens, encoded, strict=True))
-
-
-def _require_plain_added_tokens(settings: Mapping[str, Any]) -> None:
-    """Raise UserError if added tokens that may occur in text are not matched literally."""
-    for token in settings["added_tokens"]:
-        special = ("lstrip", "rstrip", "single_word")
-        if not token["special"] and (
-            any(token[key] for key in special) or token["normalized"] and settings["normalizer"]
-        ):
-            raise UserError(
-                f"llama.cpp does not find the token {token['content']} in a text in the same way as the tokenizer"
-            )
 
 
 # SentencePiece's BPE.
@@ -324,7 +314,7 @@ def export_gguf(path: Path, file: Path, which: str, dtype: str | None, log: Call
     name = write_gguf(
         trained.generator.params, model, file, dtype=dtype or "float32", tokenizer=tokenizer, is_dialogue=is_dialogue
     )
-    log(f"{file}: {name}{_describe_omissions(tokenizer, is_dialogue)}")
+    log(f"{file}: {name}{_convert_tokenizer(tokenizer, is_dialogue)[2]}")
 
 
 def write_gguf(
@@ -352,7 +342,12 @@ def write_gguf(
     Raises:
         UserError: The `gguf` package is missing, llama.cpp has no matching architecture, or the file is not writable.
     """
-    gguf = _import_gguf()
+    try:
+        import gguf
+    except ImportError:
+        raise UserError(
+            "GGUF export needs the package gguf, which is not installed: python -m pip install 'rustgpt_jax[bench]'"
+        ) from None
     architecture = gguf_architecture(model)
     if dtype not in DTYPES:
         raise UserError(f"Unknown dtype {dtype!r}.{suggest_names(dtype, DTYPES)}")
@@ -394,27 +389,16 @@ def gguf_architecture(model: ModelConfig) -> GGUFArchitecture:
     return architecture
 
 
-def _describe_omissions(tokenizer: Tokenizer, is_dialogue: bool) -> str:
-    """Describe the parts of the tokenizer that the file lacks, and why."""
+def _convert_tokenizer(tokenizer: Tokenizer, is_dialogue: bool) -> tuple[GGUFVocabulary | None, str | None, str]:
+    """Return the vocabulary and chat template for llama.cpp if supported, and a note about what is not."""
     try:
         vocabulary = gguf_vocabulary(tokenizer)
     except UserError as error:
-        return f", without a tokenizer ({error}): the exported model takes token ids"
+        return None, None, f", without a tokenizer ({error}): the exported model takes token ids"
     try:
-        gguf_chat_template(tokenizer, vocabulary, is_dialogue)
+        return vocabulary, gguf_chat_template(tokenizer, vocabulary, is_dialogue), ""
     except UserError as error:
-        return f", without its chat template: {error}"
-    return ""
-
-
-def _import_gguf() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise UserError(
-            "GGUF export needs the package gguf, which is not installed: python -m pip install 'rustgpt_jax[bench]'"
-        ) from None
-    return gguf
+        return vocabulary, None, f", without its chat template: {error}"
 
 
 def _metadata(architecture: GGUFArchitecture, model: ModelConfig, dtype: str, gguf: Any) -> dict[str, Any]:
@@ -443,10 +427,7 @@ def _metadata(architecture: GGUFArchitecture, model: ModelConfig, dtype: str, gg
 
 def _add_vocabulary(writer: Any, model: ModelConfig, tokenizer: Tokenizer | None, is_dialogue: bool, gguf: Any) -> None:
     """Add the tokens and the chat template, if llama.cpp produces the same tokens for the same text."""
-    try:
-        vocabulary = None if tokenizer is None else gguf_vocabulary(tokenizer)
-    except UserError:
-        vocabulary = None
+    vocabulary, template, _ = (None, None, "") if tokenizer is None else _convert_tokenizer(tokenizer, is_dialogue)
     if tokenizer is None or vocabulary is None:
         writer.add_tokenizer_model("no_vocab")
         return
@@ -473,10 +454,6 @@ def _add_vocabulary(writer: Any, model: ModelConfig, tokenizer: Tokenizer | None
     writer.add_add_bos_token(vocabulary.adds_bos)
     # A prompt must not end with an end token.
     writer.add_add_eos_token(False)
-    try:
-        template = gguf_chat_template(tokenizer, vocabulary, is_dialogue)
-    except UserError:
-        return
     if template is not None:
         writer.add_chat_template(template)
 
