@@ -1,4 +1,4 @@
-"""Atomic writes: nothing half written, nothing left behind, permissions by the umask."""
+"""Atomic writes: no partial files, no leftovers, and permissions by the umask."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Precision that a device chooses: what is chosen stands in the run's config, and nothing that was given is changed."""
+"""dtype='auto': the selected data types are recorded in the run's config, and types set by the user are kept."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The code that a run keeps: all of it, once, under a name that says what is in it; and where git has it."""
+"""Code snapshots: their content, hash, and git state."""
 
 import os
 import shutil
@@ -61,7 +61,7 @@ def forget_code() -> None:
 
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
-    """A process keeps its code once; each test is a process of its own here."""
+    """Clear the caches of a process before and after each test."""
     yield
     forget_code()
     code_snapshot._git_state.cache_clear()
@@ -69,7 +69,7 @@ def forget() -> Iterator[None]:
 
 @pytest.fixture
 def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with code, which this process is said to run, and a cache of its own."""
+    """A folder that is treated as the running code, with a separate cache."""
     folder = write(tmp_path / "code", FILES | IGNORED)
     monkeypatch.setattr(code_snapshot, "_root", lambda: folder)
     monkeypatch.setenv("RUSTGPT_JAX_CACHE", str(tmp_path / "cache"))
@@ -94,7 +94,7 @@ def test_snapshot_matches_the_running_code(tmp_path: Path, monkeypatch: pytest.M
     there = {name: file for name, file in contents(ROOT).items() if name.split("/")[0] in code_snapshot.CODE}
     assert contents(tmp_path / "copy") == {name: file for name, file in there.items() if "__pycache__" not in name}
     assert about["left_out"] == []
-    # It stands alone.
+    # The copy can be run.
     shown = subprocess.run(
         [sys.executable, "-P", str(tmp_path / "copy" / "launch.py"), "explain", "--config=configs/tiny.py"],
         env=os.environ | {"PYTHONPATH": str(tmp_path / "copy")},
@@ -130,7 +130,7 @@ def test_runs_share_one_copy_by_hard_links(code: Path, tmp_path: Path, monkeypat
     (name,) = names
     files = [run.code / name for run in runs] + [tmp_path / "cache" / "code" / name]
     assert len({file.stat().st_ino for file in files}) == 1
-    # Another process, another time.
+    # As in another process.
     before = files[0].read_bytes()
     forget_code()
     os.utime(code / "launch.py", (0, 0))
@@ -189,7 +189,7 @@ def test_user_modules_are_copied_without_data_files(
     own = {"my_lab/__init__.py": b"", "my_lab/mixers.py": b"x = 1\n"}
     assert read_code(run.code / f"{about['code']}.zip") == FILES | own
     assert about["left_out"] == ["my_lab/weights.bin"]
-    # The jobs of a sweep run all of it.
+    # Jobs of a sweep run a complete copy.
     copy = sweep_folders.save_code_snapshot(sweep_folders.SweepDir(tmp_path / "sweep"))
     assert contents(copy).keys() == {*FILES, *own, "my_lab/weights.bin"}
     for name in ("my_lab", "my_lab.mixers"):
@@ -218,7 +218,7 @@ def test_installed_packages_are_not_copied() -> None:
     assert user_modules({Path(os.__file__).parent, Path(hypothesis.__file__).parent.parent}) == []
 
 
-# Unpacking.
+# Reading archives.
 
 
 @pytest.mark.parametrize("name", ["../outside.py", "/tmp/outside.py", "a/../../outside.py", ".."])
@@ -268,7 +268,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def repository(code: Path) -> Path:
-    """The code, all of it committed."""
+    """A repository with all of the code committed."""
     git(code, "init", "-q", "-b", "trunk")
     (code / ".gitignore").write_text("__pycache__\n/runs\n")
     git(code, "add", ".")
@@ -305,7 +305,7 @@ def test_patch_turns_the_commit_into_the_running_code(repository: Path, tmp_path
 
 def test_snapshot_works_without_git(code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert save_code_snapshot(run_folder(tmp_path / "no_repository"))["git"] is None
-    # In a repository that does not have it.
+    # In a repository that does not contain the code.
     git(tmp_path, "init", "-q")
     code_snapshot._git_state.cache_clear()
     assert save_code_snapshot(run_folder(tmp_path / "not_in_it"))["git"] is None
@@ -324,7 +324,7 @@ def test_hanging_git_times_out(repository: Path, tmp_path: Path, monkeypatch: py
 
 
 def fake_git(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A git that is a shell script, before the one that there is."""
+    """A shell script that replaces git."""
     (folder / "bin").mkdir()
     (folder / "bin" / "git").write_text(f"#!/bin/sh\n{script}\n")
     (folder / "bin" / "git").chmod(0o755)
@@ -367,7 +367,7 @@ def test_copy_of_the_code_records_its_git_state(
     first = run_folder(tmp_path / "here")
     about = save_code_snapshot(first)
     copy = sweep_folders.save_code_snapshot(sweep_folders.SweepDir(tmp_path / "sweep"))
-    # A job of the sweep, in another process.
+    # A job of a sweep, in another process.
     monkeypatch.setattr(code_snapshot, "_root", lambda: copy)
     forget_code()
     trial = run_folder(tmp_path / "trial")
@@ -375,7 +375,7 @@ def test_copy_of_the_code_records_its_git_state(
     assert contents(trial.code) == contents(first.code)
 
 
-# What is not kept.
+# Files that are not copied.
 
 SECRETS = (".env", "prod.env", "id_rsa", "id_ed25519.pub", "server.pem", "api.key", "my_Secrets.py", ".aws/config")
 
@@ -433,7 +433,7 @@ def test_modules_of_an_ignored_package_are_copied(
 
 
 def test_copy_for_jobs_in_an_ignored_folder_is_complete(repository: Path, tmp_path: Path) -> None:
-    """As the jobs of a sweep run it: its folder is below one that git ignores."""
+    """Jobs of a sweep run a copy in a folder that git ignores."""
     copy = sweep_folders.save_code_snapshot(sweep_folders.SweepDir(repository / "runs" / "sweep"))
     assert set(code_files([copy / name for name in code_snapshot.CODE])) == FILES.keys()
 

@@ -1,4 +1,4 @@
-"""Collectives, FLOPs and traffic read from compiled programs whose communication is known, on 8 virtual devices."""
+"""Collectives, FLOPs and traffic of compiled programs with known communication, on 8 virtual devices."""
 
 import json
 import math
@@ -88,7 +88,7 @@ json.dump([programs, warnings], sys.stdout)
 
 @pytest.fixture(scope="module")
 def compiled() -> tuple[dict[str, str], list[str]]:
-    """The texts of some programs compiled for a mesh of 4 x 2, and what the compiler warns of in another."""
+    """The HLO of programs compiled for a mesh of 4 x 2, and the compiler's warnings for another."""
     command = [sys.executable, "-c", PROGRAMS]
     # The compiler does not repeat its warnings for a cached program.
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
@@ -99,12 +99,12 @@ def compiled() -> tuple[dict[str, str], list[str]]:
 
 @pytest.fixture(scope="module")
 def programs(compiled: tuple[dict[str, str], list[str]]) -> dict[str, str]:
-    """The texts of the programs."""
+    """The HLO of the programs."""
     return compiled[0]
 
 
 A_RESULT = 16 * 64 * 4
-# Kind, element type, axes, runs, bytes received in all.
+# Kind, element type, axes, number of runs, total bytes received.
 KNOWN: dict[str, list[tuple[str, str, tuple[str, ...], int, float]]] = {
     "contracted": [("all-reduce", "f32", ("tensor",), 1, 2 * A_RESULT / 2)],
     "contracted, bfloat16": [("all-reduce", "bf16", ("tensor",), 1, 2 * A_RESULT / 2 / 2)],
@@ -162,15 +162,15 @@ def test_traffic_of_products(programs: dict[str, str]) -> None:
     def moved(name: str) -> float:
         return moved_by(programs[name])
 
-    # A quarter of a's rows, a half of b's columns, and what they make.
+    # A quarter of a's rows, half of b's columns, and their product.
     assert moved("local") == 4 * (4 * 32 + 32 * 32 + 4 * 32)
-    # A turn reads its own slice of the weights, not all five.
+    # An iteration reads one slice of the weights, not all five.
     assert moved("scan") == 5 * 4 * (16 * 32 + 32 * 16 + 16 * 16)
     assert moved("nested") == 3 * moved("scan")
 
 
 def test_attention_scores_are_not_counted_as_traffic(programs: dict[str, str]) -> None:
-    # q, k and v of 2 x 64 x 4, scores of 2 x 64 x 64, and the mixture of values.
+    # q, k and v of 2 x 64 x 4, scores of 2 x 64 x 64, and the weighted values.
     assert moved_by(programs["attention"]) == 4 * 4 * (2 * 64 * 4)
     assert count_matmul_flops(parse_hlo(programs["attention"])) == 2 * 2 * (2 * 64 * 64 * 4)
 
@@ -179,11 +179,11 @@ def moved_by(text: str) -> float:
     return count_matmul_traffic(parse_hlo(text))
 
 
-# The ways in which groups are written.
+# Formats of device groups.
 
 
 def brute_force(shape: tuple[int, ...], lengths: tuple[int, ...], order: tuple[int, ...]) -> list[list[int]]:
-    """The groups of `shape<=lengths T(order)`, number by number."""
+    """Compute the groups of `shape<=lengths T(order)` one number at a time."""
     transposed = [lengths[axis] for axis in order]
     numbers = []
     for place in np.ndindex(*transposed):
@@ -224,7 +224,7 @@ def test_device_groups_are_parsed(written: str, groups: tuple[tuple[int, ...], .
     assert _parse_groups(f", channel_id=1, replica_groups={written}, use_global_device_ids=true", 8) == groups
 
 
-# Programs of accelerators, whose collectives start and end apart.
+# Programs for accelerators, with asynchronous collectives.
 
 ASYNCHRONOUS = """HloModule m, entry_computation_layout={(f32[4]{0})->f32[16]{0}}
 

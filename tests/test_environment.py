@@ -1,4 +1,4 @@
-"""What a run runs in: recorded whole and fast, without a word about who and where; and given to another process."""
+"""The environment of a run: recorded completely, quickly and anonymously, and passed on to another process."""
 
 import json
 import os
@@ -88,7 +88,7 @@ def test_only_listed_variables_are_recorded(values: dict[str, str]) -> None:
     ],
 )
 def test_flags_with_file_names_are_neither_recorded_nor_passed_on(flags: str, kept: str) -> None:
-    """XLA runs programs that it finds in the folders that some flags name."""
+    """XLA runs programs from folders that some flags name."""
     assert filter_variables({"XLA_FLAGS": flags}).get("XLA_FLAGS", "") == kept
     recorded = json.loads(json.dumps(collect_environment())) | {
         "variables": {"XLA_FLAGS": flags, "LD_PRELOAD": "evil.so"}
@@ -126,7 +126,7 @@ def test_recorded_settings_apply_to_another_process(monkeypatch: pytest.MonkeyPa
         "jax_disable_most_optimizations": True,
     }
     wanted["variables"] = {"OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
-    # What this process has of its own is not the other's, but for what it may see and where it keeps things.
+    # Settings of this process are not passed on, except for visible devices and cache folders.
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
     monkeypatch.setenv("JAX_DEBUG_NANS", "1")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "somewhere")
@@ -136,7 +136,7 @@ def test_recorded_settings_apply_to_another_process(monkeypatch: pytest.MonkeyPa
     assert shown.returncode == 0, shown.stderr
     found = json.loads(shown.stdout)
     assert found["settings"] == wanted["settings"]
-    # However it was said, and recorded once.
+    # Recorded once, however it was set.
     assert found["devices"]["count"] == 2
     assert not {"XLA_FLAGS", "JAX_NUM_CPU_DEVICES"} & found["variables"].keys()
     wanted["devices"]["backend"] = "gpu"

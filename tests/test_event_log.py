@@ -1,4 +1,4 @@
-"""The journal of a run: whatever happens to its writers, what was written whole is read, and nothing else."""
+"""The event log of a run: exactly the complete events are read."""
 
 import json
 import os
@@ -34,7 +34,7 @@ HAPPENINGS = some.lists(
 
 
 def bare(event: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """An event as it was given."""
+    """Return an event without its time."""
     return event["event"], {name: value for name, value in event.items() if name not in ("time", "event")}
 
 
@@ -87,7 +87,7 @@ def test_concurrent_appends_lose_no_event(tmp_path: Path) -> None:
 def test_unwritable_log_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="nowhere/journal.jsonl cannot be written: No such file or directory"):
         EventLog(tmp_path / "nowhere" / "journal.jsonl").append("launch")
-    # A disk with room for half of it.
+    # The disk is full after half of the event.
     write = os.write
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", lambda descriptor, text: write(descriptor, text[: len(text) // 2]))
@@ -128,7 +128,7 @@ def test_value_of_another_type_is_named(event: str, name: str, tmp_path: Path) -
 
 
 def test_symbolic_links_are_not_followed(tmp_path: Path) -> None:
-    """In somebody else's folder a link may lead to any file of one's own."""
+    """In an untrusted folder, a link may point to any file of the user."""
     mine = tmp_path / "mine"
     mine.write_text("precious")
     for name in ("journal.jsonl", ".lock"):

@@ -1,4 +1,4 @@
-"""A fingerprint tells arrays apart, by every bit of every element and by its place, wherever the array lies."""
+"""Fingerprints depend on every bit and position of an array, but not on its device or sharding."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Text of users is shown as it stands: no name, prompt, value or file name is read as rich's markup."""
+"""Names, prompts, values and file names are printed literally, not as rich's markup."""
 
 import ast
 import io
@@ -22,7 +22,7 @@ HOSTILE = "[INST] [bold]hi[/b] [/INST] :smile: [link=x] \\[ [@click=y]"
 
 
 def shown(show: Callable[[Console], Any], **options: Any) -> str:
-    """What is printed on a console of a verb, wide enough for a line of any length."""
+    """Return what a function prints on a wide console."""
     out = io.StringIO()
     show(PlainTextConsole(file=out, width=1000, **options))
     return out.getvalue()
@@ -60,16 +60,16 @@ def test_spinner_text_is_shown_literally(is_terminal: bool) -> None:
     assert (HOSTILE in shown(show, force_terminal=is_terminal)) == is_terminal
 
 
-# One mechanism.
+# All modules use the same console.
 
 
 def calls(module: str) -> list[tuple[str, ast.Call]]:
-    """The calls of a module, with the last names of what is called."""
+    """Return the calls of a module with the last names of the called functions."""
     found = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.Call)]
     return [(ast.unparse(call.func).rsplit(".", 1)[-1], call) for call in found]
 
 
-# What reads a string as markup by itself, whatever the console does.
+# Functions that interpret markup regardless of the console.
 READERS_OF_MARKUP = {"from_markup", "render_markup", "Panel", "Prompt", "Confirm", "Spinner", "RichHandler", "track"}
 
 
@@ -89,7 +89,7 @@ def test_all_modules_use_the_plain_text_console() -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> Path:
-    """A run whose name, prompt and file of text have markup in them."""
+    """A run with markup in its name, prompt and text file."""
     folder = tmp_path_factory.mktemp("runs") / "a" / "x[/INST]"
     text = folder.parent.parent / "text[/b].txt"
     text.parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The private parts of JAX and XLA that the package relies on. A failure here names what an update of JAX changed."""
+"""Private parts of JAX and XLA that the package relies on. A failure shows what an update of JAX changed."""
 
 import subprocess
 import sys

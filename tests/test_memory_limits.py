@@ -1,4 +1,4 @@
-"""What cannot fit the memory is refused in a sentence before anything is allocated; what fails all the same is told."""
+"""Models beyond the available memory are rejected before allocation, and failed allocations are reported."""
 
 import dataclasses
 import os
@@ -69,7 +69,7 @@ def test_small_configs_are_not_traced_to_check_memory(monkeypatch: pytest.Monkey
     ],
 )
 def test_upper_bound_is_above_the_estimate(changes: dict[str, Any]) -> None:
-    """So that no config is let through uncounted which the estimate would refuse."""
+    """A config that the estimate would reject must not be accepted by the bound."""
     config = small_config(**changes)
     assert memory_estimate._upper_bound(config) > sum(training_needs(config).values())
 
@@ -81,7 +81,7 @@ def test_deep_models_are_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
     few = dataclasses.replace(config, model=dataclasses.replace(config.model, scan_layers=True))
     counted = training_needs(few)
     exactly = {"parameters": memory_estimate.total_bytes(memory_estimate.parameter_shapes(few.model))}
-    # The layer that is left over is of the pattern's first kind.
+    # The remaining layer is of the first kind in the pattern.
     assert counted["parameters"] == pytest.approx(exactly["parameters"], rel=0.01)
 
 
@@ -138,7 +138,7 @@ def test_train_warns_about_many_separately_compiled_blocks() -> None:
     assert run_training._compile_time_warnings(Run()) == []  # type: ignore[arg-type]
 
 
-# How much there is.
+# Available memory.
 
 
 def test_free_memory_respects_all_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,11 +156,11 @@ def test_free_memory_respects_all_limits(tmp_path: Path, monkeypatch: pytest.Mon
     assert query_machine().platform == "cpu"
 
 
-# What fails all the same.
+# Failed allocations.
 
 
 class JaxRuntimeError(RuntimeError):
-    """As jaxlib has it."""
+    """An error like jaxlib's."""
 
 
 def caused(error: Exception, cause: Exception) -> Exception:
@@ -197,12 +197,12 @@ def test_out_of_memory_message_names_the_largest_needs() -> None:
     "knobs",
     [
         ["--config.model.d_model=8192", "--config.model.n_layers=12"],
-        # A thread of XLA has the whole process aborted.
+        # A thread of XLA aborts the process.
         pytest.param(["--config.model.vocab_size=20000000"], marks=pytest.mark.long),
     ],
 )
 def test_failed_allocation_is_a_user_error(knobs: list[str], tmp_path: Path) -> None:
-    """In an address space of 8 GB, with a step that the user wants in spite of what is said."""
+    """With an address space of 8 GB, and a step that the user starts despite the estimate."""
     knobs = [*knobs, "--allow_oversubscription"]
     launch = [sys.executable, str(ROOT / "launch.py"), "train", f"--config={ROOT}/configs/tiny.py", "--run=run"]
     done = subprocess.run(

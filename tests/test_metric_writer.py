@@ -1,4 +1,4 @@
-"""Metrics: one line a record, exact after a kill and a resume, and the same numbers in TensorBoard's files."""
+"""Metrics: one line per record, exact after a kill and a resume, with the same numbers in TensorBoard files."""
 
 import atexit
 import gc
@@ -125,7 +125,7 @@ def test_closed_writers_are_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for number in range(3):
         record(tmp_path / str(number), 0, range(2))
     gc.collect()
-    # One may not be looked at while it is being made: only types are named.
+    # Objects under construction must not be inspected, so compare types only.
     new = [type(each) for each in gc.get_objects() if id(each) not in before]
     assert not hooks
     assert not [each for each in new if str(each.__module__).startswith("tensorboardX.event_file_writer")]
@@ -144,7 +144,7 @@ def test_metrics_do_not_import_jax_or_tensorflow(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", program, str(tmp_path)], check=True, env=environment)
 
 
-# Parts of a file.
+# Reading in blocks.
 
 
 @pytest.mark.parametrize("block", [1, 7, 100, 2**20])

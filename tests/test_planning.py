@@ -1,4 +1,4 @@
-"""The plan of a config: bounds by the roofline, memory by kind, what changes do, and the command itself."""
+"""Estimates of memory and time: roofline bounds, memory by purpose, suggestions, and the command."""
 
 import dataclasses
 import io
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-# FLOP/s, bytes, bytes/s: numbers that are easy to divide by.
+# A chip with round numbers.
 CHIP = Chip("X", 100.0, 200.0, 1e12, 10.0, 8.0, 8, 2.0)
 
 
@@ -69,15 +69,15 @@ def collective(received: float, *groups: tuple[int, ...], kind: str = "all-gathe
 @pytest.mark.parametrize(
     ("found", "seconds"),
     [
-        # Within nodes of 8: by links.
+        # Within nodes of 8, over links.
         (collective(80.0, tuple(range(8)), tuple(range(8, 16))), 10.0),
         (collective(80.0, (0, 1), (8, 9), times=3), 30.0),
-        # Over two nodes: four adapters of each are as fast as its links, two half as fast, one a quarter.
+        # Over two nodes: four adapters are as fast as the links, two half as fast, one a quarter.
         (collective(80.0, tuple(range(16))), 10.0),
         (collective(80.0, (0, 2, 4, 6, 8, 10, 12, 14)), 10.0),
         (collective(80.0, (0, 4, 8, 12)), 20.0),
         (collective(80.0, (0, 8), (1, 9)), 40.0),
-        # The node and the group with the fewest adapters are the last to have it all.
+        # The node and the group with the fewest adapters are the slowest.
         (collective(80.0, (0, 1, 2, 8)), 40.0),
         (collective(80.0, (0, 4, 8, 12), (1, 9)), 40.0),
         (collective(80.0, (0, 1), (7, 8), kind="collective-permute"), 40.0),
@@ -117,7 +117,7 @@ def test_memory_parts_add_up(found: Estimate) -> None:
     memory, compiled = found.memory, found.compiled
     parameters = total_bytes(parameter_shapes(found.config.model))
     assert memory.parameters == memory.gradients == parameters
-    # Two moments of adamw and a count.
+    # Two moments of AdamW and a step count.
     assert memory.optimizer == pytest.approx(2 * parameters, abs=16)
     assert memory.peak == compiled.peak
     assert memory.batch >= 5 * 16 * 128 * 4
@@ -128,7 +128,7 @@ def test_memory_parts_add_up(found: Estimate) -> None:
 def test_compiled_flops_match_the_models(found: Estimate) -> None:
     tokens = found.config.training.batch_size * 128
     assert found.model_flops == tokens * training_flops_per_token(found.config.model, 128)
-    # Blockwise attention makes its scores again in the backward pass.
+    # Blockwise attention recomputes its scores in the backward pass.
     config = small_config(**WIDE, **{"model.attention.kernel": "plain"})
     plain = compile_step(config, 128, ShardingPlan())
     assert plain.flops == pytest.approx(found.model_flops, rel=0.02)
@@ -145,7 +145,7 @@ def test_remat_saves_memory_and_adds_flops(found: Estimate) -> None:
 
 
 def test_bfloat16_saves_memory(found: Estimate) -> None:
-    """As on an accelerator: the program for this CPU takes no less of it than in float32, for it widens."""
+    """As on an accelerator; the program for a CPU converts to float32 and saves nothing."""
     narrow = small_config(**WIDE, **{"model.dtype": "bfloat16"})
     assert compile_step(narrow, 128, ShardingPlan()).working < 0.75 * found.compiled.working
 
@@ -159,7 +159,7 @@ def test_plan_requires_a_vocabulary_size() -> None:
         set_vocab_size(small_config(**nothing))
 
 
-# Changes.
+# Suggestions.
 
 
 @given(some.data())
@@ -191,7 +191,7 @@ def test_list_suggestions() -> None:
     ]
 
 
-# What is shown.
+# The report.
 
 
 def shown(*estimates: Estimate) -> str:

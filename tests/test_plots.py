@@ -1,4 +1,4 @@
-"""Loss curves: what stands in the picture, read from the drawing and from its pixels."""
+"""Loss curves: the content of the plot, read from the figure and from its pixels."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def falling(steps: int = 200, stage: str = "train", first: int = 0) -> list[dict
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are made in a test."""
+    """The figures drawn in a test."""
     made: list[Figure] = []
     build = Figure.__init__
 

@@ -1,4 +1,4 @@
-"""The names of programs: the same wherever the code stands, another for other code; and a GPU's choices for them."""
+"""Fingerprints of compiled programs, their cache keys, and GPU autotuning results."""
 
 import logging
 import os
@@ -26,7 +26,7 @@ from rustgpt_jax.workdir.run_dir import RunDir
 
 ROOT = Path(__file__).parent.parent
 
-# The name of the training program of a small model, lowered but not compiled.
+# The fingerprint of the training program of a small model, lowered but not compiled.
 NAME = """
 import hashlib, sys
 sys.path[:0] = [sys.argv[1], sys.argv[2]]
@@ -45,7 +45,7 @@ print(step.__file__, hashlib.sha256(lowered.as_text().encode()).hexdigest())
 
 @pytest.fixture
 def cached(tmp_path: Path) -> Iterator[Path]:
-    """JAX's persistent cache, in a folder of its own."""
+    """JAX's persistent cache in a separate folder."""
     names = (
         "jax_compilation_cache_dir",
         "jax_persistent_cache_min_compile_time_secs",
@@ -109,7 +109,7 @@ def test_fingerprinted_function_is_traced_once() -> None:
 
 def test_cache_key_names_the_cache_entry(cached: Path) -> None:
     for _ in range(2):
-        # A fresh function has to be compiled again; the second time it is in the cache.
+        # A new function is compiled again; the second time it is in the cache.
         _, program = call_and_fingerprint(jax.jit(lambda x: scaled(x, x) + 1), np.ones(7))
         assert program.cache_key is not None
         assert (cached / f"{program.cache_key}-cache").exists()
@@ -167,7 +167,7 @@ def test_debug_log_is_not_shown_to_the_user(cached: Path) -> None:
     assert heard == []
 
 
-# A GPU's choices. No GPU is needed to see which flags XLA is given.
+# GPU autotuning. No GPU is needed to check XLA's flags.
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_autotuning_results_are_reused_by_later_launches(gpu: RunDir, monkeypatc
     enable_autotune_cache(gpu)
     assert flags() == {DUMP: dumped, LOAD: str(gpu.autotune_file)}
 
-    # Who makes a step of it again chooses the same, and writes nothing.
+    # Recomputing a step reuses the results and writes nothing.
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=4")
     load_autotuning(gpu)
     assert flags() == {"--xla_gpu_autotune_level": "4", LOAD: str(gpu.autotune_file)}

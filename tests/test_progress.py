@@ -1,4 +1,4 @@
-"""Progress: a bar that fits any terminal, sparse plain lines elsewhere, and numbers as people read them."""
+"""Progress: a bar that fits any terminal, sparse plain lines elsewhere, and human-readable numbers."""
 
 import io
 import re
@@ -13,7 +13,7 @@ VALUES = {"train/loss": 2.31407, "train/tokens_per_second": 41200.4, "train/flop
 
 
 class Clock:
-    """A clock that stands still until it is set."""
+    """A clock that is set by hand."""
 
     now = 0.0
 
@@ -33,7 +33,7 @@ class Screen:
 
 
 def last_frame(width: int, values: dict[str, float], stage: str = "pretrain", step: int = 200) -> str:
-    """What is on a terminal after an update at `step` of 2000, with 1 s a step and so (2000 - step) s to go."""
+    """Return the content of a terminal after an update at a step of 2000, at 1 s per step."""
     screen, clock = Screen(terminal=True, width=width), Clock()
     with Progress(screen.console, 2000, clock) as progress:
         progress.update(step - 10, values, stage)

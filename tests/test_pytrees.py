@@ -1,4 +1,4 @@
-"""Dataclasses as pytrees: their structures tell classes apart, and compiled functions with them."""
+"""Dataclasses as pytrees: different classes have different tree structures."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""Run folders: made once, compared on return, read back, locked against a second writer."""
+"""Run folders: creation, comparison of configs, loading, and locking."""
 
 import dataclasses
 import errno
@@ -180,7 +180,7 @@ def test_lock_is_released_when_the_process_is_killed(tmp_path: Path) -> None:
 
 
 def test_unreadable_checkpoints_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else `diff` would compare no checkpoints without a word."""
+    """Otherwise `diff` would silently compare no checkpoints."""
     run = RunDir(tmp_path)
     assert run.saved_steps == []
     for name in ("5", "30", "best", ".probe", "05"):

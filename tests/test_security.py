@@ -1,4 +1,4 @@
-"""No code of a run's folder is run unless the user says so, and no module is imported from where nobody named."""
+"""Code of a run folder is executed only with the user's consent, and modules are imported only from named folders."""
 
 import dataclasses
 import json
@@ -35,14 +35,14 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> Path:
-    """A run that was trained by the code installed here."""
+    """A run trained by the installed code."""
     folder = tmp_path_factory.mktemp("trust") / "run"
     train(folder)
     return folder
 
 
 def spoil_code(run: RunDir, name: str, code: str) -> Path:
-    """Put other code into a run's archive, as somebody would who knows how it is named. Its file."""
+    """Replace the code archive of a run by one with other code and a valid name, and return its file."""
     archive = code_archive(run, load_first_launch(run))
     contents = read_code(archive) | {name: code.encode()}
     folder = run.path / "made"
@@ -61,7 +61,7 @@ def spoil_code(run: RunDir, name: str, code: str) -> Path:
 
 @pytest.fixture
 def hostile(trained: Path, tmp_path: Path) -> RunDir:
-    """A copy of the run whose archive writes a file where it is run."""
+    """A copy of the run whose code writes a file when executed."""
     run = RunDir(Path(shutil.copytree(trained, tmp_path / "hostile")))
     spoil_code(run, "rustgpt_jax/__init__.py", f"open({str(tmp_path / 'was_run')!r}, 'w').close()\n")
     return run
@@ -77,7 +77,7 @@ def test_diff_runs_no_code_of_a_run_folder(hostile: RunDir, trained: Path, tmp_p
     said = console.file.getvalue()
     assert "first tensor: not found." in said and "it differs in rustgpt_jax/__init__.py" in said and "--trust" in said
     assert not (tmp_path / "was_run").exists()
-    # The same file, once the user has said so: the test could fail.
+    # With consent, the code is executed, so this test could fail.
     diff(trained, hostile.path, Console(file=StringIO()), is_trusted=True)
     assert (tmp_path / "was_run").exists()
 
@@ -117,12 +117,12 @@ def test_archive_of_unlimited_size_is_not_read(tmp_path: Path, monkeypatch: pyte
         read_code(tmp_path / "bomb.zip")
 
 
-# Modules that a run's folder names.
+# Modules named by run folders.
 
 
 @pytest.fixture
 def named(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A run whose config.json names evil_lab:Mixer, which lies in the current folder."""
+    """A run whose config.json names evil_lab:Mixer, a module in the current folder."""
     run = RunDir(Path(shutil.copytree(trained, tmp_path / "named")))
     record = json.loads(run.config_file.read_text())
     record["config"]["model"]["mixers"] = ["evil_lab:Mixer"]
@@ -150,7 +150,7 @@ def test_component_of_a_run_is_not_imported_from_the_current_folder(
     with pytest.raises(UserError, match="no module named 'evil_lab'.*but not the current folder, which has it"):
         validate_components(config)
     assert not (tmp_path / "was_imported").exists() and sys.path[0] == here
-    # Where the user names the folder, it is taken from there, and said.
+    # If the user names the folder, it is imported from there with a note.
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "here"))
     monkeypatch.setattr(sys, "path", [str(tmp_path / "here"), *sys.path])
     validate_components(config)
@@ -230,7 +230,7 @@ def test_launch_with_invalid_environment_is_damaged(
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "journal.jsonl"])
 def test_symbolic_links_in_a_run_folder_are_rejected(trained: Path, tmp_path: Path, name: str) -> None:
-    """Training would append to the file of somebody else that a stranger's folder points to."""
+    """Otherwise training would append to the target of a link in an untrusted folder."""
     run, other = Path(shutil.copytree(trained, tmp_path / "run")), tmp_path / "bashrc"
     other.write_text("alias ls='ls -l'\n")
     (run / name).unlink(missing_ok=True)
