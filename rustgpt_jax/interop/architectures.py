@@ -17,9 +17,7 @@ from rustgpt_jax.interop.config_mapping import (
     dense_width,
     global_and_local_rope,
     model_config_differences,
-    read_all,
     rope,
-    write_all,
 )
 from rustgpt_jax.interop.param_mapping import (
     DENSE,
@@ -100,7 +98,9 @@ class Architecture:
         for key in COUNTING_KEYS:
             if isinstance(config.get(key), int | float) and config[key] > MAX_COUNT:
                 raise UserError(f"{file}: {key} is {short_repr(config[key])}; the maximum is {MAX_COUNT}.")
-        knobs = FAMILIES[self.family] | read_all(self.mappings, reader)
+        knobs = dict(FAMILIES[self.family])
+        for each in self.mappings:
+            knobs |= each.read(reader)
         return {knob: validate_value(f"model.{knob}", value, f"{file}: {knob}") for knob, value in knobs.items()}
 
     def _without_aliases(self, config: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
@@ -116,7 +116,10 @@ class Architecture:
 
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:
         """Return the config.json closest to a model. See `roundtrip_differences` for whether it is equivalent."""
-        return {"architectures": [self.name], "model_type": self.model_type} | write_all(self.mappings, model)
+        config: dict[str, Any] = {"architectures": [self.name], "model_type": self.model_type}
+        for each in self.mappings:
+            config |= each.write(model)
+        return config
 
     def roundtrip_differences(self, model: ModelConfig) -> dict[str, tuple[Any, Any]]:
         """Return the knobs that change when a model's config.json is written and read; none if it is equivalent."""
@@ -215,7 +218,7 @@ _ARCHITECTURES = (
             mapping.scale_attn_weights("scale_attn_weights"),
             mapping.direct("scale_attn_by_inverse_layer_idx", "attention.scale_by_layer"),
             mapping.constant("add_cross_attention", False),
-            KeyMapping(lambda reader: {"attention.n_kv_heads": None, "attention.head_dim": None}, lambda model: {}),
+            mapping.fixed({"attention.n_kv_heads": None, "attention.head_dim": None}),
         ),
         defaults={
             "n_inner": None,
@@ -303,6 +306,9 @@ _ARCHITECTURES = (
             mapping.softcap("logits_soft_cap", "final_logit_softcap"),
             mapping.direct("attention_bias", "attention.qkv_bias", lambda model: model.has_qkv_bias),
             mapping.block_types(),
+            mapping.direct("attention_window_size", "attention.local_window"),
+            mapping.direct("conv1d_width", "recurrent.conv_width"),
+            mapping.direct("num_attention_heads", "recurrent.blocks", lambda model: model.attention.n_heads),
             mapping.rounded_embedding_scale(),
             rope(has_fraction=True, types={"default": "default"}),
         ),
@@ -402,7 +408,10 @@ _ARCHITECTURES = (
         mappings=(
             *SIZES,
             mapping.expert_activation("hidden_act"),
-            mapping.moe_in_all_layers(),
+            mapping.direct("num_local_experts", "moe.n_experts"),
+            mapping.direct("num_experts_per_tok", "moe.experts_per_token"),
+            mapping.direct("intermediate_size", "d_ff", mapping.expert_width),
+            mapping.fixed({"moe.d_expert": None}),
             mapping.sliding_window_in_all_layers(),
             rope(),
         ),
@@ -420,6 +429,10 @@ _ARCHITECTURES = (
             ATTENTION_BIAS,
             mapping.expert_activation("hidden_act"),
             mapping.moe_in_some_layers("hidden_act"),
+            mapping.direct("num_experts_per_tok", "moe.experts_per_token"),
+            mapping.direct("moe_intermediate_size", "moe.d_expert", mapping.expert_width),
+            WIDTH,
+            mapping.direct("norm_topk_prob", "moe.norm_topk_prob"),
             mapping.sliding_window_in_all_layers("use_sliding_window"),
             rope(),
         ),

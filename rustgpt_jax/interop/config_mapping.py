@@ -214,6 +214,11 @@ def direct(key: str, knob: str, of: Callable[[ModelConfig], Any] | None = None) 
     )
 
 
+def fixed(knobs: Knobs) -> KeyMapping:
+    """Set knobs for which there are no keys."""
+    return KeyMapping(lambda reader: knobs, lambda model: {})
+
+
 def constant(key: str, *values: Any) -> KeyMapping:
     """Require a key to have one of these values; the first one is written."""
 
@@ -444,11 +449,6 @@ def _model_layer_types(model: ModelConfig) -> list[str]:
 def block_types() -> KeyMapping:
     """Map block_types, a pattern of recurrent and local attention layers (RecurrentGemma)."""
     names = {"recurrent": "rg_lru", "attention": "local_attention"}
-    reads = (
-        direct("attention_window_size", "attention.local_window"),
-        direct("conv1d_width", "recurrent.conv_width"),
-        direct("num_attention_heads", "recurrent.blocks", lambda model: model.attention.n_heads),
-    )
 
     def read(reader: HFConfigReader) -> Knobs:
         layers, types = reader.positive_int("num_hidden_layers"), reader.optional_list("block_types")
@@ -458,11 +458,11 @@ def block_types() -> KeyMapping:
         width = reader.positive_int("hidden_size" if reader["lru_width"] is None else "lru_width")
         if width % reader.positive_int("num_attention_heads"):
             raise reader.unsupported("lru_width", "it must be a multiple of num_attention_heads")
-        return read_all(reads, reader) | {"mixers": shortest_pattern(mixers), "recurrent.width": width}
+        return {"mixers": shortest_pattern(mixers), "recurrent.width": width}
 
     def write(model: ModelConfig) -> Keys:
         types = {mixer: block_type for block_type, mixer in names.items()}
-        return write_all(reads, model) | {
+        return {
             "block_types": [types.get(name, "attention") for name in expand_pattern(model.mixers, model.n_layers)],
             "lru_width": model.recurrent.width or model.d_model,
         }
@@ -494,58 +494,26 @@ def rounded_embedding_scale() -> KeyMapping:
 # Experts.
 
 
-def moe_in_all_layers() -> KeyMapping:
-    """Map experts of width intermediate_size in every layer, with weights that sum to 1 (Mixtral)."""
-    reads = (
-        direct("num_local_experts", "moe.n_experts"),
-        direct("num_experts_per_tok", "moe.experts_per_token"),
-        direct("intermediate_size", "d_ff", expert_width),
-    )
-
-    def read(reader: HFConfigReader) -> Knobs:
-        return read_all(reads, reader) | {"moe.d_expert": None}
-
-    return KeyMapping(read, lambda model: write_all(reads, model))
-
-
 def moe_in_some_layers(activation: str) -> KeyMapping:
     """Map experts in every decoder_sparse_step-th layer, except the dense mlp_only_layers (Qwen3-MoE)."""
-    reads = (
-        direct("num_experts_per_tok", "moe.experts_per_token"),
-        direct("moe_intermediate_size", "moe.d_expert", expert_width),
-        direct("intermediate_size", "d_ff", dense_width),
-        direct("norm_topk_prob", "moe.norm_topk_prob"),
-    )
 
     def read(reader: HFConfigReader) -> Knobs:
         layers, every = reader.positive_int("num_hidden_layers"), reader.positive_int("decoder_sparse_step")
         dense = reader.optional_list("mlp_only_layers") or ()
         plain = GATED[_parse_activation(reader, activation, GATED)]
         names = ["moe" if layer not in dense and (layer + 1) % every == 0 else plain for layer in range(layers)]
-        return read_all(reads, reader) | {
-            "feedforwards": shortest_pattern(names),
-            "moe.n_experts": reader.parse("num_local_experts", "moe.n_experts"),
-        }
+        n_experts = reader.parse("num_local_experts", "moe.n_experts")
+        return {"feedforwards": shortest_pattern(names), "moe.n_experts": n_experts}
 
     def write(model: ModelConfig) -> Keys:
         names = expand_pattern(model.feedforwards, model.n_layers)
-        return write_all(reads, model) | {
+        return {
             "num_experts": model.moe.n_experts,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [layer for layer, name in enumerate(names) if name != "moe"],
         }
 
     return KeyMapping(read, write)
-
-
-def read_all(mappings: Sequence[KeyMapping], reader: HFConfigReader) -> Knobs:
-    """Read several mappings into one dict of knobs."""
-    return {knob: value for mapping in mappings for knob, value in mapping.read(reader).items()}
-
-
-def write_all(mappings: Sequence[KeyMapping], model: ModelConfig) -> Keys:
-    """Write several mappings into one dict of keys."""
-    return {key: value for mapping in mappings for key, value in mapping.write(model).items()}
 
 
 # RoPE: rope_theta and rope_scaling, or rope_parameters as written by transformers 5.
