@@ -257,12 +257,12 @@ def test_run_with_rewinds_and_its_faults_are_replayed(tmp_path: Path, monkeypatc
     (tmp_path / "stumbling.py").write_text(STUMBLING)
     monkeypatch.syspath_prepend(str(tmp_path))
     changes = {"model.feedforwards": "stumbling:Stumbling", "model.n_layers": 1, "training.grad_accum_steps": 1}
-    changes |= {"faults.nonfinite_policy": "rewind", "training.steps": 30, "data.paths": (str(write_text()),)}
+    changes |= {"faults.nonfinite_policy": "rewind", "training.steps": 60, "data.paths": (str(write_text()),)}
     path = tmp_path / "run"
     train(path, **(CHANGES | changes))
     with RecordedRun(path, new_console()) as run:
-        assert len(run.rewinds) >= 2 and run.load_metrics(30) is not None
-        for step in (1, *(rewind.to + 1 for rewind in run.rewinds), 30):
+        assert len(run.rewinds) >= 2 and run.load_metrics(60) is not None
+        for step in (1, *(rewind.to + 1 for rewind in run.rewinds), 60):
             replayed, _ = replay_one_step(run, step, has_taps=False)
             assert replayed.unequal == [] and is_finite(replayed.metrics), step
         anomaly = find_anomaly(run, None)
