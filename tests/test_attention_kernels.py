@@ -39,7 +39,7 @@ from rustgpt_jax.planning.aot_compile import count_matmul_flops
 from rustgpt_jax.sharding.sharding_plan import make_mesh
 from rustgpt_jax.training.config_checks import validate_components
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_codegen")
 
 ROWS, LENGTH, CHANNELS = 2, 13, 8
 SLOPES = np.array([0.5, 0.25, 0.125, 0.0625])

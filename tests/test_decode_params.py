@@ -40,7 +40,7 @@ from rustgpt_jax.training.load_model import load_model
 SOME = ("gpt2", "gemma3", "qwen3_moe")
 MODELS = [pytest.param(name, marks=[] if name in SOME else pytest.mark.long) for name in FAMILIES]
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_codegen")
 
 PLAIN = WeightLayout(None, "plain", "cpu")
 INT8 = WeightLayout("int8", "plain", "cpu")

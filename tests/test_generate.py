@@ -28,7 +28,7 @@ from rustgpt_jax.inference.text_generator import TextGenerator, generate_text, s
 from rustgpt_jax.model import transformer
 from rustgpt_jax.tokenizers import TOKENIZERS, Message, train_tokenizer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_codegen")
 
 CONTEXT = 40
 MODELS: dict[str, ModelConfig] = {

@@ -45,7 +45,7 @@ from rustgpt_jax.training.train_step import (
     train_step,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_codegen")
 
 ROWS, LENGTH = 2, 10
 SMALL: dict[str, Any] = {

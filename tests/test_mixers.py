@@ -20,7 +20,7 @@ from rustgpt_jax.model.mixers.deltanet import CHUNK, gated_delta_rule
 from rustgpt_jax.model.mixers.rg_lru import RecurrentGatedLRU
 from rustgpt_jax.model.mixers.short_conv import ShortConvolution
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_codegen")
 
 # A row reaches into a third chunk of the delta rule.
 LENGTH = 70

@@ -22,7 +22,7 @@ from rustgpt_jax.model.matmul import MAX_NATIVE_ROWS, to_row_major
 from rustgpt_jax.native import matvec
 from rustgpt_jax.native.matvec import BuildError, build_library
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_codegen")
 
 ROOT = Path(__file__).parent.parent
 

@@ -98,3 +98,9 @@ def test_speeds_in_the_readme_are_those_of_the_table() -> None:
     goals = PAGES["performance.md"].split("<!-- begin: goals -->")[1].split("<!-- end: goals -->")[0]
     quoted = re.findall(r"\d\.\d\dx|-?\d+\.\d%", section)
     assert quoted and not [figure for figure in quoted if f"| {figure} (" not in goals]
+
+
+def test_files_named_in_ci_exist() -> None:
+    lists = re.findall(r"tests/test_\{([\w,]+)\}\.py", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+    assert len(lists) == 2
+    assert not [name for names in lists for name in names.split(",") if not (ROOT / f"tests/test_{name}.py").exists()]

@@ -16,7 +16,7 @@ from scipy import stats
 from rustgpt_jax.config.schema import SamplingConfig
 from rustgpt_jax.inference.sampling import SAMPLERS, Greedy, make_samplers, sample
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_codegen")
 
 VOCABULARY = 9
 
