@@ -55,7 +55,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def forget_code() -> None:
-    for memory in (code_snapshot._packed, code_snapshot._contents):
+    for memory in (code_snapshot._build_archive, code_snapshot._read_source):
         memory.cache_clear()
 
 

@@ -60,13 +60,13 @@ def save_code_snapshot(run: RunDir) -> dict[str, Any]:
     Raises:
         UserError: The folder is not writable.
     """
-    code, archive, left_out = _packed(_sources_of(run))
+    code, archive, left_out = _build_archive(_sources_of(run))
     git, patch = _git_state(_root())
     try:
         run.code.mkdir(exist_ok=True)
-        _keep(f"{code}.zip", archive, run.code)
+        _link_or_copy(f"{code}.zip", archive, run.code)
         if git is not None and git["patch"] is not None:
-            _keep(git["patch"], patch, run.code)
+            _link_or_copy(git["patch"], patch, run.code)
     except OSError as error:
         raise UserError(f"{run.code} cannot be written: {error.strerror}.") from error
     return {"code": code, "left_out": left_out, "git": git}
@@ -78,12 +78,12 @@ def record_code() -> None:
     Call this when the user's components are imported. Modules that are imported later are read when they are saved.
     """
     for source in code_sources():
-        _contents(source)
+        _read_source(source)
 
 
 def hash_running_code(run: RunDir) -> str:
     """Return the hash of the running code with the components of a run, as `save_code_snapshot` would record it."""
-    return _packed(_sources_of(run))[0]
+    return _build_archive(_sources_of(run))[0]
 
 
 def read_verified_code(archive: Path) -> dict[str, bytes]:
@@ -134,7 +134,7 @@ def read_code(archive: Path) -> dict[str, bytes]:
 
 def list_differing_files(contents: Mapping[str, bytes]) -> list[str]:
     """Return the files of an archive that differ from what would be imported here, without importing anything."""
-    places = {top: _place(top) for top in {PurePosixPath(name).parts[0] for name in contents}}
+    places = {top: _local_path(top) for top in {PurePosixPath(name).parts[0] for name in contents}}
 
     def is_installed(name: str, content: bytes) -> bool:
         top, *rest = PurePosixPath(name).parts
@@ -145,7 +145,7 @@ def list_differing_files(contents: Mapping[str, bytes]) -> list[str]:
     return sorted(name for name, content in contents.items() if not is_installed(name, content))
 
 
-def _place(top: str) -> Path | None:
+def _local_path(top: str) -> Path | None:
     """Return the local path of a top-level name of an archive, or None if it does not exist here."""
     if top in CODE:
         return _root() / top
@@ -164,7 +164,7 @@ def code_sources(parts: Iterable[str] = ()) -> list[Path]:
             are the user's.
     """
     root = _root()
-    sources = (_source(sys.modules[name]) for name in parts if name in sys.modules)
+    sources = (_module_source(sys.modules[name]) for name in parts if name in sys.modules)
     folders = {source.parent for source in sources if source is not None}
     user_folders = {folder for folder in folders if not any(folder.glob("*.dist-info"))}
     return [root / name for name in CODE] + user_modules({root, Path.cwd()} | user_folders)
@@ -179,7 +179,7 @@ def _files_by_name(sources: Sequence[Path]) -> dict[str, Path | None]:
     """Return the source files by their names in the copy, in order, with None for files that must not be copied."""
     found: dict[str, Path | None] = {}
     for source in sources:
-        for file, is_kept in _files(source):
+        for file, is_kept in _iter_files(source):
             found[file.relative_to(source.parent).as_posix()] = file if is_kept else None
     return dict(sorted(found.items(), key=lambda item: item[0]))
 
@@ -194,13 +194,13 @@ def user_modules(folders: set[Path]) -> list[Path]:
     folders = folders - {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib", "platstdlib")}
     found = []
     for name, module in list(sys.modules.items()):
-        source = _source(module)
+        source = _module_source(module)
         if "." not in name and source is not None and source.parent in folders and source.name not in CODE:
             found.append(source)
     return sorted(found)
 
 
-def _source(module: ModuleType) -> Path | None:
+def _module_source(module: ModuleType) -> Path | None:
     """Return the file of a module or the folder of a package, or None for a built-in module."""
     # A package without an __init__.py has no __file__, only a __path__.
     files = [vars(module).get("__file__"), *list(vars(module).get("__path__", []))[:1]]
@@ -219,23 +219,23 @@ def _root() -> Path:
     return Path(rustgpt_jax.__file__).parent.parent
 
 
-def _files(source: Path) -> Iterator[tuple[Path, bool]]:
+def _iter_files(source: Path) -> Iterator[tuple[Path, bool]]:
     """Yield the files of a source, except bytecode, each with whether it may be copied."""
     files = [source] if source.is_file() else [file for file in source.rglob("*") if file.is_file()]
-    tracked = _tracked(source) if files else None
+    tracked = _git_filter(source) if files else None
     for file in files:
         names = file.relative_to(source.parent).parts
-        if not _matches(names, BYTECODE):
+        if not _matches_any(names, BYTECODE):
             # A link must not point to a target outside the source.
             is_inside = not file.is_symlink() or file.resolve().is_relative_to(source.resolve())
-            yield file, is_inside and not _matches(names, DENIED) and (tracked is None or tracked(file))
+            yield file, is_inside and not _matches_any(names, DENIED) and (tracked is None or tracked(file))
 
 
-def _matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
+def _matches_any(names: Iterable[str], patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name.lower(), pattern) for name in names for pattern in patterns)
 
 
-def _tracked(source: Path) -> Callable[[Path], bool] | None:
+def _git_filter(source: Path) -> Callable[[Path], bool] | None:
     """Return a predicate for the files that git lets us copy, or None if git does not decide.
 
     If the source is not ignored, these are the tracked files and the Python modules that are not ignored, or all files
@@ -268,9 +268,9 @@ def _digest(contents: Iterable[tuple[str, bytes]]) -> str:
 
 
 @cache
-def _packed(sources: tuple[Path, ...]) -> tuple[str, bytes, list[str]]:
+def _build_archive(sources: tuple[Path, ...]) -> tuple[str, bytes, list[str]]:
     """Return the hash of the code, its archive, and the names of skipped files."""
-    every = {name: content for source in sources for name, content in _contents(source).items()}
+    every = {name: content for source in sources for name, content in _read_source(source).items()}
     left_out = sorted(name for name, content in every.items() if content is None)
     if len(left_out) > MAX_LEFT_OUT:
         left_out[MAX_LEFT_OUT:] = [f"and {len(left_out) - MAX_LEFT_OUT} more"]
@@ -283,16 +283,16 @@ def _packed(sources: tuple[Path, ...]) -> tuple[str, bytes, list[str]]:
 
 
 @cache
-def _contents(source: Path) -> dict[str, bytes | None]:
+def _read_source(source: Path) -> dict[str, bytes | None]:
     """Return the files of a source by their names in an archive, with None for skipped files.
 
     They are read only once, so that later edits do not affect the copy of the running code.
     """
-    return {_readable(name): _content(name, file) for name, file in _files_by_name([source]).items()}
+    return {_escape_name(name): _read_file(name, file) for name, file in _files_by_name([source]).items()}
 
 
-def _content(name: str, file: Path | None) -> bytes | None:
-    if file is None or _readable(name) != name:
+def _read_file(name: str, file: Path | None) -> bytes | None:
+    if file is None or _escape_name(name) != name:
         return None
     try:
         return file.read_bytes() if file.stat().st_size <= MAX_FILE_BYTES else None
@@ -300,11 +300,11 @@ def _content(name: str, file: Path | None) -> bytes | None:
         return None
 
 
-def _readable(name: str) -> str:
+def _escape_name(name: str) -> str:
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
-def _keep(name: str, content: bytes, folder: Path) -> None:
+def _link_or_copy(name: str, content: bytes, folder: Path) -> None:
     """Write a file into a folder as a hard link to a copy in the cache folder, or else as a copy."""
     if (folder / name).exists():
         return
@@ -314,7 +314,7 @@ def _keep(name: str, content: bytes, folder: Path) -> None:
         if not shared.exists() or shared.read_bytes() != content:
             shared.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(shared, content)
-        if _has_access_of(folder, shared):
+        if _has_same_access(folder, shared):
             os.link(shared, partial)
             partial.replace(folder / name)
         else:
@@ -323,7 +323,7 @@ def _keep(name: str, content: bytes, folder: Path) -> None:
         write_atomically(folder / name, content)
 
 
-def _has_access_of(folder: Path, file: Path) -> bool:
+def _has_same_access(folder: Path, file: Path) -> bool:
     """Return whether a file has the group and permissions that a new file in a folder would have.
 
     A setgid folder gives its own group to new files, but not to hard links.

@@ -27,7 +27,7 @@ def load_config_file(file: str) -> TreeAndOrigins:
     Raises:
         UserError: The file does not exist or fails, or it does not define a config.
     """
-    tree = _load(file)
+    tree = _call_get_config(file)
     defaults, given = dict(flatten_tree(schema.defaults())), dict(flatten_tree(tree))
     return tree, {path: "base" if given.get(path) == defaults.get(path) else file for path in FIELDS}
 
@@ -43,7 +43,7 @@ def load_sweep_function(file: str, name: str) -> Callable[[], Any]:
     Raises:
         UserError: The file does not define it.
     """
-    functions = {key: value for key, value in _namespace(file).items() if key.split("_")[0] == "sweep"}
+    functions = {key: value for key, value in _run_config_file(file).items() if key.split("_")[0] == "sweep"}
     names = [key.removeprefix("sweep_") for key, value in functions.items() if callable(value)]
     if not names:
         raise UserError(
@@ -55,8 +55,8 @@ def load_sweep_function(file: str, name: str) -> Callable[[], Any]:
 
 
 @cache
-def _namespace(file: str) -> dict[str, Any]:
-    """Return the names that a config file defines."""
+def _run_config_file(file: str) -> dict[str, Any]:
+    """Execute a config file and return the names that it defines."""
     path = Path(file)
     if is_special(path):
         raise UserError(f"{file} cannot be read as a config: it is a pipe, a device or a socket, not a file.")
@@ -73,9 +73,9 @@ def _namespace(file: str) -> dict[str, Any]:
         raise UserError(f"{file} cannot be read as a config: {type(error).__name__}: {error}.") from error
 
 
-def _load(file: str) -> Any:
-    """Run a config file's get_config()."""
-    names = _namespace(file)
+def _call_get_config(file: str) -> Any:
+    """Return the result of a config file's get_config(). Raises UserError as `load_config_file` does."""
+    names = _run_config_file(file)
     try:
         tree = names["get_config"]()
         if not hasattr(tree, "items"):

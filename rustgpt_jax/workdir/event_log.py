@@ -163,7 +163,7 @@ PROGRAM_FIELDS: dict[str, type | UnionType] = {"stage": str, "stablehlo": str, "
 
 
 def record_launch(run: RunDir, step: int, mode: str, width: int, devices: int, mesh: Mapping[str, int]) -> list[str]:
-    """Record in the journal that this process trains the run from a given step, and save a copy of its code.
+    """Record in the event log that this process trains the run from a given step, and save a copy of its code.
 
     Returns:
         The files next to the code that were not copied.
@@ -188,12 +188,12 @@ def record_launch(run: RunDir, step: int, mode: str, width: int, devices: int, m
 
 
 def record_program(run: RunDir, stage: str, program: Program, step: int) -> None:
-    """Record in the journal the program that a stage runs from a step on."""
+    """Record in the event log the program that a stage runs from a step on."""
     EventLog(run.journal_file).append("program", stage=stage, step=step, **program._asdict())
 
 
 def load_launches(run: RunDir) -> list[Launch]:
-    """Load the launches of a run in order; none if it has no journal.
+    """Load the launches of a run in order; none if it has no event log.
 
     Raises:
         UserError: A launch is incomplete or invalid.

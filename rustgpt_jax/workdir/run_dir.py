@@ -188,7 +188,7 @@ def load_config(path: Path) -> Config:
         raise UserError(f"{path} is a file, not the folder of a run.")
     if not file.exists():
         raise UserError(f"{path} is not the folder of a run: it has no config.json.")
-    return _recorded_config(_read_record(file), file)
+    return _parse_recorded_config(_read_config_file(file), file)
 
 
 def load_earlier(path: Path) -> tuple[Earlier, ...]:
@@ -198,13 +198,13 @@ def load_earlier(path: Path) -> tuple[Earlier, ...]:
         UserError: The file is damaged.
     """
     file = RunDir(path).config_file
-    listed, before = _read_record(file).get("earlier", []), 0
+    listed, before = _read_config_file(file).get("earlier", []), 0
     for each in listed if isinstance(listed, list) else [None]:
         until = each.get("until") if isinstance(each, dict) else None
         if type(until) is not int or until < before:
             raise UserError(f"{file} is damaged: it lacks the last steps of its earlier configs.")
         before = until
-    return tuple(Earlier(each["until"], _recorded_config(each, file)) for each in listed)
+    return tuple(Earlier(each["until"], _parse_recorded_config(each, file)) for each in listed)
 
 
 def load_stages(path: Path) -> tuple[Stage, ...]:
@@ -216,7 +216,7 @@ def load_stages(path: Path) -> tuple[Stage, ...]:
     return stages_in_turn(load_config(path), load_earlier(path))
 
 
-def _read_record(file: Path) -> dict[str, Any]:
+def _read_config_file(file: Path) -> dict[str, Any]:
     try:
         record = json.loads(file.read_bytes())
     except OSError as error:
@@ -228,7 +228,7 @@ def _read_record(file: Path) -> dict[str, Any]:
     return record
 
 
-def _recorded_config(record: Mapping[str, Any], file: Path) -> Config:
+def _parse_recorded_config(record: Mapping[str, Any], file: Path) -> Config:
     """Parse a config that is stored in a file with its hash."""
     if "config" not in record:
         raise UserError(f"{file} is damaged: it is not a JSON object with a config in it.")
