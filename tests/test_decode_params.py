@@ -322,6 +322,7 @@ def test_the_form_is_what_the_config_asks_for() -> None:
         assert (kernel.values.dtype, kernel.matmul_impl) == (np.int8, kept)
 
 
+@pytest.mark.slow
 def test_evaluation_tells_what_narrower_weights_lose(tmp_path: Path) -> None:
     train(tmp_path / "run", **{"training.steps": 2, "logging.eval_every": 2})
     trained = load_model(tmp_path / "run")
