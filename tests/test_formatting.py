@@ -99,6 +99,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> Pa
     return folder
 
 
+@pytest.mark.slow
 def test_verbs_show_names_literally(run: Path) -> None:
     from rustgpt_jax.cli.evaluation_report import print_evaluation
     from rustgpt_jax.reproduce.replay import replay

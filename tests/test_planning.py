@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import pytest
 from conftest import small_config
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as some
 from rich.console import Console
 
@@ -125,6 +125,7 @@ def test_memory_parts_add_up(found: Estimate) -> None:
     assert not dataclasses.replace(found, chip=dataclasses.replace(found.chip, memory=1e6)).fits
 
 
+@pytest.mark.slow
 def test_compiled_flops_match_the_models(found: Estimate) -> None:
     tokens = found.config.training.batch_size * 128
     assert found.model_flops == tokens * training_flops_per_token(found.config.model, 128)
@@ -144,6 +145,7 @@ def test_remat_saves_memory_and_adds_flops(found: Estimate) -> None:
     assert again.model_flops == found.model_flops
 
 
+@pytest.mark.slow
 def test_bfloat16_saves_memory(found: Estimate) -> None:
     """As on an accelerator; the program for a CPU converts to float32 and saves nothing."""
     narrow = small_config(**WIDE, **{"model.dtype": "bfloat16"})
@@ -163,6 +165,7 @@ def test_plan_requires_a_vocabulary_size() -> None:
 
 
 @given(some.data())
+@settings(max_examples=25)
 def test_suggestions_are_valid_on_the_same_devices(data: Any) -> None:
     powers = [data.draw(some.integers(0, 3)) for _ in range(4)]
     fsdp, tensor, context, rows = (2**power for power in powers)
@@ -230,6 +233,7 @@ def launched(*arguments: str) -> subprocess.CompletedProcess[str]:
 SMALL = [f"--config={ROOT}/configs/tiny.py", "--config.model.vocab_size=256"]
 
 
+@pytest.mark.slow
 def test_plan_of_a_mesh() -> None:
     done = launched(*SMALL, "--devices=8", "--chip=v5e", "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
     assert (done.returncode, done.stderr) == (0, "")
