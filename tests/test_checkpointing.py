@@ -135,24 +135,12 @@ def test_kill_while_saving_the_best_loses_no_other_checkpoint(tmp_path: Path) ->
     assert json.loads((tmp_path / "best").read_bytes()) == [10, 4]
 
 
-def test_leftover_probe_folder_is_ignored(tmp_path: Path) -> None:
-    (tmp_path / ".probe").mkdir()
-    save(tmp_path, small_state(a=1.0), 4)
-    assert kept(tmp_path) == [4]
-
-
 def test_existing_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
+    # A killed process may have left this folder.
+    (tmp_path / ".probe").mkdir()
     save(tmp_path, small_state(a=1.0), 7)
     save(tmp_path, small_state(a=2.0), 7)
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
-        assert checkpoints.restore(shapes_of(small_state(a=0.0))).params["a"] == 1.0
-
-
-def test_unfinished_checkpoint_is_ignored(tmp_path: Path) -> None:
-    save(tmp_path, small_state(a=1.0), 4)
-    (tmp_path / "8.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
-    with Checkpoints(tmp_path, CONFIG) as checkpoints:
-        assert checkpoints.step() == 4
         assert checkpoints.restore(shapes_of(small_state(a=0.0))).params["a"] == 1.0
 
 
@@ -162,6 +150,7 @@ def test_reader_does_not_delete_unfinished_checkpoints(tmp_path: Path) -> None:
     begun.mkdir(parents=True)
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
         assert checkpoints.step() == 4
+        assert checkpoints.restore(shapes_of(small_state(a=0.0))).params["a"] == 1.0
     assert begun.is_dir()
     save(tmp_path, small_state(a=2.0), 8)
     with Checkpoints(tmp_path, CONFIG) as checkpoints:

@@ -96,22 +96,6 @@ def assert_same_bits(left: Any, right: Any) -> None:
 # Programs.
 
 
-def test_a_call_dispatches_one_program(caplog: pytest.LogCaptureFixture) -> None:
-    config = tiny()
-    static, hparams = partition(config)
-    state = compiled_init_state(static, hparams)
-    batches = stacked(config, 0, SLOTS, SLOTS)
-    # What is not compiled cannot run: without its caches, JAX says the name of everything that does.
-    jax.clear_caches()
-    with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        for _ in range(3):
-            state, _ = compiled_train_steps(static, state, batches, np.int32(SLOTS), hparams, np.int32(0))
-    messages = [record.getMessage() for record in caplog.records]
-    programs = [message.split()[1] for message in messages if message.startswith("Compiling")]
-    assert programs == ["jit(train_steps)"]
-    assert state.step == 3 * SLOTS
-
-
 def test_no_hyperparameter_value_causes_a_compilation() -> None:
     run(tiny(**ALL_ON), [1])
     compiled_init_state(*partition(tiny(**ALL_ON)))
@@ -129,7 +113,7 @@ def test_no_hyperparameter_value_causes_a_compilation() -> None:
 
 @pytest.mark.slow
 def test_enabling_a_term_compiles_once() -> None:
-    # A structure that no other test has.
+    # A static config that no other test uses.
     switches: dict[str, Any] = {**SGD, **dict.fromkeys(SWITCHES, 0.0), "training.steps_per_jit_call": 77}
     run(tiny(**switches), [1])
     for path in SWITCHES:
@@ -140,7 +124,7 @@ def test_enabling_a_term_compiles_once() -> None:
         assert compiled_train_steps._cache_size() == before + 1, path
 
 
-# Cutting up.
+# Calls and microbatches.
 
 
 def test_results_do_not_depend_on_the_number_of_steps_per_call() -> None:
@@ -209,7 +193,7 @@ compiled_apply = jax.jit(transformer.apply, static_argnames="model")
 
 
 def loss_in_numpy(params: Any, config: Config, batch: Batch) -> tuple[float, float]:
-    """The mean cross-entropy and the mean squared normaliser over the learned tokens, from the logits in float64."""
+    """Return the means of the cross-entropy and the squared log normalizer over tokens with loss, in float64."""
     logits_BTV, _ = compiled_apply(
         params, batch.tokens_BT, model=config.model, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT
     )
@@ -255,7 +239,7 @@ def test_gradient_is_that_of_the_mean_loss() -> None:
     config = tiny(**IN_PARTS)
     params, batch = parameters(init_std=0.3), batch_of(config)
     gradients, _ = gradient_of(config, params, batch)
-    # A difference quotient along the gradient is the gradient's norm.
+    # The difference quotient along the gradient is its norm.
     norm, distance = float(optax.tree.norm(gradients)), 1e-2
 
     def moved(distance: float) -> float:
@@ -291,7 +275,7 @@ def test_a_batch_without_loss_changes_only_the_step() -> None:
 
 
 def test_gradient_norm_is_reported_before_clipping() -> None:
-    # Then the update is the clipped gradient.
+    # With these, the update is the clipped gradient.
     plain = {"optimizer.momentum": 0.0, "optimizer.weight_decay": 0.0, "optimizer.learning_rate": 1.0}
     at_once = {"schedule.warmup_steps": 0, "schedule.final_lr_frac": 1.0}
 
@@ -309,7 +293,7 @@ def test_schedule_counts_from_the_first_step_of_a_stage() -> None:
     early, late = run(tiny(), [4]), run(tiny(), [4], first_step=100)
     np.testing.assert_array_equal(early[1].learning_rate, late[1].learning_rate)
     assert late[0].step == 104
-    # Two steps of warm-up, then the peak.
+    # Two steps of warmup, then the peak.
     np.testing.assert_allclose(early[1].learning_rate[:3], np.array([1 / 3, 2 / 3, 1]) * 1e-3, rtol=1e-6)
 
 
@@ -318,7 +302,7 @@ def test_schedule_counts_from_the_first_step_of_a_stage() -> None:
 
 def test_dropout_depends_on_seed_and_step_only() -> None:
     def losses(**changes: Any) -> list[float]:
-        # Parameters that do not move, and always the same batch.
+        # Constant parameters, and always the same batch.
         still = {"optimizer.learning_rate": 0.0, "model.dropout": 0.5}
         return run(tiny(**(SGD | still | changes)), [3], same_batch=True)[1].loss.tolist()
 
@@ -336,7 +320,7 @@ def test_initial_parameters_depend_on_the_seed() -> None:
 
 def test_microbatches_have_different_dropout() -> None:
     config = tiny(**ALL_ON, **{"training.batch_size": 2})
-    # The same window in both parts.
+    # The same sequence in both microbatches.
     batch = jax.tree.map(lambda leaf: leaf[[1, 1]], batch_of(tiny()))
     _, sums = gradient_of(config, parameters(), batch)
     static, hparams = partition(config)
@@ -380,3 +364,22 @@ def test_bfloat16_activations_train_float32_parameters() -> None:
     assert metrics.loss[-1] < 0.5 * metrics.loss[0]
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float32")}
     assert {leaf.dtype for leaf in jax.tree.leaves(state.opt_state)} <= {np.dtype("float32"), np.dtype("int32")}
+
+
+# The last test, because it clears the caches of compiled programs.
+
+
+def test_a_call_dispatches_one_program(caplog: pytest.LogCaptureFixture) -> None:
+    config = tiny()
+    static, hparams = partition(config)
+    state = compiled_init_state(static, hparams)
+    batches = stacked(config, 0, SLOTS, SLOTS)
+    # Without caches, JAX logs the name of every program that runs.
+    jax.clear_caches()
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            state, _ = compiled_train_steps(static, state, batches, np.int32(SLOTS), hparams, np.int32(0))
+    messages = [record.getMessage() for record in caplog.records]
+    programs = [message.split()[1] for message in messages if message.startswith("Compiling")]
+    assert programs == ["jit(train_steps)"]
+    assert state.step == 3 * SLOTS
