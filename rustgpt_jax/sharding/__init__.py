@@ -1,1 +1,1 @@
-"""Device meshes, partition rules, and what the hardware offers."""
+"""Device meshes, partition rules, and hardware specifications."""
