@@ -47,7 +47,7 @@ class StageData:
 
     @property
     def is_dialogue(self) -> bool:
-        """Whether prompts are questions to answer, rather than texts to continue."""
+        """True if prompts are questions to answer, rather than texts to continue."""
         return self.store.manifest.n_dialogues > 0
 
     def training_batches(self, rows: np.ndarray | None = None) -> Batches:

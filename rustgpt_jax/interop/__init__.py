@@ -1,4 +1,4 @@
-"""Models in the formats of others: Hugging Face folders in and out, and one safetensors file of our own parameters.
+"""Import and export of models: Hugging Face folders, GGUF files, and warm starts from other runs.
 
-Nothing here reads a pickle or runs code that came with a model. Tensors are read and written one at a time.
+No pickles are read and no code of a model is run. Tensors are read and written one at a time.
 """

@@ -31,13 +31,13 @@ class Message:
 
     @property
     def is_assistant_target(self) -> bool:
-        """Whether its tokens are targets if config.data.loss_mask is 'assistant'."""
+        """True if its tokens are targets when config.data.loss_mask is 'assistant'."""
         return self.role in ("text", "assistant")
 
 
 @dataclass(frozen=True)
 class Document:
-    """A plain text (a single message with the role 'text') or a dialogue. The name is its origin, for messages."""
+    """A plain text (a single message with the role 'text') or a dialogue. The name tells users its origin."""
 
     name: str
     messages: tuple[Message, ...]
@@ -49,7 +49,7 @@ class Document:
 
     @property
     def is_dialogue(self) -> bool:
-        """Whether any message has a role other than 'text'."""
+        """True if any message has a role other than 'text'."""
         return any(message.role != "text" for message in self.messages)
 
 
