@@ -53,20 +53,25 @@ TEMPLATE = """\
 {% if add_generation_prompt %}
 <a>{% endif %}"""
 SPECIAL = ("<s>", "</s>", "<u>", "<a>")
-TURNS = (Message("system", "Be brief."), Message("user", "Why?"), Message("assistant", "So."), Message("user", "Oh?"))
+MESSAGES = (
+    Message("system", "Be brief."),
+    Message("user", "Why?"),
+    Message("assistant", "So."),
+    Message("user", "Oh?"),
+)
 
 
 def foreign_tokenizer(has_opening: bool = True) -> HFTokenizer:
     """Bytes as tokens, after four special ones; texts open with <s> where `has_opening` says so."""
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *characters])}
-    tokenizer = HFTokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    backend = HFTokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     if has_opening:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return tokenizer
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return backend
 
 
 def foreign(has_opening: bool = True, template: str | None = TEMPLATE) -> Tokenizer:
@@ -74,20 +79,20 @@ def foreign(has_opening: bool = True, template: str | None = TEMPLATE) -> Tokeni
     return Tokenizer(foreign_tokenizer(has_opening), ChatFormat("</s>", ("</s>", "<u>"), template, named))
 
 
-def shown(codec: Tokenizer, ids: Any) -> str:
+def shown(tokenizer: Tokenizer, ids: Any) -> str:
     """The text of tokens with the special ones."""
-    return codec.backend.decode(list(ids), skip_special_tokens=False)
+    return tokenizer.backend.decode(list(ids), skip_special_tokens=False)
 
 
 def llama_2() -> Tokenizer:
     """A tokenizer that, like Llama 2's, writes ▁ before a text and for its blanks, and unknown characters as bytes."""
     tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = HFTokenizer(models.BPE(vocabulary, [("▁", "a")], byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return Tokenizer(tokenizer, ChatFormat("</s>", ("</s>",), TEMPLATE, {}))
+    backend = HFTokenizer(models.BPE(vocabulary, [("▁", "a")], byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return Tokenizer(backend, ChatFormat("</s>", ("</s>",), TEMPLATE, {}))
 
 
 # Documents.
@@ -95,28 +100,31 @@ def llama_2() -> Tokenizer:
 
 @pytest.mark.parametrize(("has_opening", "expected"), [(True, "<s>a rain</s>"), (False, "</s>a rain")])
 def test_documents_have_the_bos_and_end_tokens_of_their_model(has_opening: bool, expected: str) -> None:
-    codec = foreign(has_opening)
-    ids, weights = encode_document(codec, plain_document("a", "a rain"), "all")
-    assert shown(codec, ids) == expected
+    tokenizer = foreign(has_opening)
+    ids, weights = encode_document(tokenizer, plain_document("a", "a rain"), "all")
+    assert shown(tokenizer, ids) == expected
     # Nothing comes before an opening that could predict it.
     assert weights.tolist() == [not has_opening] + [True] * (len(ids) - 1)
-    assert shown(codec, encode_prompt(codec, [Message("text", "a rain")])) == ("<s>" if has_opening else "") + "a rain"
-    assert codec.stop_ids == [1, 2] and codec.end_id == 1
+    assert (
+        shown(tokenizer, encode_prompt(tokenizer, [Message("text", "a rain")]))
+        == ("<s>" if has_opening else "") + "a rain"
+    )
+    assert tokenizer.stop_ids == [1, 2] and tokenizer.end_id == 1
 
 
 def test_long_texts_of_imported_tokenizers_are_not_split() -> None:
-    codec, text = llama_2(), "a bab " * 7000
-    ids, _ = encode_document(codec, plain_document("", text), "all")
-    assert shown(codec, [4 + 256]) == "▁"
-    assert ids.tolist() == [0, *codec.backend.encode(text, add_special_tokens=False).ids, 1]
+    tokenizer, text = llama_2(), "a bab " * 7000
+    ids, _ = encode_document(tokenizer, plain_document("", text), "all")
+    assert shown(tokenizer, [4 + 256]) == "▁"
+    assert ids.tolist() == [0, *tokenizer.backend.encode(text, add_special_tokens=False).ids, 1]
 
 
 def test_text_never_encodes_to_special_tokens() -> None:
-    codec = foreign()
-    assert not {0, 1, 2, 3} & set(encode(codec, "</s> and <u>"))
-    assert decode(codec, encode(codec, "</s> and <u>")) == "</s> and <u>"
+    tokenizer = foreign()
+    assert not {0, 1, 2, 3} & set(encode(tokenizer, "</s> and <u>"))
+    assert decode(tokenizer, encode(tokenizer, "</s> and <u>")) == "</s> and <u>"
     with pytest.raises(UserError, match="contains <u>, which is a special token"):
-        encode_prompt(codec, [Message("user", "now <u>")])
+        encode_prompt(tokenizer, [Message("user", "now <u>")])
 
 
 @pytest.mark.parametrize(
@@ -134,24 +142,24 @@ def test_text_never_encodes_to_special_tokens() -> None:
 def test_post_processors_add_affixes_to_documents_and_prefixes_to_prompts(
     single: str, document: str, prompt: str, first_learned: int
 ) -> None:
-    codec, special = foreign(False), [(token, index) for index, token in enumerate(SPECIAL)]
-    codec.backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
-    ids, weights = encode_document(codec, plain_document("a", "a rain"), "all")
-    assert shown(codec, ids) == document
-    assert shown(codec, encode_prompt(codec, [Message("text", "a rain")])) == prompt
+    tokenizer, special = foreign(False), [(token, index) for index, token in enumerate(SPECIAL)]
+    tokenizer.backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    ids, weights = encode_document(tokenizer, plain_document("a", "a rain"), "all")
+    assert shown(tokenizer, ids) == document
+    assert shown(tokenizer, encode_prompt(tokenizer, [Message("text", "a rain")])) == prompt
     assert weights.tolist() == [place >= first_learned for place in range(len(ids))]
 
 
 @pytest.mark.parametrize("processor", ["bert", "roberta", "sequence"])
 def test_prefix_and_suffix_of_other_post_processors(processor: str) -> None:
-    codec = foreign(False)
+    tokenizer = foreign(False)
     template = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
-    codec.backend.post_processor = {
+    tokenizer.backend.post_processor = {
         "bert": processors.BertProcessing(("</s>", 1), ("<s>", 0)),
         "roberta": processors.RobertaProcessing(("</s>", 1), ("<s>", 0)),
         "sequence": processors.Sequence([processors.ByteLevel(), template]),
     }[processor]
-    assert codec.prefix_and_suffix_ids == ([0], [1])
+    assert tokenizer.prefix_and_suffix_ids == ([0], [1])
 
 
 DOCUMENTS = {
@@ -168,11 +176,11 @@ DOCUMENTS = {
 def test_weights_of_documents_in_a_circular_stream(
     kind: str, has_opening: bool, loss_mask: str, tmp_path: Path
 ) -> None:
-    codec, file = foreign(has_opening), tmp_path / "lines.jsonl"
+    tokenizer, file = foreign(has_opening), tmp_path / "lines.jsonl"
     file.write_text("\n".join(map(json.dumps, DOCUMENTS[kind])))
     config = DataConfig("files", (str(file),), None, "document", 0.0, loss_mask, None)
-    stream = build_store(config, codec, tmp_path / "stores").split("train")
-    parts = [encode_document(codec, document, loss_mask) for document in load_documents(config)]
+    stream = build_store(config, tokenizer, tmp_path / "stores").split("train")
+    parts = [encode_document(tokenizer, document, loss_mask) for document in load_documents(config)]
     allowed = {tuple(ids.tolist()): weights.tolist() for ids, weights in parts}
     length = sum(map(len, allowed))
     assert stream.n_tokens == length + 1 and stream.n_learned == sum(map(sum, allowed.values()))
@@ -196,12 +204,12 @@ def test_an_empty_prompt_has_a_token() -> None:
 
 
 def test_dialogues_are_rendered_by_the_chat_template() -> None:
-    codec = foreign()
-    assert shown(codec, encode_prompt(codec, TURNS)) == "<s>[Be brief.]<u>Why?<a>So.</s><u>Oh?<a>"
-    ids, weights = encode_document(codec, Document("d", TURNS[:3]), "assistant")
-    assert shown(codec, ids) == "<s>[Be brief.]<u>Why?<a>So.</s>"
-    assert shown(codec, ids[weights]) == "So.</s>"
-    assert encode_document(codec, Document("d", TURNS[:3]), "all")[1].all()
+    tokenizer = foreign()
+    assert shown(tokenizer, encode_prompt(tokenizer, MESSAGES)) == "<s>[Be brief.]<u>Why?<a>So.</s><u>Oh?<a>"
+    ids, weights = encode_document(tokenizer, Document("d", MESSAGES[:3]), "assistant")
+    assert shown(tokenizer, ids) == "<s>[Be brief.]<u>Why?<a>So.</s>"
+    assert shown(tokenizer, ids[weights]) == "So.</s>"
+    assert encode_document(tokenizer, Document("d", MESSAGES[:3]), "all")[1].all()
 
 
 def test_rejected_dialogues_raise_user_errors() -> None:
@@ -263,12 +271,12 @@ def test_hostile_templates_end_within_their_limits(name: str, monkeypatch: pytes
     with pytest.raises(UserError, match="chat template rejects this dialogue: ."):
         encode_prompt(foreign(template=HOSTILE[name]), [Message("user", "x")])
     # The next template is rendered as if nothing had been.
-    assert shown(foreign(), encode_prompt(foreign(), TURNS[1:2])) == "<u>Why?<a>"
+    assert shown(foreign(), encode_prompt(foreign(), MESSAGES[1:2])) == "<u>Why?<a>"
 
 
 def test_interrupted_renderings_do_not_affect_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    codec = foreign()
-    encode_prompt(codec, TURNS[1:2])
+    tokenizer = foreign()
+    encode_prompt(tokenizer, MESSAGES[1:2])
     process = chat_template._RENDERER._process
     assert process is not None and process.stdout is not None
 
@@ -282,14 +290,14 @@ def test_interrupted_renderings_do_not_affect_later_ones(monkeypatch: pytest.Mon
     stdout = process.stdout
     monkeypatch.setattr(process, "stdout", Interrupted())
     with pytest.raises(KeyboardInterrupt):
-        encode_prompt(codec, TURNS[1:2])
+        encode_prompt(tokenizer, MESSAGES[1:2])
     assert process.returncode is not None
-    assert shown(codec, encode_prompt(codec, (Message("user", "Oh?"),))) == "<u>Oh?<a>"
+    assert shown(tokenizer, encode_prompt(tokenizer, (Message("user", "Oh?"),))) == "<u>Oh?<a>"
 
 
 def test_templates_that_change_earlier_replies_are_refused() -> None:
     last_only = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '' }}{% endfor %}"
-    dialogue = Document("d", (*TURNS[1:3], *TURNS[1:3]))
+    dialogue = Document("d", (*MESSAGES[1:3], *MESSAGES[1:3]))
     with pytest.raises(UserError, match="config.data.loss_mask='all'"):
         encode_document(foreign(template=last_only), dialogue, "assistant")
 
@@ -301,17 +309,20 @@ ASKS = "{% if add_generation_prompt %}<a>{% endif %}"
 
 @pytest.mark.parametrize("loss_mask", ["all", "assistant"])
 def test_every_reply_has_a_stop_token_as_a_target(loss_mask: str) -> None:
-    codec, dialogue = foreign(template=NEXT_ROLE + ASKS), Document("d", (*TURNS[1:], Message("assistant", "I see")))
-    ids, weights = encode_document(codec, dialogue, loss_mask)
-    assert shown(codec, ids) == "<u>Why?<a>So.<u>Oh?<a>I see</s>"
-    assert shown(codec, ids[weights]) == ("So.<u>I see</s>" if loss_mask == "assistant" else shown(codec, ids))
+    tokenizer, dialogue = (
+        foreign(template=NEXT_ROLE + ASKS),
+        Document("d", (*MESSAGES[1:], Message("assistant", "I see"))),
+    )
+    ids, weights = encode_document(tokenizer, dialogue, loss_mask)
+    assert shown(tokenizer, ids) == "<u>Why?<a>So.<u>Oh?<a>I see</s>"
+    assert shown(tokenizer, ids[weights]) == ("So.<u>I see</s>" if loss_mask == "assistant" else shown(tokenizer, ids))
     # A question is not ended, nor is an answer that the template ends.
     assert (
-        shown(codec, encode_document(codec, Document("d", dialogue.messages[:3]), loss_mask)[0])
+        shown(tokenizer, encode_document(tokenizer, Document("d", dialogue.messages[:3]), loss_mask)[0])
         == "<u>Why?<a>So.<u>Oh?"
     )
     ended = encode_document(foreign(), Document("d", dialogue.messages[:2]), loss_mask)[0]
-    assert shown(codec, ended) == "\n<u>Why?<a>So.</s>"[1:]
+    assert shown(tokenizer, ended) == "\n<u>Why?<a>So.</s>"[1:]
 
 
 SPACED = (
@@ -322,29 +333,29 @@ SPACED = (
 
 @pytest.mark.parametrize("kind", ["plain", "prefix space", "llama_2", "lstrip", "rstrip"])
 def test_replies_are_targets_with_every_treatment_of_spaces(kind: str) -> None:
-    codec, blank = foreign(template=SPACED), ""
+    tokenizer, blank = foreign(template=SPACED), ""
     if kind == "prefix space":
-        codec.backend.pre_tokenizer, blank = pre_tokenizers.ByteLevel(add_prefix_space=True), " "
+        tokenizer.backend.pre_tokenizer, blank = pre_tokenizers.ByteLevel(add_prefix_space=True), " "
     elif kind == "llama_2":
-        codec, blank = Tokenizer(continued("llama_2").backend, codec.chat_format), " "
-        codec.backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+        tokenizer, blank = Tokenizer(continued("llama_2").backend, tokenizer.chat_format), " "
+        tokenizer.backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
     elif kind != "plain":
-        written = json.loads(codec.backend.to_str())
+        written = json.loads(tokenizer.backend.to_str())
         written["added_tokens"] = [token | {kind: True} for token in written["added_tokens"]]
-        codec = Tokenizer(HFTokenizer.from_str(json.dumps(written)), codec.chat_format)
-    turns = (*TURNS[1:], Message("assistant", "é漢 b"))
-    ids, weights = encode_document(codec, Document("d", turns), "assistant")
-    assert shown(codec, ids[weights]) == f"{blank}So.</s>{blank}é漢 b</s>"
+        tokenizer = Tokenizer(HFTokenizer.from_str(json.dumps(written)), tokenizer.chat_format)
+    messages = (*MESSAGES[1:], Message("assistant", "é漢 b"))
+    ids, weights = encode_document(tokenizer, Document("d", messages), "assistant")
+    assert shown(tokenizer, ids[weights]) == f"{blank}So.</s>{blank}é漢 b</s>"
 
 
 def test_templates_without_a_stop_token_after_replies_are_refused() -> None:
-    codec = foreign(template=NO_STOP + "{% if add_generation_prompt %}assistant: {% endif %}")
-    ids, weights = encode_document(codec, Document("d", TURNS[1:3]), "assistant")
-    assert shown(codec, ids[weights]) == "So.\n</s>"
-    dialogue = Document("d", (*TURNS[1:], Message("assistant", "I see")))
+    tokenizer = foreign(template=NO_STOP + "{% if add_generation_prompt %}assistant: {% endif %}")
+    ids, weights = encode_document(tokenizer, Document("d", MESSAGES[1:3]), "assistant")
+    assert shown(tokenizer, ids[weights]) == "So.\n</s>"
+    dialogue = Document("d", (*MESSAGES[1:], Message("assistant", "I see")))
     with pytest.raises(UserError, match=r"none of the tokens that end a reply \(</s>, <u>\)"):
-        encode_document(codec, dialogue, "assistant")
-    assert shown(codec, encode_document(codec, dialogue, "all")[0]).endswith("I see\n</s>")
+        encode_document(tokenizer, dialogue, "assistant")
+    assert shown(tokenizer, encode_document(tokenizer, dialogue, "all")[0]).endswith("I see\n</s>")
 
 
 @pytest.mark.parametrize(
@@ -359,10 +370,10 @@ def test_templates_without_a_stop_token_after_replies_are_refused() -> None:
     ],
 )
 def test_the_turn_end_token_is_a_stop_token(template: str | None, found: str | None, tmp_path: Path) -> None:
-    codec = Tokenizer(foreign_tokenizer(), ChatFormat("</s>", ("</s>",), template, {"eos_token": "</s>"}))
-    assert codec.chat_format is not None
-    assert find_turn_end_token(codec.chat_format, codec.special_tokens) == found
-    save_hf_tokenizer(codec, tmp_path, 64, is_dialogue=False)
+    tokenizer = Tokenizer(foreign_tokenizer(), ChatFormat("</s>", ("</s>",), template, {"eos_token": "</s>"}))
+    assert tokenizer.chat_format is not None
+    assert find_turn_end_token(tokenizer.chat_format, tokenizer.special_tokens) == found
+    save_hf_tokenizer(tokenizer, tmp_path, 64, is_dialogue=False)
     read = load_hf_tokenizer(tmp_path).chat_format
     assert read is not None and set(read.stop_tokens) == {"</s>", found or "</s>"}
 
@@ -373,10 +384,10 @@ def test_the_turn_end_token_is_a_stop_token(template: str | None, found: str | N
 def unigram() -> Tokenizer:
     """A Unigram tokenizer with blanks as ▁, which its decoder leaves out before the first word."""
     split_text = [("<unk>", 0.0), ("▁", -2.0), ("▁a", -3.0), ("b", -3.0), ("a", -3.5), ("▁b", -4.0)]
-    tokenizer = HFTokenizer(models.Unigram(split_text, unk_id=0))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    return Tokenizer(tokenizer, ChatFormat("<unk>", ("<unk>",), None, {}))
+    backend = HFTokenizer(models.Unigram(split_text, unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    return Tokenizer(backend, ChatFormat("<unk>", ("<unk>",), None, {}))
 
 
 def continued(kind: str) -> Tokenizer:
@@ -384,10 +395,10 @@ def continued(kind: str) -> Tokenizer:
     if kind == "foreign":
         return foreign()
     if kind == "llama_2":
-        codec = llama_2()
+        tokenizer = llama_2()
         parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        codec.backend.decoder = decoders.Sequence(parts)
-        return codec
+        tokenizer.backend.decoder = decoders.Sequence(parts)
+        return tokenizer
     if kind == "unigram":
         return unigram()
     return train_tokenizer(TokenizerConfig(kind, 300), ['a b "a bab," b-a aé漢. b'])
@@ -395,20 +406,20 @@ def continued(kind: str) -> Tokenizer:
 
 @pytest.mark.parametrize("kind", ["foreign", "llama_2", "unigram", "word", "char", "byte", "bpe"])
 def test_decode_continuation_completes_the_text(kind: str) -> None:
-    codec = continued(kind)
-    ids = encode_prompt(codec, [Message("text", 'a b "bab," b-a')]) + encode(codec, "aé漢. b")
-    whole = decode(codec, ids)
+    tokenizer = continued(kind)
+    ids = encode_prompt(tokenizer, [Message("text", 'a b "bab," b-a')]) + encode(tokenizer, "aé漢. b")
+    whole = decode(tokenizer, ids)
     assert " " in whole[1:-1]
-    writer = TextGenerator(None, None, codec, is_dialogue=False)
+    writer = TextGenerator(None, None, tokenizer, is_dialogue=False)
     for cut in range(1, len(ids)):
         prompt, drawn = ids[:cut], ids[cut:]
-        before = decode(codec, prompt)
+        before = decode(tokenizer, prompt)
         if whole.startswith(before):
-            assert before + decode_continuation(codec, prompt, drawn) == whole
+            assert before + decode_continuation(tokenizer, prompt, drawn) == whole
         # What is shown as the tokens come is never taken back.
         for count in range(len(drawn)):
             assert writer.decode(prompt, drawn).startswith(_stable_prefix(writer, prompt, drawn[:count]))
-    assert TextGenerator(None, None, codec, is_dialogue=True).decode(ids[:3], ids[3:]) == decode(codec, ids[3:])
+    assert TextGenerator(None, None, tokenizer, is_dialogue=True).decode(ids[:3], ids[3:]) == decode(tokenizer, ids[3:])
 
 
 # Files.
@@ -496,14 +507,17 @@ def test_unknown_end_token_ids_are_ignored_with_a_message(name: str, tmp_path: P
 
 
 def test_truncation_and_padding_of_a_tokenizer_file_are_disabled(tmp_path: Path) -> None:
-    tokenizer = foreign_tokenizer()
-    tokenizer.enable_truncation(max_length=4)
-    tokenizer.enable_padding(length=8)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    backend = foreign_tokenizer()
+    backend.enable_truncation(max_length=4)
+    backend.enable_padding(length=8)
+    backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
-    codec = load_hf_tokenizer(tmp_path)
+    tokenizer = load_hf_tokenizer(tmp_path)
     documents = [plain_document("", "a rain"), plain_document("", "a")]
-    assert [shown(codec, ids) for ids, _ in encode_documents(codec, documents, "all")] == ["<s>a rain</s>", "<s>a</s>"]
+    assert [shown(tokenizer, ids) for ids, _ in encode_documents(tokenizer, documents, "all")] == [
+        "<s>a rain</s>",
+        "<s>a</s>",
+    ]
 
 
 def test_undecodable_template_files_are_refused(tmp_path: Path) -> None:
@@ -543,8 +557,8 @@ def test_model_type_selects_the_architecture_by_default(config: dict[str, Any]) 
 
 def merging(**changes: Any) -> Tokenizer:
     """A byte-level BPE with a merge, and other fields of its file."""
-    tokenizer = foreign_tokenizer()
-    written = json.loads(tokenizer.to_str())
+    backend = foreign_tokenizer()
+    written = json.loads(backend.to_str())
     written["model"]["vocab"]["ab"] = len(written["model"]["vocab"])
     written["model"]["merges"] = [["a", "b"]]
     for path, value in changes.items():
@@ -635,36 +649,39 @@ def test_gguf_vocabulary_refuses_other_tokenizers(kind: str) -> None:
 )
 def test_templates_render_as_in_transformers(template: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    codec = foreign(template=template)
-    save_hf_tokenizer(codec, tmp_path, 64, is_dialogue=False)
-    messages = [{"role": turn.role, "content": turn.text} for turn in TURNS]
+    tokenizer = foreign(template=template)
+    save_hf_tokenizer(tokenizer, tmp_path, 64, is_dialogue=False)
+    messages = [{"role": turn.role, "content": turn.text} for turn in MESSAGES]
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert codec.chat_format is not None
-    assert apply_chat_template(codec.chat_format, TURNS, add_generation_prompt=True, special_tokens=SPECIAL) == expected
+    assert tokenizer.chat_format is not None
+    assert (
+        apply_chat_template(tokenizer.chat_format, MESSAGES, add_generation_prompt=True, special_tokens=SPECIAL)
+        == expected
+    )
 
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("has_opening", [True, False])
 def test_exported_tokenizers_encode_the_same_in_transformers(has_opening: bool, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    codec = foreign(has_opening)
-    save_hf_tokenizer(codec, tmp_path, 64, is_dialogue=False)
+    tokenizer = foreign(has_opening)
+    save_hf_tokenizer(tokenizer, tmp_path, 64, is_dialogue=False)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    messages = [{"role": turn.role, "content": turn.text} for turn in TURNS]
+    messages = [{"role": turn.role, "content": turn.text} for turn in MESSAGES]
     ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert ids == encode_prompt(codec, TURNS)
-    assert theirs("a rain")["input_ids"] == encode_prompt(codec, [Message("text", "a rain")])
+    assert ids == encode_prompt(tokenizer, MESSAGES)
+    assert theirs("a rain")["input_ids"] == encode_prompt(tokenizer, [Message("text", "a rain")])
     assert (theirs.eos_token_id, theirs.bos_token_id) == (1, 0)
 
 
 @pytest.mark.oracle
 def test_native_template_renders_dialogues_as_encode_prompt(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    codec = train_tokenizer(TokenizerConfig("bpe", 280), ["Why is the sky blue? It scatters light."])
-    save_hf_tokenizer(codec, tmp_path, 64, is_dialogue=True)
+    tokenizer = train_tokenizer(TokenizerConfig("bpe", 280), ["Why is the sky blue? It scatters light."])
+    save_hf_tokenizer(tokenizer, tmp_path, 64, is_dialogue=True)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    messages = [{"role": turn.role, "content": turn.text} for turn in TURNS]
+    messages = [{"role": turn.role, "content": turn.text} for turn in MESSAGES]
     ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert ids == encode_prompt(codec, TURNS)
-    assert np.array_equal(theirs("sky", add_special_tokens=False)["input_ids"], encode(codec, "sky"))
+    assert ids == encode_prompt(tokenizer, MESSAGES)
+    assert np.array_equal(theirs("sky", add_special_tokens=False)["input_ids"], encode(tokenizer, "sky"))

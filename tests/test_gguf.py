@@ -48,7 +48,7 @@ def value(file: Path, key: str) -> Any:
     return gguf.GGUFReader(file).fields[key].contents()
 
 
-def codec(kind: str, size: int | None) -> Tokenizer:
+def trained_tokenizer(kind: str, size: int | None) -> Tokenizer:
     config = dataclasses.replace(small_config().tokenizer, name=kind, vocab_size=size)
     return train_tokenizer(config, TEXTS)
 
@@ -110,7 +110,7 @@ def test_only_matrices_are_rounded_and_only_once(dtype: str, tmp_path: Path) -> 
 
 
 def test_vocabulary_of_byte_level_bpe(tmp_path: Path) -> None:
-    tokenizer, file = codec("bpe", 280), tmp_path / "model.gguf"
+    tokenizer, file = trained_tokenizer("bpe", 280), tmp_path / "model.gguf"
     size = tokenizer.get_vocab_size()
     model = model_of("gpt2", vocab_size=size + 8)
     write_gguf(random_params(model), model, file, tokenizer=tokenizer)
@@ -124,7 +124,7 @@ def test_vocabulary_of_byte_level_bpe(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["word", "char", "byte"])
 def test_unsupported_tokenizers_are_omitted(kind: str, tmp_path: Path) -> None:
-    tokenizer, file = codec(kind, None if kind != "byte" else 260), tmp_path / "model.gguf"
+    tokenizer, file = trained_tokenizer(kind, None if kind != "byte" else 260), tmp_path / "model.gguf"
     with pytest.raises(UserError, match="llama.cpp"):
         gguf_vocabulary(tokenizer)
     model = model_of("gpt2", vocab_size=tokenizer.get_vocab_size())

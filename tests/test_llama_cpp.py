@@ -60,33 +60,33 @@ def special_tokens() -> list[AddedToken]:
     return [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
 
 
-def imported(tokenizer: HFTokenizer, has_opening: bool) -> Tokenizer:
+def imported(backend: HFTokenizer, has_opening: bool) -> Tokenizer:
     """A tokenizer as one from elsewhere, whose texts begin with <s> where `has_opening` says so."""
-    tokenizer.add_special_tokens(special_tokens())
+    backend.add_special_tokens(special_tokens())
     if has_opening:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
         )
     named = {"bos_token": "<s>", "eos_token": "</s>"}
-    return Tokenizer(tokenizer, ChatFormat("</s>", ("</s>", "<|user|>"), TEMPLATE, named))
+    return Tokenizer(backend, ChatFormat("</s>", ("</s>", "<|user|>"), TEMPLATE, named))
 
 
 def byte_level(first: list[Any], use_regex: bool, ignore_merges: bool = False) -> HFTokenizer:
-    tokenizer = HFTokenizer(models.BPE(ignore_merges=ignore_merges))
+    backend = HFTokenizer(models.BPE(ignore_merges=ignore_merges))
     last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, last])
-    tokenizer.decoder = decoders.ByteLevel()
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*first, last])
+    backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=420, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return tokenizer
+    backend.train_from_iterator(CORPUS, trainer)
+    return backend
 
 
-def with_unmerged_token(tokenizer: HFTokenizer) -> HFTokenizer:
+def with_unmerged_token(backend: HFTokenizer) -> HFTokenizer:
     """Return the tokenizer with a token that no merge builds."""
-    written = json.loads(tokenizer.to_str())
+    written = json.loads(backend.to_str())
     written["model"]["vocab"]["zzz"] = len(written["model"]["vocab"])
     return HFTokenizer.from_str(json.dumps(written))
 
@@ -110,12 +110,12 @@ def sentencepiece(has_blank: bool) -> HFTokenizer:
         for cut in range(len(token) - 1, 0, -1)
         if token[:cut] in vocabulary and token[cut:] in vocabulary
     ]
-    tokenizer = HFTokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * has_blank + [replace])
+    backend = HFTokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * has_blank + [replace])
     strip = [decoders.Strip(" ", 1, 0)] * has_blank
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    tokenizer.decoder = decoders.Sequence(parts)
-    return tokenizer
+    backend.decoder = decoders.Sequence(parts)
+    return backend
 
 
 LLAMA3, QWEN2 = SPLITS
@@ -160,9 +160,9 @@ class LlamaCpp:
         return self.ask("/tokenize", content=text, add_special=True, parse_special=False, **how)["tokens"]
 
 
-def model_of(codec: Tokenizer) -> Any:
+def model_of(tokenizer: Tokenizer) -> Any:
     # One size for all, so that one program serves them.
-    assert codec.get_vocab_size() <= 480
+    assert tokenizer.get_vocab_size() <= 480
     knobs = FAMILIES["llama2"] | {"vocab_size": 480, "d_model": 64, "attention.n_heads": 2, "d_ff": 64}
     knobs |= {"context_length": 64, "dtype": "float32", "attention.n_kv_heads": 2}
     return small_config(**{f"model.{knob}": value for knob, value in knobs.items()}).model
@@ -171,12 +171,12 @@ def model_of(codec: Tokenizer) -> Any:
 @pytest.fixture(scope="module", params=TOKENIZERS)
 def everywhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A model with a tokenizer: here, as a folder for transformers, and in llama.cpp."""
-    codec, folder = made(request.param), tmp_path_factory.mktemp("model")
-    model = model_of(codec)
+    tokenizer, folder = made(request.param), tmp_path_factory.mktemp("model")
+    model = model_of(tokenizer)
     params = random_params(model)
-    export_model(params, model, folder / "hf", finish=lambda hidden: save_hf_tokenizer(codec, hidden, 64, False))
-    write_gguf(params, model, folder / "model.gguf", tokenizer=codec, is_dialogue=True)
-    yield request.param, TextGenerator(params, model, codec, False), folder / "hf", LlamaCpp(folder / "model.gguf")
+    export_model(params, model, folder / "hf", finish=lambda hidden: save_hf_tokenizer(tokenizer, hidden, 64, False))
+    write_gguf(params, model, folder / "model.gguf", tokenizer=tokenizer, is_dialogue=True)
+    yield request.param, TextGenerator(params, model, tokenizer, False), folder / "hf", LlamaCpp(folder / "model.gguf")
 
 
 def random_texts() -> list[str]:
@@ -254,13 +254,13 @@ def test_same_dialogue_prompts_in_llama_cpp(everywhere: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["word", "char", "byte"])
 def test_same_tokens_and_continuations_of_other_tokenizers_in_transformers(kind: str, tmp_path: Path) -> None:
-    codec = train_tokenizer(TokenizerConfig(kind, None if kind != "byte" else 260), CORPUS)
+    tokenizer = train_tokenizer(TokenizerConfig(kind, None if kind != "byte" else 260), CORPUS)
     with pytest.raises(UserError, match="llama.cpp"):
-        gguf_vocabulary(codec)
-    model = model_of(codec)
-    writer = TextGenerator(random_params(model), model, codec, False)
+        gguf_vocabulary(tokenizer)
+    model = model_of(tokenizer)
+    writer = TextGenerator(random_params(model), model, tokenizer, False)
     export_model(
-        writer.params, model, tmp_path / "hf", finish=lambda hidden: save_hf_tokenizer(codec, hidden, 64, False)
+        writer.params, model, tmp_path / "hf", finish=lambda hidden: save_hf_tokenizer(tokenizer, hidden, 64, False)
     )
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     for text in (*TEXTS[:-1], *random_texts()):

@@ -139,10 +139,10 @@ def test_the_store_does_not_depend_on_pieces_of_documents(
     novel = "\n\n".join([*LINES, "日本の川。" * 30, "x" * 300, " " * 90]) * 2
     (tmp_path / "novel.txt").write_text(novel, encoding="utf-8")
     found = config((str(tmp_path / "novel.txt"),), split="tail")
-    codec = Tokenizer(TOKENIZERS[name](LINES, 300))
-    whole = build_store(found, codec, tmp_path / "whole").manifest
+    tokenizer = Tokenizer(TOKENIZERS[name](LINES, 300))
+    whole = build_store(found, tokenizer, tmp_path / "whole").manifest
     monkeypatch.setattr(token_store, "BATCH_CHARACTERS", 100)
-    assert build_store(found, codec, tmp_path / "parts").manifest == whole
+    assert build_store(found, tokenizer, tmp_path / "parts").manifest == whole
     assert {split.n_documents for split in whole.splits.values()} == {1}
 
 

@@ -87,12 +87,12 @@ def test_long_texts_are_encoded_in_pieces_with_the_same_result(name: str, text: 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(text=any_text | st.text("a1é日 \n\t\r.,'_￭", max_size=40), size=st.integers(1, 9))
 def test_pieces_of_a_text_give_the_tokens_and_tokenizer_of_the_whole(name: str, text: str, size: int) -> None:
-    codec = TRAINED[name]
-    parts = list(encoding.split_text(text, codec.split_chars, size))
+    tokenizer = TRAINED[name]
+    parts = list(encoding.split_text(text, tokenizer.split_chars, size))
     assert "".join(parts) == text
-    whole = codec.backend.encode(text, add_special_tokens=False).ids
-    assert [token for part in parts for token in codec.backend.encode(part, add_special_tokens=False).ids] == whole
-    split_chars = codec.split_chars or " \n"
+    whole = tokenizer.backend.encode(text, add_special_tokens=False).ids
+    assert [token for part in parts for token in tokenizer.backend.encode(part, add_special_tokens=False).ids] == whole
+    split_chars = tokenizer.split_chars or " \n"
     learned = [
         train(name, [*TEXTS, *texts]).serialized for texts in ([text], encoding.split_text(text, split_chars, size))
     ]

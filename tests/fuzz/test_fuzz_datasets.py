@@ -54,7 +54,7 @@ FILES: dict[str, tuple[bytes, Any]] = {
     "a.csv": (table(ROWS), edit_tree(ROWS).map(lambda rows: table(list(rows or ())))),
     "a.tsv": (table(ROWS, "\t"), st.sampled_from(";|, ").map(lambda delimiter: table(ROWS, delimiter))),
 }
-CODECS = {name: Tokenizer(make(LINES, 400)) for name, make in TOKENIZERS.items()}
+TRAINED = {name: Tokenizer(make(LINES, 400)) for name, make in TOKENIZERS.items()}
 
 
 def data_config(folder: Path, name: str, **changes: Any) -> DataConfig:
@@ -63,16 +63,16 @@ def data_config(folder: Path, name: str, **changes: Any) -> DataConfig:
     return dataclasses.replace(whole, **changes)
 
 
-def use(config: DataConfig, codec: Tokenizer, stores: Path) -> Store:
+def use(config: DataConfig, tokenizer: Tokenizer, stores: Path) -> Store:
     """The whole way from files to batches."""
-    store = build_store(config, codec, stores)
+    store = build_store(config, tokenizer, stores)
     store.verify()
     for split in SPLITS:
         stream = store.split(split)
         check_enough_tokens(stream, 4, 1)
         tokens = Batches(stream, 4, 1, seed=0).batch(0).tokens_BT
         list(iterate_eval_batches(stream, 4, 2, limit=2))
-        assert tokens.max() < codec.get_vocab_size()
+        assert tokens.max() < tokenizer.get_vocab_size()
     return store
 
 
@@ -93,18 +93,18 @@ choices = st.fixed_dictionaries(
 def test_unedited_files(name: str, sandbox: Sandbox) -> None:
     with sandbox.case() as folder:
         write(folder / name, FILES[name][0])
-        use(data_config(folder, name, split="tail"), CODECS["bpe"], folder / "stores")
+        use(data_config(folder, name, split="tail"), TRAINED["bpe"], folder / "stores")
 
 
 @max_cases(450)
-@given(files, choices, st.sampled_from(sorted(CODECS)))
+@given(files, choices, st.sampled_from(sorted(TRAINED)))
 def test_edited_files(sandbox: Sandbox, file: tuple[str, bytes | None], changes: dict[str, Any], kind: str) -> None:
     name, data = file
     with sandbox.case() as folder:
         write(folder / name, data)
         config = data_config(folder, name, **changes)
         read = run_or_refuse(lambda: list(load_documents(config)))
-        store = run_or_refuse(lambda: use(config, CODECS[kind], folder / "stores"))
+        store = run_or_refuse(lambda: use(config, TRAINED[kind], folder / "stores"))
         assert read is not None or store is None
         assert list((folder / "stores").glob(".*")) == []
 
@@ -135,7 +135,7 @@ def test_odd_paths(sandbox: Sandbox, names: list[str]) -> None:
     # A path from the root may be all there is.
     paths = tuple(name.lstrip("/") for name in names)
     with sandbox.case() as folder:
-        run_or_refuse(lambda: use(data_config(folder, "", paths=paths), CODECS["byte"], folder / "stores"))
+        run_or_refuse(lambda: use(data_config(folder, "", paths=paths), TRAINED["byte"], folder / "stores"))
 
 
 # What was written before.
@@ -146,7 +146,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A store to be corrupted."""
     folder = tmp_path_factory.mktemp("built")
     write(folder / "a.jsonl", FILES["a.jsonl"][0])
-    return build_store(data_config(folder, "a.jsonl", loss_mask="assistant"), CODECS["byte"], folder / "stores")
+    return build_store(data_config(folder, "a.jsonl", loss_mask="assistant"), TRAINED["byte"], folder / "stores")
 
 
 def sums(store: Store) -> list[int]:

@@ -41,49 +41,49 @@ def bytes_with_template() -> HFTokenizer:
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*SPECIAL, *characters, "Th", "The"]
     merges = [("T", "h"), ("Th", "e")]
-    tokenizer = HFTokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.enable_truncation(6, stride=2)
-    tokenizer.enable_padding(pad_id=1, pad_token="<s>", pad_to_multiple_of=8)
-    return tokenizer
+    backend = HFTokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend.enable_truncation(6, stride=2)
+    backend.enable_padding(pad_id=1, pad_token="<s>", pad_to_multiple_of=8)
+    return backend
 
 
 def llama_2() -> HFTokenizer:
     """As Llama 2 has it: ▁ for blanks, unknown characters as bytes."""
     tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = HFTokenizer(models.BPE(vocabulary, [("▁", "a")], byte_fallback=True, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return tokenizer
+    backend = HFTokenizer(models.BPE(vocabulary, [("▁", "a")], byte_fallback=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return backend
 
 
 def unigram() -> HFTokenizer:
     """As Gemma and T5 have them: pieces with scores."""
     scores = dict.fromkeys(SPECIAL, 0.0) | {"▁": -2.0, "he": -1.0} | dict.fromkeys("Therainfo.", -3.0)
-    tokenizer = HFTokenizer(models.Unigram(list(scores.items()), unk_id=0))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    return tokenizer
+    backend = HFTokenizer(models.Unigram(list(scores.items()), unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    return backend
 
 
 def bert() -> HFTokenizer:
     """As BERT has it: pieces of words."""
     tokens = [*SPECIAL, "[UNK]", "the", "rain", "##y", *"abcdefgh", *(f"##{letter}" for letter in "abcdefgh")]
-    tokenizer = HFTokenizer(models.WordPiece({token: index for index, token in enumerate(tokens)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 4), ("[CLS]", 3))
-    tokenizer.decoder = decoders.WordPiece()
-    return tokenizer
+    backend = HFTokenizer(models.WordPiece({token: index for index, token in enumerate(tokens)}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.BertProcessing(("[SEP]", 4), ("[CLS]", 3))
+    backend.decoder = decoders.WordPiece()
+    return backend
 
 
-def with_special_tokens(tokenizer: HFTokenizer) -> HFTokenizer:
+def with_special_tokens(backend: HFTokenizer) -> HFTokenizer:
     """The same tokenizer with its special tokens marked as such."""
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    return tokenizer
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    return backend
 
 
 OWN = {name: make(LINES, 300).to_str() for name, make in TOKENIZERS.items()}
@@ -99,22 +99,22 @@ BESIDE: dict[str, Any] = {
 }
 
 
-def use(codec: Tokenizer, folder: Path) -> None:
+def use(tokenizer: Tokenizer, folder: Path) -> None:
     """All that a run does with a tokenizer."""
-    fill_vocab_size(small_config(**{"model.vocab_size": None}), codec)
+    fill_vocab_size(small_config(**{"model.vocab_size": None}), tokenizer)
     for text in TEXTS:
-        ids = encode(codec, text)
-        assert all(0 <= index < codec.get_vocab_size() for index in ids)
-        assert isinstance(decode(codec, ids), str)
-    decode(codec, [0, codec.get_vocab_size() - 1, codec.get_vocab_size() + 7])
-    assert all(isinstance(index, int) for index in (codec.end_id, *codec.stop_ids))
+        ids = encode(tokenizer, text)
+        assert all(0 <= index < tokenizer.get_vocab_size() for index in ids)
+        assert isinstance(decode(tokenizer, ids), str)
+    decode(tokenizer, [0, tokenizer.get_vocab_size() - 1, tokenizer.get_vocab_size() + 7])
+    assert all(isinstance(index, int) for index in (tokenizer.end_id, *tokenizer.stop_ids))
     for document in (plain_document("text", TEXTS[0]), DIALOGUE):
         for loss_mask in ("all", "assistant"):
-            ids, weights = encode_document(codec, document, loss_mask)
+            ids, weights = encode_document(tokenizer, document, loss_mask)
             assert len(ids) == len(weights)
-    for turns in ([Message("text", "The")], DIALOGUE.messages):
-        encode_prompt(codec, turns)
-    save_tokenizer(codec, folder / "again" / "tokenizer.json")
+    for messages in ([Message("text", "The")], DIALOGUE.messages):
+        encode_prompt(tokenizer, messages)
+    save_tokenizer(tokenizer, folder / "again" / "tokenizer.json")
     load_tokenizer(folder / "again" / "tokenizer.json")
 
 
@@ -195,10 +195,10 @@ def test_edited_files_beside_a_tokenizer(sandbox: Sandbox, files: dict[str, Any]
                 write(folder / name, as_bytes(value))
 
         def read_and_write() -> None:
-            codec = load_hf_tokenizer(folder)
-            use(codec, folder)
-            special_token_ids(codec)
+            tokenizer = load_hf_tokenizer(folder)
+            use(tokenizer, folder)
+            special_token_ids(tokenizer)
             (folder / "export").mkdir()
-            save_hf_tokenizer(codec, folder / "export", 64, is_dialogue=True)
+            save_hf_tokenizer(tokenizer, folder / "export", 64, is_dialogue=True)
 
         run_or_refuse(read_and_write)
