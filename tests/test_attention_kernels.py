@@ -33,7 +33,7 @@ from rustgpt_jax.model.kernels.attention import (
     select_kernel,
     triangular,
 )
-from rustgpt_jax.model.kernels.verify import attention_choices, check_kernels
+from rustgpt_jax.model.kernels.verify import check_kernels, select_kernels
 from rustgpt_jax.planning import hlo
 from rustgpt_jax.planning.aot_compile import count_matmul_flops
 from rustgpt_jax.sharding.sharding_plan import make_mesh
@@ -511,7 +511,7 @@ def test_taps_find_scores_only_where_they_are() -> None:
 
 @pytest.fixture
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "MOST_TOKENS", 24)
+    monkeypatch.setattr(verify, "MAX_TOKENS", 24)
 
 
 MIXED = {
@@ -539,14 +539,14 @@ MIXED = {
 def test_a_right_kernel_passes_the_check(changes: dict[str, Any]) -> None:
     model = model_config(**changes, **{"attention.kernel": "blockwise"})
     findings = check_kernels(model, 32)
-    assert [finding.mixer for finding in findings] == list(attention_choices(model, ANY_DEVICE, 32))
+    assert [finding.mixer for finding in findings] == list(select_kernels(model, ANY_DEVICE, 32))
     for finding in findings:
         assert finding.difference is not None and finding.difference < (
             1e-2 if is_enabled(changes.get("dtype", 0)) else 1e-5
         )
         assert re.fullmatch(
             r"[\w ]+: blockwise, because the config names it \(differs from the reference by \de[+-]\d\d\)",
-            finding.sentence,
+            finding.message,
         )
 
 
@@ -612,7 +612,7 @@ def of_other_groups(task: AttentionInputs) -> jax.Array:
 def test_a_wrong_kernel_is_found_before_training(
     broken: Callable[[AttentionInputs], jax.Array], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(attention.KERNELS, "blockwise", attention.BLOCKWISE._replace(attend=broken))
+    monkeypatch.setitem(attention.KERNELS, "blockwise", KERNELS["blockwise"]._replace(attend=broken))
     model = model_config(
         mixers="local_attention", **{"attention.n_kv_heads": 2, "attention.kernel": "blockwise"}, dtype=dtype
     )

@@ -306,7 +306,7 @@ def test_file_is_imported_as_a_module(tmp_path: Path, monkeypatch: pytest.Monkey
     name = f"lab{is_absolute:d}"
     (tmp_path / name).mkdir()
     file = tmp_path / name / f"norms{is_absolute:d}.py"
-    file.write_text("from rustgpt_jax.model.norms import RMSNorm\nclass Own(RMSNorm):\n    pass\n")
+    file.write_text("from rustgpt_jax.model.layers import RMSNorm\nclass Own(RMSNorm):\n    pass\n")
     monkeypatch.chdir(tmp_path / name if is_absolute else tmp_path)
     path = str(file) if is_absolute else f"{name}/norms0.py"
     (component,) = find_components(f"{path}:Own")

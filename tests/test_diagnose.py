@@ -364,7 +364,7 @@ def test_missing_record_is_an_error() -> None:
 BOMB = """
 import flax.linen as nn
 import jax.numpy as jnp
-from rustgpt_jax.model.linear import Linear
+from rustgpt_jax.model.layers import Linear
 
 class Bomb(nn.Module):
     config: object

@@ -24,9 +24,9 @@ from rustgpt_jax.model.block import Block, layer_groups
 from rustgpt_jax.model.hook_points import HookPoint, grad_slots, hook_points
 from rustgpt_jax.model.interfaces import BlockInputs
 from rustgpt_jax.model.kernels import attention
+from rustgpt_jax.model.layers import NORMS
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.mlps import FEEDFORWARDS
-from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.reproduce.recorded_run import (
     ACTIVATION,
     ACTIVATION_GRADIENT,
@@ -217,7 +217,7 @@ def test_hook_points_are_in_order_of_computation(mixer: str) -> None:
 CUSTOM_LAYER = """
 import flax.linen as nn
 import jax, jax.numpy as jnp
-from rustgpt_jax.model.linear import Linear
+from rustgpt_jax.model.layers import Linear
 from rustgpt_jax.model.intermediates import Probe
 
 class Custom(nn.Module):

@@ -18,7 +18,7 @@ from rustgpt_jax.model import flops, transformer
 from rustgpt_jax.model.block import layer_groups
 from rustgpt_jax.model.interfaces import BlockInputs
 from rustgpt_jax.model.kv_cache import KVCache
-from rustgpt_jax.model.linear import dropout
+from rustgpt_jax.model.layers import dropout
 from rustgpt_jax.model.mixers import Attention
 
 pytestmark = pytest.mark.usefixtures("quick_codegen")

@@ -137,7 +137,7 @@ def test_wrong_component_is_refused_in_one_sentence(
 LIGHT = """
 import flax.linen as nn
 import jax.numpy as jnp
-from rustgpt_jax.model.linear import Linear
+from rustgpt_jax.model.layers import Linear
 from rustgpt_jax.model.kv_cache import causal_mask
 class MeanOfDocument(nn.Module):
     config: object

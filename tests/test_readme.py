@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from rustgpt_jax.data.datasets import CORPORA
+from rustgpt_jax.model.layers import NORMS
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.mlps import FEEDFORWARDS
-from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS
 from rustgpt_jax.model.presets import FAMILIES
 from rustgpt_jax.tokenizers import TOKENIZERS

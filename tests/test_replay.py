@@ -239,7 +239,7 @@ def test_batches_after_rewinds_are_those_that_the_run_read(copy: Path) -> None:
 STUMBLING = """
 import flax.linen as nn
 import jax.numpy as jnp
-from rustgpt_jax.model.linear import Linear
+from rustgpt_jax.model.layers import Linear
 
 class Stumbling(nn.Module):
     config: object

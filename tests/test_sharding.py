@@ -20,9 +20,9 @@ from rustgpt_jax.config.schema import partition
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.activation_sharding import partition_spec
 from rustgpt_jax.model.flops import parameter_shapes
+from rustgpt_jax.model.layers import NORMS
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.mlps import FEEDFORWARDS
-from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS
 from rustgpt_jax.model.presets import FAMILIES
 from rustgpt_jax.pytrees import flatten_paths

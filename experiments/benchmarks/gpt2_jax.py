@@ -32,7 +32,7 @@ from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size, t
 from rustgpt_jax.model.interfaces import BlockInputs
 from rustgpt_jax.model.kernels import AttentionInputs, current_device
 from rustgpt_jax.model.kernels.attention import KERNELS, attention_inputs
-from rustgpt_jax.model.kernels.verify import TOLERANCES, attention_choices, largest_difference
+from rustgpt_jax.model.kernels.verify import TOLERANCES, largest_difference, select_kernels
 from rustgpt_jax.model.mixers.attention import Attention
 from rustgpt_jax.process_setup import enable_compilation_cache
 from rustgpt_jax.training.train_step import (
@@ -119,7 +119,7 @@ def training(size: str, batch: int, knobs: dict[str, Any], repeats: int) -> dict
     compiling, seconds, losses = timed(trainer(config), repeats)
     if not np.isfinite(losses).all():
         raise ArithmeticError(f"the loss is {losses}")
-    choices = attention_choices(config.model, current_device(), config.model.context_length)
+    choices = select_kernels(config.model, current_device(), config.model.context_length)
     return {
         "seconds": [each / steps for each in seconds],
         "tokens": batch * config.model.context_length,

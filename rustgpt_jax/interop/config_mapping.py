@@ -17,7 +17,7 @@ import numpy as np
 from rustgpt_jax.config.schema import ModelConfig, flatten, get_path
 from rustgpt_jax.config.validation import validate_value
 from rustgpt_jax.errors import UserError, suggest_names
-from rustgpt_jax.model.linear import default_glu_width
+from rustgpt_jax.model.layers import default_glu_width
 from rustgpt_jax.model.positions import longrope_factors
 from rustgpt_jax.model.presets import NOT_IN_LOGITS
 

@@ -1,14 +1,7 @@
-"""Feed-forward layers: what a block does to each token by itself.
+"""Feed-forward layers, which transform each token independently.
 
-A feed-forward is a Flax module made from the config of its block. It has either
-
-    __call__(x_BTD)              returns y_BTD
-
-or
-
-    __call__(x_BTD, context)     returns y_BTD and a dict of scalars to log in training
-
-The scalar AUX_LOSS is added to the loss.
+A feed-forward is a Flax module made from the config of its block, with the interface `FeedForward` or
+`FeedForwardWithMetrics` of interfaces.py.
 """
 
 from collections.abc import Callable
@@ -18,7 +11,7 @@ import flax.linen as nn
 import jax
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.model.linear import Linear, default_glu_width
+from rustgpt_jax.model.layers import Linear, default_glu_width
 from rustgpt_jax.model.matmul import ACTIVATIONS, Activation, apply_activation
 from rustgpt_jax.model.moe import MixtureOfExperts
 
@@ -31,7 +24,7 @@ class FeedForward(nn.Module):
 
     @staticmethod
     def width(config: ModelConfig) -> int:
-        """The hidden width."""
+        """Return the hidden width."""
         return config.d_ff or 4 * config.d_model
 
     @nn.compact
@@ -49,7 +42,7 @@ class GatedFeedForward(nn.Module):
 
     @staticmethod
     def width(config: ModelConfig) -> int:
-        """The hidden width."""
+        """Return the hidden width."""
         return config.d_ff or default_glu_width(config.d_model)
 
     @nn.compact

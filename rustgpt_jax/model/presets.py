@@ -1,4 +1,4 @@
-"""Model families as presets of the same components: the knobs that make the family, whatever the size.
+"""Model families as presets of the same components: the settings that define a family, independent of size.
 
 A recipe starts with `config.model.update_from_flattened_dict(FAMILIES["qwen3"])`. Presets leave the knobs in SIZES and
 NOT_IN_LOGITS to the recipe and set all others. Constants are those of the released models.
@@ -18,15 +18,17 @@ SIZES = {
     *("moe.n_experts", "moe.experts_per_token", "moe.d_expert"),
     *("recurrent.conv_width", "recurrent.width", "recurrent.blocks"),
 }
-# Knobs that change logits by rounding only, or not at all; and `extra`, which no component of this package reads.
+# Settings that change logits only by rounding or not at all, and `extra`, which no component of this package reads.
 NOT_IN_LOGITS = {
     *("dropout", "init_std", "moe.load_balance_loss_weight", "moe.router_z_loss", "scan_layers", "remat"),
     *("attention.kernel", "save_residuals", "extra", "dtype"),
     *(f"precision.{name}" for name in ("mixer_dtype", "feedforward_dtype", "logits_dtype", "matmul_dtype")),
 }
 
-# What most families since Llama have in common.
-_USUAL: Knobs = {name: value for name, value in flatten(ModelConfig()).items() if name not in SIZES | NOT_IN_LOGITS} | {
+# Common to most families since Llama.
+_DEFAULT: Knobs = {
+    name: value for name, value in flatten(ModelConfig()).items() if name not in SIZES | NOT_IN_LOGITS
+} | {
     "mixers": ("attention",),
     "feedforwards": ("swiglu",),
     "positions": ("rope",),
@@ -39,7 +41,7 @@ _USUAL: Knobs = {name: value for name, value in flatten(ModelConfig()).items() i
     "moe.norm_topk_prob": True,
 }
 
-_GEMMA: Knobs = _USUAL | {
+_GEMMA: Knobs = _DEFAULT | {
     "feedforwards": ("geglu",),
     "norm": "zero_centered_rmsnorm",
     "norm_placement": "sandwich",
@@ -49,7 +51,7 @@ _GEMMA: Knobs = _USUAL | {
 
 FAMILIES: dict[str, Knobs] = {
     # Radford and others, Language Models are Unsupervised Multitask Learners (2019).
-    "gpt2": _USUAL
+    "gpt2": _DEFAULT
     | {
         "feedforwards": ("gelu",),
         "positions": ("learned",),
@@ -59,9 +61,9 @@ FAMILIES: dict[str, Knobs] = {
         "tie_embeddings": True,
     },
     # arXiv 2307.09288.
-    "llama2": _USUAL | {"norm_eps": 1e-5},
-    # arXiv 2407.21783, with the scaling of positions that came with 3.1.
-    "llama3": _USUAL
+    "llama2": _DEFAULT | {"norm_eps": 1e-5},
+    # arXiv 2407.21783, with the RoPE scaling of 3.1.
+    "llama3": _DEFAULT
     | {
         "norm_eps": 1e-5,
         "rope.theta": 5e5,
@@ -70,11 +72,11 @@ FAMILIES: dict[str, Knobs] = {
         "rope.original_context": 8192,
     },
     # arXiv 2310.06825: the first release, with its sliding window.
-    "mistral": _USUAL | {"mixers": ("local_attention",), "norm_eps": 1e-5},
+    "mistral": _DEFAULT | {"mixers": ("local_attention",), "norm_eps": 1e-5},
     # arXiv 2407.10671.
-    "qwen2": _USUAL | {"attention.qkv_bias": True, "rope.theta": 1e6},
+    "qwen2": _DEFAULT | {"attention.qkv_bias": True, "rope.theta": 1e6},
     # arXiv 2505.09388.
-    "qwen3": _USUAL | {"attention.qk_norm": "head", "rope.theta": 1e6},
+    "qwen3": _DEFAULT | {"attention.qk_norm": "head", "rope.theta": 1e6},
     # arXiv 2408.00118.
     "gemma2": _GEMMA
     | {"mixers": ("local_attention", "attention"), "final_logit_softcap": 30.0, "attention.logit_softcap": 50.0},
@@ -98,15 +100,15 @@ FAMILIES: dict[str, Knobs] = {
         "recurrent.scale_first_token": False,
     },
     # arXiv 2402.17834: RoPE on a quarter of the channels.
-    "stablelm": _USUAL | {"norm": "layernorm", "norm_eps": 1e-5, "norm_bias": True, "rope.fraction": 0.25},
+    "stablelm": _DEFAULT | {"norm": "layernorm", "norm_eps": 1e-5, "norm_bias": True, "rope.fraction": 0.25},
     # arXiv 2404.14219: the first release, with its sliding window.
-    "phi3": _USUAL | {"mixers": ("local_attention",), "norm_eps": 1e-5},
+    "phi3": _DEFAULT | {"mixers": ("local_attention",), "norm_eps": 1e-5},
     # arXiv 2501.00656.
-    "olmo2": _USUAL | {"norm_placement": "output", "attention.qk_norm": "projection", "rope.theta": 5e5},
-    # huggingface.co/blog/smollm3: every fourth layer knows no positions (arXiv 2501.18795).
-    "smollm3": _USUAL | {"positions": (*["rope"] * 3, "none"), "tie_embeddings": True, "rope.theta": 5e6},
+    "olmo2": _DEFAULT | {"norm_placement": "output", "attention.qk_norm": "projection", "rope.theta": 5e5},
+    # huggingface.co/blog/smollm3: every fourth layer has no position encoding (arXiv 2501.18795).
+    "smollm3": _DEFAULT | {"positions": (*["rope"] * 3, "none"), "tie_embeddings": True, "rope.theta": 5e6},
     # arXiv 2401.04088.
-    "mixtral": _USUAL | {"feedforwards": ("moe",), "norm_eps": 1e-5, "rope.theta": 1e6},
+    "mixtral": _DEFAULT | {"feedforwards": ("moe",), "norm_eps": 1e-5, "rope.theta": 1e6},
     # arXiv 2505.09388.
-    "qwen3_moe": _USUAL | {"feedforwards": ("moe",), "attention.qk_norm": "head", "rope.theta": 1e6},
+    "qwen3_moe": _DEFAULT | {"feedforwards": ("moe",), "attention.qk_norm": "head", "rope.theta": 1e6},
 }

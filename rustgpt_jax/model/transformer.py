@@ -14,10 +14,9 @@ from rustgpt_jax.model import intermediates
 from rustgpt_jax.model.activation_sharding import shard_activations
 from rustgpt_jax.model.block import Block, LayerGroup, layer_groups
 from rustgpt_jax.model.interfaces import AUX_LOSS, BlockInputs, LayerMetrics
-from rustgpt_jax.model.linear import dropout, normal_init
+from rustgpt_jax.model.layers import NORMS, dropout, normal_init
 from rustgpt_jax.model.matmul import softcap, unembed
 from rustgpt_jax.model.mixers import init_mixer_cache
-from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS
 from rustgpt_jax.registry import lookup
 

@@ -13,10 +13,10 @@ from rustgpt_jax.data.datasets import CORPORA
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import interfaces
 from rustgpt_jax.model.kernels import ANY_DEVICE
-from rustgpt_jax.model.kernels.verify import attention_choices
+from rustgpt_jax.model.kernels.verify import select_kernels
+from rustgpt_jax.model.layers import NORMS
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.mlps import FEEDFORWARDS
-from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS, ROPE_SCALINGS
 from rustgpt_jax.registry import lookup
 from rustgpt_jax.tokenizers import IMPORTED, TOKENIZERS
@@ -51,9 +51,7 @@ def validate_components(config: Config) -> None:
     for stage in stages(config):
         _check_function(CORPORA, stage.config.data.corpus, "config.data.corpus", "config")
         _check_function(SCHEDULES, stage.config.schedule.name, "config.schedule.name", "step", "steps", "schedule")
-        attention_choices(
-            stage.config.model, ANY_DEVICE, stage.config.data.seq_len or stage.config.model.context_length
-        )
+        select_kernels(stage.config.model, ANY_DEVICE, stage.config.data.seq_len or stage.config.model.context_length)
 
 
 def _check_function(table: Mapping[str, Any], name: str, knob: str, *arguments: str) -> None:

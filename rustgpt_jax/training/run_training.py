@@ -264,7 +264,7 @@ def _attention_messages(run: Trainer) -> list[str]:
         for data in {data.seq_len: data for data in run.inputs.stages}.values()
         for finding in check_kernels(data.stage.config.model, data.seq_len)
     ]
-    messages = list(dict.fromkeys(finding.sentence for finding in findings))
+    messages = list(dict.fromkeys(finding.message for finding in findings))
     return messages if any(finding.choice.kernel != "plain" for finding in findings) else []
 
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.activation_sharding import partition_spec
-from rustgpt_jax.model.kernels import AttentionInputs, AttentionSpec, Kernel, current_device
+from rustgpt_jax.model.kernels import AttentionInputs, AttentionSpec, current_device
 from rustgpt_jax.model.kv_cache import causal_mask
 
 # A function of q_BTHC, k_BSKC, v_BSKC, mask_BTS that gives mixed_BTHC.
@@ -117,9 +117,6 @@ def _reasons_of_libraries(spec: AttentionSpec) -> dict[str, bool]:
     }
 
 
-CUDNN = Kernel(cudnn, cudnn_unsupported_reason)
-
-
 # Flash attention of the library tokamax (`pip install 'rustgpt_jax[kernels]'`), mainly for TPUs.
 #
 # Its kernel for TPUs, splash attention, takes the mask of one row, so rows are computed sequentially, which costs
@@ -165,6 +162,3 @@ def tokamax_unsupported_reason(spec: AttentionSpec) -> str | None:
         f"it needs a multiple of {LANES} tokens, not {spec.length}": spec.length % LANES != 0,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-TOKAMAX = Kernel(tokamax, tokamax_unsupported_reason)

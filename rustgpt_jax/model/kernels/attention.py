@@ -1,8 +1,7 @@
-"""Softmax attention: the kernels, the table of them, and the choice between them.
+"""Softmax attention: the portable kernels, the table of all kernels, and the choice between them.
 
-A kernel is a function of `AttentionInputs` that returns mixed_BTKGC, and one that says why it does not support an
-`AttentionSpec`. All kernels compute what `reference_attention` does, up to rounding; it alone supports every spec,
-reads caches, and has all scores in memory at once, so that they are a hook point.
+All kernels compute the same as `reference_attention`, up to rounding. It alone supports every spec, reads caches, and
+has all scores in memory at once, so that they are a hook point.
 """
 
 import sys
@@ -26,9 +25,9 @@ from rustgpt_jax.model.kernels import (
     Kernel,
     current_device,
 )
-from rustgpt_jax.model.kernels.accelerator import CUDNN, TOKAMAX
-from rustgpt_jax.model.kv_cache import AttentionContext, KVCache, attention_mask, causal_mask, update_kv_cache
-from rustgpt_jax.model.linear import dropout
+from rustgpt_jax.model.kernels.accelerator import cudnn, cudnn_unsupported_reason, tokamax, tokamax_unsupported_reason
+from rustgpt_jax.model.kv_cache import AttentionContext, KVCache, attention_mask, update_kv_cache
+from rustgpt_jax.model.layers import dropout
 from rustgpt_jax.model.matmul import accum_dtype, softcap
 from rustgpt_jax.model.positions import POSITIONS
 from rustgpt_jax.registry import lookup
@@ -41,14 +40,14 @@ def dot_product_attention(
     scale: float,
     weights: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """Return mixed_BTKGC, the values averaged with att_BHTS = weights(scores_BHTS)."""
+    """Return mixed_BTKGC, the means of the values weighted by att_BHTS = weights(scores_BHTS)."""
     batch, length, n_heads, channels = q_BTHC.shape
     n_kv_heads = k_BKSC.shape[1]
     q_BTKGC = q_BTHC.reshape(batch, length, n_kv_heads, n_heads // n_kv_heads, channels)
     scores_BKGTS = jnp.einsum("BTKGC,BKSC->BKGTS", q_BTKGC, k_BKSC, preferred_element_type=accum_dtype(q_BTKGC, k_BKSC))
     scores_BHTS = scale * scores_BKGTS.reshape(batch, n_heads, *scores_BKGTS.shape[3:])
     att_BHTS = weights(scores_BHTS).astype(v_BKSC.dtype)
-    # In the order of its factors: in another, XLA on CPUs would put the values into another order too.
+    # The output has the axis order of its factors; for any other, XLA on CPUs would transpose the values.
     mixed_BKGTC = jax.lax.dot_general(att_BHTS.reshape(scores_BKGTS.shape), v_BKSC, (((4,), (2,)), ((0, 1), (0, 1))))
     return jnp.moveaxis(mixed_BKGTC, 3, 1)
 
@@ -75,22 +74,36 @@ def softmax_weights(
 
 def reference_attention(inputs: AttentionInputs) -> jax.Array:
     """Compute attention with all scores in memory: the reference for other kernels."""
-    positions = (inputs.context.positions_BT, inputs.context.positions_BT)
-    mask_BTS = causal_mask(inputs.context, inputs.window)
-
-    def weights(scores_BHTS: jax.Array) -> jax.Array:
-        return softmax_weights(scores_BHTS, mask_BTS, positions, inputs.softcap, inputs.bias, inputs.sinks_H)
-
-    by_heads = (jnp.swapaxes(inputs.k_BSKC, 1, 2), jnp.swapaxes(inputs.v_BSKC, 1, 2))
-    return dot_product_attention(inputs.q_BTHC, *by_heads, inputs.scale, weights)
+    order_T = jnp.arange(inputs.q_BTHC.shape[1])
+    k_BKSC, v_BKSC = jnp.swapaxes(inputs.k_BSKC, 1, 2), jnp.swapaxes(inputs.v_BSKC, 1, 2)
+    return _attend(inputs, inputs.q_BTHC, k_BKSC, v_BKSC, inputs.context, order_T, inputs.context, order_T)
 
 
-PLAIN = Kernel(reference_attention, lambda spec: None)
+def _attend(
+    inputs: AttentionInputs,
+    q_BTHC: jax.Array,
+    k_BKSC: jax.Array,
+    v_BKSC: jax.Array,
+    queries: BlockInputs,
+    order_T: jax.Array,
+    keys: BlockInputs,
+    order_S: jax.Array,
+) -> jax.Array:
+    """Compute attention of some of the queries to some of the keys, given their order in the row."""
+    weights = partial(
+        softmax_weights,
+        mask_BTS=attention_mask(queries, order_T, keys, order_S, inputs.window),
+        positions=(queries.positions_BT, keys.positions_BT),
+        cap=inputs.softcap,
+        bias=inputs.bias,
+        sinks_H=inputs.sinks_H,
+    )
+    return dot_product_attention(q_BTHC, k_BKSC, v_BKSC, inputs.scale, weights)
 
 
-# Attention of one block of queries after another, in plain XLA: on every device, and never all scores at once.
+# Blockwise attention: one block of queries after another, in plain XLA, on every device.
 
-# Queries in a block: enough to keep the units for matrix products busy.
+# Queries in a block: enough to keep matrix units busy.
 BLOCK = 512
 
 
@@ -105,33 +118,59 @@ def blockwise(inputs: AttentionInputs, block: int = BLOCK) -> jax.Array:
     block = -(-length // n_blocks)
     n_keys = length if inputs.window is None else min(length, block + inputs.window - 1)
 
-    def blocks(x_BT: jax.Array) -> jax.Array:
+    def split(x_BT: jax.Array) -> jax.Array:
         """Split x along T into blocks, as the first axis; the last block is padded with copies of the last token."""
-        filled = jnp.pad(x_BT, [(0, 0), (0, n_blocks * block - length), *[(0, 0)] * (x_BT.ndim - 2)], mode="edge")
-        return jnp.moveaxis(filled.reshape(batch, n_blocks, block, *x_BT.shape[2:]), 1, 0)
+        padded = jnp.pad(x_BT, [(0, 0), (0, n_blocks * block - length), *[(0, 0)] * (x_BT.ndim - 2)], mode="edge")
+        return jnp.moveaxis(padded.reshape(batch, n_blocks, block, *x_BT.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def attend(index: jax.Array, q_BTHC: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    def attend_block(index: jax.Array, q_BTHC: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
         order_T = jnp.minimum(index * block + jnp.arange(block), length - 1)
         first = jnp.clip((index + 1) * block - n_keys, 0, length - n_keys)
 
-        def near(x_BS: jax.Array) -> jax.Array:
+        def visible(x_BS: jax.Array) -> jax.Array:
             return x_BS if n_keys == length else jax.lax.dynamic_slice_in_dim(x_BS, first, n_keys, axis=1)
 
-        keys = BlockInputs(near(inputs.context.positions_BT), near(inputs.context.segments_BT))
+        queries = BlockInputs(positions_BT, segments_BT)
+        keys = BlockInputs(visible(inputs.context.positions_BT), visible(inputs.context.segments_BT))
         order_S = jnp.arange(length) if n_keys == length else first + jnp.arange(n_keys)
-        mask_BTS = attention_mask(BlockInputs(positions_BT, segments_BT), order_T, keys, order_S, inputs.window)
-        positions = (positions_BT, keys.positions_BT)
-
-        def weights(scores_BHTS: jax.Array) -> jax.Array:
-            return softmax_weights(scores_BHTS, mask_BTS, positions, inputs.softcap, inputs.bias, inputs.sinks_H)
-
-        by_heads = (jnp.swapaxes(near(inputs.k_BSKC), 1, 2), jnp.swapaxes(near(inputs.v_BSKC), 1, 2))
-        return dot_product_attention(q_BTHC, *by_heads, inputs.scale, weights)
+        k_BKSC, v_BKSC = jnp.swapaxes(visible(inputs.k_BSKC), 1, 2), jnp.swapaxes(visible(inputs.v_BSKC), 1, 2)
+        return _attend(inputs, q_BTHC, k_BKSC, v_BKSC, queries, order_T, keys, order_S)
 
     queries = (inputs.q_BTHC, inputs.context.positions_BT, inputs.context.segments_BT)
-    mixed = jax.lax.map(lambda each: attend(*each), (jnp.arange(n_blocks), *map(blocks, queries)))
+    mixed = jax.lax.map(lambda xs: attend_block(*xs), (jnp.arange(n_blocks), *map(split, queries)))
     return jnp.moveaxis(mixed, 0, 1).reshape(batch, n_blocks * block, *mixed.shape[3:])[:, :length]
+
+
+# Triangular attention: a few blocks of queries, each with only the keys that it can attend to, which saves about half
+# of the products. The blocks are unrolled and the backward pass recomputes nothing: the fastest form on CPUs.
+
+# With more blocks, more keys are skipped, but products are smaller.
+N_BLOCKS = 4
+
+
+def triangular(inputs: AttentionInputs, n_blocks: int = N_BLOCKS) -> jax.Array:
+    """Compute attention for a few blocks of queries, each with only the keys that it can attend to."""
+    length = inputs.q_BTHC.shape[1]
+    k_BKSC, v_BKSC = jnp.swapaxes(inputs.k_BSKC, 1, 2), jnp.swapaxes(inputs.v_BSKC, 1, 2)
+    positions_BT, segments_BT = inputs.context.positions_BT, inputs.context.segments_BT
+
+    def attend_block(start: int, stop: int) -> jax.Array:
+        first = 0 if inputs.window is None else max(0, start + 1 - inputs.window)
+        return _attend(
+            inputs,
+            inputs.q_BTHC[:, start:stop],
+            k_BKSC[:, :, first:stop],
+            v_BKSC[:, :, first:stop],
+            BlockInputs(positions_BT[:, start:stop], segments_BT[:, start:stop]),
+            jnp.arange(start, stop),
+            BlockInputs(positions_BT[:, first:stop], segments_BT[:, first:stop]),
+            jnp.arange(first, stop),
+        )
+
+    block = -(-length // n_blocks)
+    starts = range(0, length, block)
+    return jnp.concatenate([attend_block(start, min(start + block, length)) for start in starts], axis=1)
 
 
 def portable_unsupported_reason(spec: AttentionSpec) -> str | None:
@@ -141,52 +180,12 @@ def portable_unsupported_reason(spec: AttentionSpec) -> str | None:
     return "it does not support dropout of attention weights" if spec.dropout else None
 
 
-BLOCKWISE = Kernel(blockwise, portable_unsupported_reason)
-
-
-# Attention of a few blocks of queries, each with no more keys than it can see: about half of all products.
-#
-# The blocks are written out one after another, and what the backward pass reads is kept: the fastest form on CPUs.
-
-# More blocks leave out more keys, and make more and smaller products.
-N_BLOCKS = 4
-
-
-def triangular(inputs: AttentionInputs, n_blocks: int = N_BLOCKS) -> jax.Array:
-    """Compute attention for a few blocks of queries, each with only the keys that it can attend to."""
-    length = inputs.q_BTHC.shape[1]
-    k_BKSC, v_BKSC = jnp.swapaxes(inputs.k_BSKC, 1, 2), jnp.swapaxes(inputs.v_BSKC, 1, 2)
-
-    def attend(start: int, stop: int) -> jax.Array:
-        first = 0 if inputs.window is None else max(0, start + 1 - inputs.window)
-        queries, keys = _part(inputs.context, start, stop), _part(inputs.context, first, stop)
-        mask_BTS = attention_mask(queries, jnp.arange(start, stop), keys, jnp.arange(first, stop), inputs.window)
-        positions = (queries.positions_BT, keys.positions_BT)
-
-        def weights(scores_BHTS: jax.Array) -> jax.Array:
-            return softmax_weights(scores_BHTS, mask_BTS, positions, inputs.softcap, inputs.bias, inputs.sinks_H)
-
-        near = (k_BKSC[:, :, first:stop], v_BKSC[:, :, first:stop])
-        return dot_product_attention(inputs.q_BTHC[:, start:stop], *near, inputs.scale, weights)
-
-    block = -(-length // n_blocks)
-    starts = range(0, length, block)
-    return jnp.concatenate([attend(start, min(start + block, length)) for start in starts], axis=1)
-
-
-def _part(context: BlockInputs, start: int, stop: int) -> BlockInputs:
-    return BlockInputs(context.positions_BT[:, start:stop], context.segments_BT[:, start:stop])
-
-
-TRIANGULAR = Kernel(triangular, portable_unsupported_reason)
-
-
 KERNELS: dict[str, Kernel] = {
-    "plain": PLAIN,
-    "triangular": TRIANGULAR,
-    "blockwise": BLOCKWISE,
-    "cudnn": CUDNN,
-    "tokamax": TOKAMAX,
+    "plain": Kernel(reference_attention, lambda spec: None),
+    "triangular": Kernel(triangular, portable_unsupported_reason),
+    "blockwise": Kernel(blockwise, portable_unsupported_reason),
+    "cudnn": Kernel(cudnn, cudnn_unsupported_reason),
+    "tokamax": Kernel(tokamax, tokamax_unsupported_reason),
 }
 # From this length on, the scores of one head of one row take 16 MiB in float32 and dominate memory traffic.
 LONG = 2048
@@ -198,8 +197,8 @@ FASTEST = {
     "gpu": ("cudnn", range(sys.maxsize)),
     "tpu": ("tokamax", range(sys.maxsize)),
 }
-# These are the same on every device.
-EVERYWHERE = ("plain", "portable", "triangular", "blockwise")
+# Values of config.model.attention.kernel for which the choice does not depend on the device.
+DEVICE_INDEPENDENT = ("plain", "portable", "triangular", "blockwise")
 
 
 class KernelChoice(NamedTuple):
@@ -209,18 +208,13 @@ class KernelChoice(NamedTuple):
     reason: str
 
 
-def device_for(name: str, cached: bool) -> Device:
-    """Return the device to choose a kernel for; ANY_DEVICE, without initializing JAX, if the choice is the same."""
-    return ANY_DEVICE if cached or name in EVERYWHERE else current_device()
-
-
 def select_kernel(name: str, spec: AttentionSpec) -> KernelChoice:
     """Return the kernel for a spec.
 
     Args:
         name: config.model.attention.kernel. `auto` is the platform's fastest kernel if it supports the spec; otherwise,
-            like `portable`, blockwise for long rows and plain for others. Cached tokens always use plain.
-        spec: The spec.
+            like `portable`, blockwise for long rows and plain for others. Cached keys are always read by plain.
+        spec: Properties of the attention.
 
     Raises:
         UserError: The config names a kernel that does not support the spec.
@@ -233,17 +227,17 @@ def select_kernel(name: str, spec: AttentionSpec) -> KernelChoice:
                 f"config.model.attention.kernel={name!r} cannot be used here: {reason}. auto chooses one that can."
             )
         return KernelChoice(name, "the config names it")
-    refusals = []
+    reasons = []
     fastest, lengths = FASTEST.get(spec.device.platform or "", ("", range(0)))
     if name == "auto" and spec.length in lengths:
         if (reason := KERNELS[fastest].unsupported_reason(spec)) is None:
             return KernelChoice(fastest, f"this is a {spec.device.platform}")
-        refusals.append(f"{fastest} cannot be used: {reason}")
+        reasons.append(f"{fastest} cannot be used: {reason}")
     if spec.length >= LONG:
-        if (reason := BLOCKWISE.unsupported_reason(spec)) is None:
-            return KernelChoice("blockwise", "; ".join([*refusals, f"rows have {LONG} tokens or more"]))
-        refusals.append(f"blockwise cannot be used: {reason}")
-    return KernelChoice("plain", "; ".join(refusals) or f"rows have less than {LONG} tokens")
+        if (reason := portable_unsupported_reason(spec)) is None:
+            return KernelChoice("blockwise", "; ".join([*reasons, f"rows have {LONG} tokens or more"]))
+        reasons.append(f"blockwise cannot be used: {reason}")
+    return KernelChoice("plain", "; ".join(reasons) or f"rows have less than {LONG} tokens")
 
 
 def attention(
@@ -256,7 +250,7 @@ def attention(
     cache: KVCache | None = None,
     sinks_H: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
-    """Causal attention of a layer by the kernel that config.model.attention.kernel selects.
+    """Compute causal attention with the kernel that config.model.attention.kernel selects.
 
     Args:
         q_BTHC: Queries. Head h reads the keys and values of head h // (H / K).
@@ -269,7 +263,7 @@ def attention(
         sinks_H: Logits of attention sinks.
 
     Returns:
-        mixed_BTKGC, the values averaged by attention, and the cache with the new keys and values.
+        mixed_BTKGC, the weighted means of the values, and the cache with the new keys and values.
     """
     kernel = select_kernel(config.attention.kernel, spec).kernel
     if kernel != "plain":
@@ -306,13 +300,13 @@ def attention_weights(
 
 
 def positional_bias(config: ModelConfig) -> Bias | None:
-    """Return the function of query and key positions that a block adds to scores, or None."""
+    """Return the positional bias of a block's attention scores, or None."""
     bias = get_position_encoding(config).bias
     return (lambda queries_BT, keys_BS: bias(queries_BT, keys_BS, config)) if bias else None
 
 
 def attention_scale(config: ModelConfig, channels: int) -> float:
-    """Return the factor of scores for queries and keys with this number of channels."""
+    """Return the factor of attention scores for queries and keys with this number of channels."""
     return channels**-0.5 if config.attention.scale is None else config.attention.scale
 
 
@@ -339,8 +333,12 @@ def attention_spec(
         has_dropout: Whether attention weights are dropped.
         device: The device that runs the program; None for the default device.
     """
+    if device is None:
+        # The default device is only initialized if the choice of the kernel depends on it.
+        is_independent = is_cached or config.attention.kernel in DEVICE_INDEPENDENT
+        device = ANY_DEVICE if is_independent else current_device()
     return AttentionSpec(
-        device=device or device_for(config.attention.kernel, is_cached),
+        device=device,
         dtype=config.dtype,
         length=length,
         n_heads=config.attention.n_heads,
@@ -363,7 +361,7 @@ def attention_inputs(
     window: int | None,
     sinks_H: jax.Array | None,
 ) -> AttentionInputs:
-    """Return a kernel's inputs for a block, from queries, keys and values, each B x T x heads x channels."""
+    """Return a kernel's inputs for a block, from arrays q_BTHC, k_BSKC and v_BSKC."""
     q_BTHC, k_BSKC, v_BSKC = arrays
     scale = attention_scale(config, q_BTHC.shape[-1])
     return AttentionInputs(

@@ -1,9 +1,10 @@
-"""What attention of a model is computed by, and whether it computes what the reference does.
+"""Checks the selected attention kernels against the reference before a model is trained.
 
-A kernel may be wrong on a device, for a head width or a version of a library: so, before a model is trained, each that
-was chosen is held against `plain` in float32, in value and gradient, on small arrays of the model's own widths.
+A kernel may be wrong for a device, a head width or a version of a library, so each is compared with `plain` in float32,
+in value and gradient, on small arrays with the head widths of the model.
 """
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import jax
@@ -20,17 +21,19 @@ from rustgpt_jax.model.matmul import to_float32
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.registry import lookup
 
-# Tokens of a row in a check, at most: more than one block of every kernel, and a multiple of what any of them needs.
-MOST_TOKENS = 640
-# Differences, as a share of the largest magnitude, that rounding explains: some units in the last place of the type.
+# Maximum length of a row in a check: more than one block of every kernel, and a multiple of what any of them needs.
+MAX_TOKENS = 640
+# Relative differences that rounding explains: some units in the last place.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
 
 
-class Finding(NamedTuple):
-    """What attention of a mixer is computed by.
+class KernelCheck(NamedTuple):
+    """The kernel that was selected for a mixer, and how it compares with the reference.
 
-    mixer: its name in the config, with its position scheme where the mixer alone does not tell. difference: the largest
-    between it and the reference, as a share of the reference's largest magnitude; None for the reference itself.
+    Attributes:
+        mixer: Name of the mixer, with its position encoding if the mixer is used with several.
+        choice: The kernel and the reason for its selection.
+        difference: Largest relative difference from the reference; None for the reference itself.
     """
 
     mixer: str
@@ -38,16 +41,17 @@ class Finding(NamedTuple):
     difference: float | None
 
     @property
-    def sentence(self) -> str:
-        """'attention: cudnn, because this is a gpu (differs from the reference by 3e-03)'."""
+    def message(self) -> str:
+        """A line such as 'attention: cudnn, because this is a gpu (differs from the reference by 3e-03)'."""
         text = f"{self.mixer}: {self.choice.kernel}, because {self.choice.reason}"
         return text if self.difference is None else f"{text} (differs from the reference by {self.difference:.0e})"
 
 
-def attention_choices(model: ModelConfig, device: Device, length: int) -> dict[str, KernelChoice]:
-    """The kernel that serves each mixer with attention when rows of `length` tokens are trained on, by mixer.
+def select_kernels(model: ModelConfig, device: Device, length: int) -> dict[str, KernelChoice]:
+    """Return the kernel for each mixer with attention, when training on rows of `length` tokens on a device.
 
-    Starts no JAX if the device is given. Raises UserError for a kernel asked for by name that cannot serve all.
+    Raises:
+        UserError: The config names a kernel that does not support one of the mixers.
     """
     dropout = is_enabled(model.dropout)
     return {
@@ -59,78 +63,84 @@ def attention_choices(model: ModelConfig, device: Device, length: int) -> dict[s
     }
 
 
-def check_kernels(model: ModelConfig, length: int) -> list[Finding]:
-    """Each choice with how far it is from the reference, on the device at hand; nothing is computed for `plain`.
+def check_kernels(model: ModelConfig, length: int) -> list[KernelCheck]:
+    """Compare the selected kernels with the reference on the default device; `plain` needs no computation.
 
-    Raises UserError for a difference that rounding does not explain.
+    Raises:
+        UserError: A difference is larger than rounding explains.
     """
     blocks = _attention_blocks(model)
-    findings = []
-    for name, choice in attention_choices(model, current_device(), length).items():
+    checks = []
+    for name, choice in select_kernels(model, current_device(), length).items():
         difference = None
         if choice.kernel != "plain":
             mixer, block = blocks[name]
-            difference = largest_difference(choice.kernel, *_small_inputs(mixer, block, length))
+            difference = largest_difference(choice.kernel, *_random_inputs(mixer, block, length))
             if not difference <= TOLERANCES[block.dtype]:
                 raise UserError(
                     f"Attention by {choice.kernel} ({name}) is wrong on this device: it differs from the reference by "
                     f"{difference:.0e} of its largest value, where {block.dtype} explains "
                     f"{TOLERANCES[block.dtype]:.0e}. Set config.model.attention.kernel=portable."
                 )
-        findings.append(Finding(name, choice, difference))
-    return findings
+        checks.append(KernelCheck(name, choice, difference))
+    return checks
 
 
 def largest_difference(kernel: str, inputs: AttentionInputs, cotangent_BTHC: jax.Array) -> float:
-    """How far the values and gradients of a kernel are from those of `plain` in float32, for a cotangent of the values.
+    """Compare the values and gradients of a kernel with those of `plain` in float32.
 
-    Of each array, the largest difference as a share of the largest magnitude; of these the largest, NaN if one is NaN.
-    Values of padding do not count.
+    Args:
+        kernel: Name of the kernel.
+        inputs: Inputs of the kernel.
+        cotangent_BTHC: Gradient with respect to the values that the kernel returns.
+
+    Returns:
+        The largest difference as a share of the largest magnitude of each array, without padding; NaN if one is NaN.
     """
     arrays = (inputs.q_BTHC, inputs.k_BSKC, inputs.v_BSKC)
     is_token_BT11 = (inputs.context.segments_BT > 0)[:, :, None, None]
 
-    def computed(name: str, arrays: tuple[jax.Array, ...], cotangent_BTHC: jax.Array) -> list[np.ndarray]:
-        def attend(*arrays: jax.Array) -> jax.Array:
-            q_BTHC, k_BSKC, v_BSKC = arrays
+    def compute(name: str, arrays: tuple[jax.Array, ...], cotangent_BTHC: jax.Array) -> list[np.ndarray]:
+        def attend(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array) -> jax.Array:
             mixed = KERNELS[name].attend(inputs._replace(q_BTHC=q_BTHC, k_BSKC=k_BSKC, v_BSKC=v_BSKC))
             return jnp.where(is_token_BT11, mixed.reshape(cotangent_BTHC.shape), 0)
 
-        def both(arrays: tuple[jax.Array, ...], cotangent_BTHC: jax.Array) -> tuple[jax.Array, ...]:
+        def values_and_gradients(arrays: tuple[jax.Array, ...], cotangent_BTHC: jax.Array) -> tuple[jax.Array, ...]:
             mixed_BTHC, pullback = jax.vjp(attend, *arrays)
             return mixed_BTHC, *pullback(cotangent_BTHC)
 
-        # Units for matrix products would round float32 to fewer digits, for a kernel and the reference differently.
-        is_wide = arrays[0].dtype != jnp.bfloat16
-        with jax.default_matmul_precision("highest" if is_wide else None):
-            return [np.asarray(array, np.float64) for array in jax.jit(both)(arrays, cotangent_BTHC)]
+        # By default, matrix units may round float32 to fewer bits, for a kernel and the reference differently.
+        precision = None if arrays[0].dtype == jnp.bfloat16 else "highest"
+        with jax.default_matmul_precision(precision):
+            return [np.asarray(array, np.float64) for array in jax.jit(values_and_gradients)(arrays, cotangent_BTHC)]
 
-    expected = computed("plain", tuple(map(to_float32, arrays)), to_float32(cotangent_BTHC))
-    pairs = zip(computed(kernel, arrays, cotangent_BTHC), expected, strict=True)
-    return float(np.max([np.max(np.abs(got - right)) / np.max(np.abs(right)) for got, right in pairs]))
+    expected = compute("plain", tuple(map(to_float32, arrays)), to_float32(cotangent_BTHC))
+    pairs = zip(compute(kernel, arrays, cotangent_BTHC), expected, strict=True)
+    return float(np.max([np.max(np.abs(actual - right)) / np.max(np.abs(right)) for actual, right in pairs]))
 
 
 def _attention_blocks(model: ModelConfig) -> dict[str, tuple[Any, ModelConfig]]:
-    """The mixers with attention and the configs of their blocks, one for each kind of block."""
+    """Return the distinct mixers with attention, each with the config of its block."""
     found: dict[tuple[str, str], tuple[Any, ModelConfig]] = {}
-    for stack in layer_groups(model):
-        (mixer_name,), (position,) = stack.block.mixers, stack.block.positions
+    for group in layer_groups(model):
+        (mixer_name,), (position,) = group.block.mixers, group.block.positions
         mixer = lookup(MIXERS, mixer_name, "config.model.mixers")
         if hasattr(mixer, "attention_spec"):
-            found[mixer_name, position] = (mixer, stack.block.mixer_config)
-    schemes = {mixer: sum(name == mixer for name, _ in found) for mixer, _ in found}
+            found[mixer_name, position] = (mixer, group.block.mixer_config)
+    n_encodings = Counter(name for name, _ in found)
     return {
-        name if schemes[name] == 1 else f"{name} with {position}": block for (name, position), block in found.items()
+        name if n_encodings[name] == 1 else f"{name} with {position}": block
+        for (name, position), block in found.items()
     }
 
 
-def _small_inputs(mixer: Any, block: ModelConfig, length: int) -> tuple[AttentionInputs, jax.Array]:
-    """Random arrays as a block of a model has them, and a cotangent of what a kernel gives for them.
+def _random_inputs(mixer: Any, block: ModelConfig, length: int) -> tuple[AttentionInputs, jax.Array]:
+    """Return random inputs for a block's attention, and a cotangent of its output.
 
-    A row is one document, the other has two and padding, whose cotangent is 0. A window is short, so that tokens leave
-    it; heads are of two groups at most.
+    One row is one document; the other has two documents and padding, whose cotangent is 0. The window is shorter than a
+    row, and there are at most two key/value heads.
     """
-    length = min(length, MOST_TOKENS)
+    length = min(length, MAX_TOKENS)
     n_kv_heads = block.attention.kv_heads
     fewer = min(2, n_kv_heads)
     block = replace_paths(

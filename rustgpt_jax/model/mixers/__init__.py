@@ -1,16 +1,11 @@
-"""Token mixers: how a block moves information between tokens, in training and from a cache, by one forward.
+"""Token mixers, which move information between tokens; one forward serves training and decoding.
 
-A mixer is a Flax module made from the config of its block. It has either
+A mixer is a Flax module made from the config of its block, with the interface `Mixer` or `CachedMixer` of
+interfaces.py.
 
-    __call__(x_BTD, context)              returns y_BTD; decoding recomputes it over the whole context for each token
-
-or
-
-    init_cache(config, batch, length)     returns an empty cache, any pytree of arrays whose first axis is B
-    __call__(x_BTD, context, cache)       returns y_BTD, and the cache with the new tokens in it (None in training)
-
-Without a cache a row may hold several documents (`context.segments_BT`) that do not see each other. With one it holds a
-part of one document, after what is in the cache. Padding comes after the tokens of a row, and changes no cache.
+Without a cache, a row may contain several documents (`context.segments_BT`) that do not see each other. With a cache,
+it contains the part of one document that follows the cached tokens. Padding comes after the tokens of a row and does
+not change the cache.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Causal softmax attention, over all earlier tokens or over a sliding window of them."""
+"""Causal softmax attention over all earlier tokens or a sliding window."""
 
 from functools import partial
 from typing import Any
@@ -13,8 +13,7 @@ from rustgpt_jax.model.interfaces import BlockInputs
 from rustgpt_jax.model.kernels import AttentionSpec
 from rustgpt_jax.model.kernels.attention import attention, attention_spec, get_position_encoding
 from rustgpt_jax.model.kv_cache import KVCache
-from rustgpt_jax.model.linear import Linear
-from rustgpt_jax.model.norms import NORMS
+from rustgpt_jax.model.layers import NORMS, Linear
 from rustgpt_jax.registry import lookup
 
 
@@ -50,30 +49,30 @@ class Attention(nn.Module):
         config = self.config
         n_heads, n_kv_heads, channels = config.attention.n_heads, config.attention.kv_heads, config.head_width
         batch, length = x_BTD.shape[:2]
-        scheme = get_position_encoding(config)
+        rotate = get_position_encoding(config).rotate
 
-        def heads(name: str, count: int) -> jax.Array:
+        def project(name: str, count: int) -> jax.Array:
             linear = Linear(config, count * channels, has_bias=config.has_qkv_bias, name=name)
             projected = linear(x_BTD)
             if name != "value":
-                projected = normalized(projected, f"{name}_norm", "projection")
+                projected = normalize(projected, f"{name}_norm", "projection")
             split = projected.reshape(batch, length, count, channels)
             if name == "value":
                 return split
-            split = normalized(split, f"{name}_norm", "head")
-            return scheme.rotate(split, context.positions_BT, config) if scheme.rotate else split
+            split = normalize(split, f"{name}_norm", "head")
+            return rotate(split, context.positions_BT, config) if rotate else split
 
-        def normalized(x: jax.Array, name: str, where: str) -> jax.Array:
+        def normalize(x: jax.Array, name: str, where: str) -> jax.Array:
             if config.attention.qk_norm != where:
                 return x
             return lookup(NORMS, config.norm, "config.model.norm")(config, name=name)(x)
 
-        # Every query sees all earlier keys: on a mesh that cuts windows into stretches, each device gets all of them.
-        q_BTHC = shard_activations(heads("query", n_heads), "BTHC")
+        # Queries may be sharded along the sequence; keys and values are not, for every query reads all earlier ones.
+        q_BTHC = shard_activations(project("query", n_heads), "BTHC")
         if config.attention.scale_by_layer:
             layer = 0 if context.layer is None else context.layer
             q_BTHC = q_BTHC / jnp.asarray(layer + 1, q_BTHC.dtype)
-        k_BTKC, v_BTKC = (shard_activations(heads(name, n_kv_heads), "B.KC") for name in ("key", "value"))
+        k_BTKC, v_BTKC = (shard_activations(project(name, n_kv_heads), "B.KC") for name in ("key", "value"))
         sinks_H = self.param("sinks", nn.initializers.zeros, (n_heads,)) if config.attention.sinks else None
         is_cached = cache is not None or self.is_initializing()
         has_dropout = context.dropout_key is not None
@@ -84,7 +83,7 @@ class Attention(nn.Module):
 
 
 class LocalAttention(Attention):
-    """Attention over the last `local_window` tokens (arXiv 2004.05150), with a cache that holds no more than those."""
+    """Sliding-window attention over the last `local_window` tokens (arXiv 2004.05150), which are all that is cached."""
 
     @classmethod
     def window(cls, config: ModelConfig) -> int | None:

@@ -1,4 +1,4 @@
-"""The gated delta rule: a matrix a head that maps keys to values, corrected by each token, of fixed size."""
+"""Gated DeltaNet: each head has a matrix state of fixed size that maps keys to values and is updated by each token."""
 
 from typing import Any, NamedTuple
 
@@ -9,15 +9,12 @@ from jax.scipy.linalg import solve_triangular
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.interfaces import BlockInputs
-from rustgpt_jax.model.linear import Linear
+from rustgpt_jax.model.layers import NORMS, Linear
 from rustgpt_jax.model.matmul import to_float32
 from rustgpt_jax.model.mixers.short_conv import ShortConvolution, document_numbers
-from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.registry import lookup
 
-# The gated delta rule over many tokens at once, by matrix products.
-
-# Tokens that are worked on at once. It changes the speed, and results by no more than rounding.
+# Tokens that are processed together; affects speed, and results only by rounding.
 CHUNK = 32
 
 
@@ -30,57 +27,61 @@ def gated_delta_rule(
     document_BT: jax.Array,
     state_BHCE: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """o_BTHE of o_t = S_t q_t with S_t = e^(g_t) S_(t-1) (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, and the last S.
+    """Apply the gated delta rule to all tokens of a row, by matrix products over chunks of tokens.
 
-    What a token writes is u_t = beta_t (v_t - e^(g_t) S_(t-1) k_t): S_t is the sum over s of fade_ts u_s k_s^T, where
-    fade_ts is e to the sum of g after s up to t. Within a chunk of tokens the u solve a unit lower triangular system,
-    linear in the state before the chunk (arXiv 2406.06484, 2412.06464), so that only states go from chunk to chunk.
-    The sums of g are made for each s by itself, for a difference of sums would depend on the documents before.
+    The state is S_t = e^(g_t) S_(t-1) (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, and the output o_t = S_t q_t. With the
+    updates u_t = beta_t (v_t - e^(g_t) S_(t-1) k_t), S_t is the sum over s of decay_ts u_s k_s^T, where decay_ts is e
+    to the sum of g after s up to t. Within a chunk, the u solve a unit lower triangular system that is linear in the
+    state before the chunk (arXiv 2406.06484, 2412.06464), so that only states are passed from chunk to chunk. The sums
+    of g are computed separately for each s, because a difference of cumulative sums would depend on earlier documents.
 
     Args:
-        q_BTHC: queries.
-        k_BTHC: keys, of length 1.
-        v_BTHE: values; E counts their channels.
-        beta_BTH: how much of what the state has for a key is replaced. 0, with a g of 0, leaves the state as it is.
-        g_BTH: logarithm of what stays of the state, at most 0.
-        document_BT: numbers of the documents, in order. No state goes from one to the next.
+        q_BTHC: Queries.
+        k_BTHC: Keys of length 1.
+        v_BTHE: Values; E counts their channels.
+        beta_BTH: Share of the value stored for a key that is replaced; 0, with a g of 0, leaves the state unchanged.
+        g_BTH: Logarithm of the decay of the state, at most 0.
+        document_BT: Index of each token's document, in order; no state is passed between documents.
         state_BHCE: S before the first token, transposed, for the document of that token.
+
+    Returns:
+        o_BTHE, and the last S, transposed.
     """
     length, size = q_BTHC.shape[1], min(CHUNK, q_BTHC.shape[1])
 
-    def chunks(x_BT: jax.Array, mode: str = "constant") -> jax.Array:
-        """x_MBT of M chunks, the last of which is filled up."""
+    def split(x_BT: jax.Array, mode: str = "constant") -> jax.Array:
+        """Split x along T into M chunks, as the first axis; the last chunk is padded."""
         x_BT = jnp.pad(x_BT, [(0, 0), (0, -length % size), *[(0, 0)] * (x_BT.ndim - 2)], mode=mode)
         return jnp.moveaxis(x_BT.reshape(x_BT.shape[0], -1, size, *x_BT.shape[2:]), 1, 0)
 
-    q_MBHTC, k_MBHTC, v_MBHTE = (jnp.swapaxes(chunks(x), 2, 3) for x in (q_BTHC, k_BTHC, v_BTHE))
-    beta_MBHT1, g_MBHT1 = (jnp.swapaxes(chunks(x), 2, 3)[..., None] for x in (beta_BTH, g_BTH))
-    document_MBT = chunks(document_BT, "edge")
-    before_MB1 = jnp.concatenate([document_MBT[:1, :, :1], document_MBT[:-1, :, -1:]])
+    q_MBHTC, k_MBHTC, v_MBHTE = (jnp.swapaxes(split(x), 2, 3) for x in (q_BTHC, k_BTHC, v_BTHE))
+    beta_MBHT1, g_MBHT1 = (jnp.swapaxes(split(x), 2, 3)[..., None] for x in (beta_BTH, g_BTH))
+    document_MBT = split(document_BT, "edge")
+    previous_MB1 = jnp.concatenate([document_MBT[:1, :, :1], document_MBT[:-1, :, -1:]])
 
     order_T = jnp.arange(size)
-    later_MBHTS = (order_T[:, None] > order_T[None, :])[None, None, None]
-    same_MBHTS = (document_MBT[:, :, :, None] == document_MBT[:, :, None, :])[:, :, None]
-    after_s_MBHTS = jnp.cumsum(jnp.where(later_MBHTS, g_MBHT1, 0), axis=-2)
-    fade_MBHTS = jnp.where(same_MBHTS & ~jnp.swapaxes(later_MBHTS, -1, -2), jnp.exp(after_s_MBHTS), 0)
-    continues_MBHT1 = (document_MBT == before_MB1)[:, :, None, :, None]
-    state_fade_MBHT1 = jnp.where(continues_MBHT1, jnp.exp(jnp.cumsum(g_MBHT1, axis=-2)), 0)
+    is_earlier_MBHTS = (order_T[:, None] > order_T[None, :])[None, None, None]
+    is_same_MBHTS = (document_MBT[:, :, :, None] == document_MBT[:, :, None, :])[:, :, None]
+    g_sum_MBHTS = jnp.cumsum(jnp.where(is_earlier_MBHTS, g_MBHT1, 0), axis=-2)
+    decay_MBHTS = jnp.where(is_same_MBHTS & ~jnp.swapaxes(is_earlier_MBHTS, -1, -2), jnp.exp(g_sum_MBHTS), 0)
+    is_continued_MBHT1 = (document_MBT == previous_MB1)[:, :, None, :, None]
+    state_decay_MBHT1 = jnp.where(is_continued_MBHT1, jnp.exp(jnp.cumsum(g_MBHT1, axis=-2)), 0)
 
     k_MBHCS = jnp.swapaxes(k_MBHTC, -1, -2)
-    system_MBHTS = jnp.where(later_MBHTS, beta_MBHT1 * fade_MBHTS * (k_MBHTC @ k_MBHCS), 0)
-    right_side = jnp.concatenate([beta_MBHT1 * v_MBHTE, beta_MBHT1 * state_fade_MBHT1 * k_MBHTC], axis=-1)
+    system_MBHTS = jnp.where(is_earlier_MBHTS, beta_MBHT1 * decay_MBHTS * (k_MBHTC @ k_MBHCS), 0)
+    right_side = jnp.concatenate([beta_MBHT1 * v_MBHTE, beta_MBHT1 * state_decay_MBHT1 * k_MBHTC], axis=-1)
     solved = solve_triangular(system_MBHTS, right_side, lower=True, unit_diagonal=True)
-    written_MBHTE, erased_MBHTC = jnp.split(solved, [v_MBHTE.shape[-1]], axis=-1)
+    values_MBHTE, removed_MBHTC = jnp.split(solved, [v_MBHTE.shape[-1]], axis=-1)
 
-    def chunk(state_BHCE: jax.Array, parts: Any) -> tuple[jax.Array, jax.Array]:
-        written_BHTE, erased_BHTC, q_BHTC, att_BHTS, k_BHCS, fade_BH11 = parts
-        u_BHTE = written_BHTE - erased_BHTC @ state_BHCE
-        return fade_BH11 * state_BHCE + k_BHCS @ u_BHTE, q_BHTC @ state_BHCE + att_BHTS @ u_BHTE
+    def process_chunk(state_BHCE: jax.Array, xs: Any) -> tuple[jax.Array, jax.Array]:
+        values_BHTE, removed_BHTC, q_BHTC, att_BHTS, k_BHCS, decay_BH11 = xs
+        u_BHTE = values_BHTE - removed_BHTC @ state_BHCE
+        return decay_BH11 * state_BHCE + k_BHCS @ u_BHTE, q_BHTC @ state_BHCE + att_BHTS @ u_BHTE
 
-    faded_q_MBHTC, faded_k_MBHCS = state_fade_MBHT1 * q_MBHTC, fade_MBHTS[..., -1:, :] * k_MBHCS
-    att_MBHTS = fade_MBHTS * (q_MBHTC @ k_MBHCS)
-    parts = (written_MBHTE, erased_MBHTC, faded_q_MBHTC, att_MBHTS, faded_k_MBHCS, state_fade_MBHT1[..., -1:, :])
-    state_BHCE, o_MBHTE = jax.lax.scan(chunk, state_BHCE, parts)
+    decayed_q_MBHTC, decayed_k_MBHCS = state_decay_MBHT1 * q_MBHTC, decay_MBHTS[..., -1:, :] * k_MBHCS
+    att_MBHTS = decay_MBHTS * (q_MBHTC @ k_MBHCS)
+    xs = (values_MBHTE, removed_MBHTC, decayed_q_MBHTC, att_MBHTS, decayed_k_MBHCS, state_decay_MBHT1[..., -1:, :])
+    state_BHCE, o_MBHTE = jax.lax.scan(process_chunk, state_BHCE, xs)
     o_BMTHE = jnp.moveaxis(jnp.swapaxes(o_MBHTE, 2, 3), 0, 1)
     return o_BMTHE.reshape(v_BTHE.shape[0], -1, *v_BTHE.shape[2:])[:, :length], state_BHCE
 
@@ -89,7 +90,7 @@ STREAMS = ("query", "key", "value")
 
 
 class DeltaCache(NamedTuple):
-    """What is kept of all earlier tokens: the state, whose rows are channels of keys, and what convolutions see."""
+    """The state after the earlier tokens, whose rows are channels of keys, and the last inputs of the convolutions."""
 
     state_BHCE: jax.Array
     histories: dict[str, jax.Array]
@@ -103,19 +104,19 @@ class GatedDeltaNet(nn.Module):
         S_t = e^(g_t) S_(t-1) (I - b_t k_t k_t^T) + b_t v_t k_t^T,    o_t = S_t q_t / sqrt(C)
         b_t = sigmoid(W_b x_t),    g_t = -e^A softplus(W_g x_t + d)
 
-    where A and d are the parameters `decay_rate` and `decay_bias`. The output is norm(o_t) * SiLU(W x_t), projected
-    back. S is 0 before a document, and padding leaves it as it is.
+    where A and d are the parameters `decay_rate` and `decay_bias`. The output is a projection of norm(o_t) * SiLU(W
+    x_t). S is 0 before a document and unchanged by padding.
     """
 
     config: ModelConfig
 
     @classmethod
     def init_cache(cls, config: ModelConfig, batch: int, length: int) -> DeltaCache:
-        """The state before any token. It has the same size for every length."""
+        """Return the initial state, whose size does not depend on `length`."""
         del length
         n_heads, channels = config.attention.n_heads, config.head_width
         history = ShortConvolution.init_history(config, batch, n_heads * channels)
-        return DeltaCache(_no_state(config, batch), dict.fromkeys(STREAMS, history))
+        return DeltaCache(_initial_state(config, batch), dict.fromkeys(STREAMS, history))
 
     @nn.compact
     def __call__(
@@ -125,13 +126,13 @@ class GatedDeltaNet(nn.Module):
         batch, length = x_BTD.shape[:2]
         histories: dict[str, Any] = dict.fromkeys(STREAMS) if cache is None else dict(cache.histories)
 
-        def heads(name: str) -> jax.Array:
+        def project(name: str) -> jax.Array:
             x_BTR = Linear(config, n_heads * channels, has_bias=config.has_qkv_bias, name=name)(x_BTD)
             convolution = ShortConvolution(config, n_heads * channels, name=f"{name}_convolution")
             x_BTR, histories[name] = convolution(x_BTR, context, histories[name])
             return to_float32(jax.nn.silu(x_BTR)).reshape(batch, length, n_heads, channels)
 
-        q_BTHC, k_BTHC, v_BTHE = (heads(name) for name in STREAMS)
+        q_BTHC, k_BTHC, v_BTHE = (project(name) for name in STREAMS)
         is_token_BT1 = (context.segments_BT > 0)[..., None]
         rate_H = jnp.exp(self.param("decay_rate", initial_decay_rate, (n_heads,)))
         bias_H = self.param("decay_bias", initial_decay_bias, (n_heads,))
@@ -147,7 +148,7 @@ class GatedDeltaNet(nn.Module):
             beta_BTH,
             g_BTH,
             document_numbers(context),
-            _no_state(config, batch) if cache is None else cache.state_BHCE,
+            _initial_state(config, batch) if cache is None else cache.state_BHCE,
         )
         norm = lookup(NORMS, config.norm, "config.model.norm")(config, name="output_norm")
         gate_BTR = jax.nn.silu(Linear(config, n_heads * channels, name="gate")(x_BTD))
@@ -157,21 +158,21 @@ class GatedDeltaNet(nn.Module):
 
 
 def l2_normalize(x: jax.Array, epsilon: Any) -> jax.Array:
-    """X divided by its length along the last axis."""
+    """Divide x by its L2 norm along the last axis."""
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + epsilon)
 
 
 def initial_decay_rate(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """Logs of rates that are uniform between 1 and 16 (arXiv 2405.21060)."""
+    """Initialize logarithms of rates that are uniform between 1 and 16 (arXiv 2405.21060)."""
     return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
 
 
 def initial_decay_bias(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """Biases whose softplus is log-uniform between 0.001 and 0.1 (arXiv 2405.21060)."""
+    """Initialize biases whose softplus is log-uniform between 0.001 and 0.1 (arXiv 2405.21060)."""
     step = jnp.exp(jax.random.uniform(key, shape, dtype, jnp.log(0.001), jnp.log(0.1)))
     return step + jnp.log(-jnp.expm1(-step))
 
 
-def _no_state(config: ModelConfig, batch: int) -> jax.Array:
+def _initial_state(config: ModelConfig, batch: int) -> jax.Array:
     shape = (batch, config.attention.n_heads, config.head_width, config.head_width)
     return jnp.zeros(shape, jnp.promote_types(config.dtype, jnp.float32))

@@ -1,4 +1,4 @@
-"""Latent attention: keys and values are computed from a low-rank latent of each token, which is what is cached."""
+"""Multi-head latent attention: keys and values are computed from a cached low-rank latent of each token."""
 
 from functools import partial
 from typing import Any
@@ -18,22 +18,22 @@ from rustgpt_jax.model.kernels.attention import (
     get_position_encoding,
 )
 from rustgpt_jax.model.kv_cache import KVCache, update_kv_cache
-from rustgpt_jax.model.linear import Linear, normal_init
+from rustgpt_jax.model.layers import NORMS, Linear, normal_init
 from rustgpt_jax.model.matmul import accum_dtype
-from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.registry import lookup
 
 
 class LatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
 
-    Each token has a latent l = norm(W_l x) of R channels, and a key p = turned(W_p x) of E channels, the only ones with
-    the position, that all heads share. A head has a query of two parts, q of C channels and turned(r) of E, and
+    Each token has a latent l = norm(W_l x) of R channels, and a key p = rotate(W_p x) of E channels, which is shared by
+    all heads and alone depends on the position. A head has a query of two parts, q of C channels and rotate(r) of E,
+    and
 
-        k_s = W_k l_s,    v_s = W_v l_s,    score_ts = scale (q_t . k_s + turned(r_t) . p_s)
+        k_s = W_k l_s,    v_s = W_v l_s,    score_ts = scale (q_t . k_s + rotate(r_t) . p_s)
 
-    The cache keeps l and p. With it k and v are never made: q_t . W_k l_s = W_k^T q_t . l_s, and the mean of W_v l_s
-    by attention is W_v times the mean of l_s.
+    The cache contains l and p. With a cache, k and v are not computed: q_t . W_k l_s = W_k^T q_t . l_s, and the
+    weighted mean of W_v l_s is W_v times the weighted mean of l_s.
     """
 
     config: ModelConfig
@@ -72,14 +72,14 @@ class LatentAttention(nn.Module):
             norm = lookup(NORMS, config.norm, "config.model.norm")(config, name=f"{name}_norm")
             return norm(linear(name, features))
 
-        def turned(x_BTHE: jax.Array) -> jax.Array:
+        def apply_rope(x_BTHE: jax.Array) -> jax.Array:
             return rotate(x_BTHE, context.positions_BT, config) if rotate else x_BTHE
 
         source_BTD = latent("query_latent", config.mla.q_lora_rank) if config.mla.q_lora_rank else x_BTD
         query = linear("query", n_heads * (channels + shared_width), source_BTD)
         query = query.reshape(*x_BTD.shape[:2], n_heads, channels + shared_width)
-        q_BTHC, q_BTHE = query[..., :channels], turned(query[..., channels:])
-        shared_BTE = turned(linear("shared_key", shared_width)[:, :, None])[:, :, 0]
+        q_BTHC, q_BTHE = query[..., :channels], apply_rope(query[..., channels:])
+        shared_BTE = apply_rope(linear("shared_key", shared_width)[:, :, None])[:, :, 0]
         latent_BTR = latent("latent", kv_lora_rank)
         key_RHC = HeadKernel(config, name="key")(kv_lora_rank)
         value_RHC = HeadKernel(config, name="value")(kv_lora_rank)
@@ -94,7 +94,7 @@ class LatentAttention(nn.Module):
             spec = self.attention_spec(config, x_BTD.shape[1], is_cached=is_cached, has_dropout=has_dropout)
             mixed, _ = attention(q_BTHX, k_BTHX, v_BTHC, spec, config, context, None, sinks_H)
         else:
-            # Keys and values are not computed: the matrices that make them are applied to queries and to the mean.
+            # W_k and W_v are applied to the queries and to the weighted mean instead of to the latents.
             attended, cache = update_kv_cache(cache, (latent_BTR, shared_BTE), context)
             latent_BSR, shared_BSE = attended.keys
             q_BTHR = jnp.einsum("BTHC,RHC->BTHR", q_BTHC, key_RHC)
@@ -109,7 +109,7 @@ class LatentAttention(nn.Module):
 
 
 class HeadKernel(nn.Module):
-    """The matrix (R, H C) that makes the keys or values of all heads from a latent, seen as (R, H, C)."""
+    """The matrix (R, H C) that maps latents to the keys or values of all heads, returned as (R, H, C)."""
 
     config: ModelConfig
 
@@ -120,5 +120,5 @@ class HeadKernel(nn.Module):
         return kernel.astype(self.config.dtype).reshape(kv_lora_rank, n_heads, channels)
 
 
-def _scores(product: str, queries: jax.Array, keys: jax.Array) -> jax.Array:
-    return jnp.einsum(product, queries, keys, preferred_element_type=accum_dtype(queries, keys))
+def _scores(subscripts: str, queries: jax.Array, keys: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, queries, keys, preferred_element_type=accum_dtype(queries, keys))

@@ -1,4 +1,4 @@
-"""The real-gated linear recurrent unit: a state of fixed size, each channel of which decays at a rate of its own."""
+"""The real-gated linear recurrent unit (RG-LRU): a recurrent state of fixed size with a learned decay per channel."""
 
 from typing import Any, NamedTuple
 
@@ -8,16 +8,16 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.interfaces import BlockInputs
-from rustgpt_jax.model.linear import Linear, broadcast_channels, normal_init
+from rustgpt_jax.model.layers import Linear, broadcast_channels, normal_init
 from rustgpt_jax.model.matmul import to_float32
 from rustgpt_jax.model.mixers.short_conv import ShortConvolution, document_starts
 
-# The constant c of the paper: how far a gate that is open carries the decay.
+# The constant c of the paper: the exponent of the decay when the recurrence gate is open.
 LRU_C = 8.0
 
 
 class RecurrentCache(NamedTuple):
-    """What is kept of all earlier tokens: the state of each channel, and what the convolution still sees."""
+    """The state after the earlier tokens, and the last inputs of the convolution."""
 
     state_BR: jax.Array
     history: jax.Array
@@ -40,12 +40,12 @@ class RecurrentGatedLRU(nn.Module):
 
     @staticmethod
     def width(config: ModelConfig) -> int:
-        """R, the channels of the state."""
+        """Return R, the number of channels of the state."""
         return config.recurrent.width or config.d_model
 
     @classmethod
     def init_cache(cls, config: ModelConfig, batch: int, length: int) -> RecurrentCache:
-        """The state before any token. It has the same size for every length."""
+        """Return the initial state, whose size does not depend on `length`."""
         del length
         state_BR = jnp.zeros((batch, cls.width(config)), jnp.promote_types(config.dtype, jnp.float32))
         return RecurrentCache(state_BR, ShortConvolution.init_history(config, batch, cls.width(config)))
@@ -65,7 +65,7 @@ class RecurrentGatedLRU(nn.Module):
         i_BTR = jax.nn.sigmoid(to_float32(gate(config, width, name="input_gate")(x_BTR)))
         rate_R = jax.nn.softplus(self.param("decay_rate", initial_decay_rate, (width,)))
         log_a_BTR = -LRU_C * rate_R[None, None] * r_BTR
-        # A floor that is no rounding error, for the slope of the root at 0 is infinite.
+        # The smallest normal number, for the derivative of the square root at 0 is infinite.
         variance_BTR = jnp.maximum(-jnp.expm1(2 * log_a_BTR), jnp.finfo(log_a_BTR.dtype).tiny)
         if not config.recurrent.scale_first_token:
             variance_BTR = jnp.where(context.positions_BT[..., None] == 0, 1, variance_BTR)
@@ -103,17 +103,17 @@ class BlockDiagonalLinear(nn.Module):
 
 
 def linear_recurrence(a_BTR: jax.Array, b_BTR: jax.Array, state_BR: jax.Array | None = None) -> jax.Array:
-    """h_BTR of h_t = a_t h_(t-1) + b_t, from the state before the first token (None: 0), in log T parallel steps."""
+    """Return h_BTR of h_t = a_t h_(t-1) + b_t in log T parallel steps, from an initial state or else from 0."""
     if state_BR is not None:
         b_BTR = b_BTR.at[:, 0].add(a_BTR[:, 0] * state_BR)
 
-    def then(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def compose(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return first[0] * second[0], second[0] * first[1] + second[1]
 
-    return jax.lax.associative_scan(then, (a_BTR, b_BTR), axis=1)[1]
+    return jax.lax.associative_scan(compose, (a_BTR, b_BTR), axis=1)[1]
 
 
 def initial_decay_rate(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """Lambda for which a_t, where r_t is 1, is uniform between 0.9 and 0.999."""
+    """Initialize Lambda such that a_t is uniform between 0.9 and 0.999 where r_t is 1."""
     decay = jax.random.uniform(key, shape, dtype, 0.9, 0.999)
     return jnp.log(jnp.expm1(-jnp.log(decay) / LRU_C))

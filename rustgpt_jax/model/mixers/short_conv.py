@@ -1,4 +1,4 @@
-"""What recurrent mixers share: where documents begin, and a short causal convolution of each channel."""
+"""Parts shared by recurrent mixers: document boundaries and a short causal convolution of each channel."""
 
 import flax.linen as nn
 import jax
@@ -6,26 +6,29 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.interfaces import BlockInputs
-from rustgpt_jax.model.linear import broadcast_channels, normal_init
+from rustgpt_jax.model.layers import broadcast_channels, normal_init
 from rustgpt_jax.model.matmul import to_float32
 
 
 def document_starts(context: BlockInputs) -> jax.Array:
-    """Whether a token begins a document within the row (B, T). The first token of a row may continue a cached one."""
+    """Return whether a token begins a document within the row (B, T).
+
+    The first token of a row is not counted, for it may continue a cached document.
+    """
     before, now = context.segments_BT[:, :-1], context.segments_BT[:, 1:]
     return jnp.pad((now != before) & (now > 0), ((0, 0), (1, 0)))
 
 
 def document_numbers(context: BlockInputs) -> jax.Array:
-    """document_BT: the document of each token, the first one of a row being 0. Padding goes with what is before it."""
+    """Return document_BT, the index of each token's document in its row; padding has that of the tokens before it."""
     return jnp.cumsum(document_starts(context), axis=1)
 
 
 class ShortConvolution(nn.Module):
-    """y_t = sum over j < conv_width of kernel_j * x_(t-j), of tokens in the document of t (+ bias).
+    """y_t = sum over j < conv_width of kernel_j * x_(t-j), over tokens in the document of t (+ bias).
 
-    The kernel has shape (conv_width, channels), its last row for the token itself; it starts with the variance that
-    keeps that of x.
+    The kernel has shape (conv_width, channels), and its last row applies to the token itself. Its initial variance
+    preserves that of x.
     """
 
     config: ModelConfig
@@ -33,14 +36,14 @@ class ShortConvolution(nn.Module):
 
     @staticmethod
     def init_history(config: ModelConfig, batch: int, channels: int) -> jax.Array:
-        """The conv_width - 1 tokens before the first one: zeros."""
+        """Return zeros for the conv_width - 1 inputs before the first token."""
         return jnp.zeros((batch, config.recurrent.conv_width - 1, channels), config.dtype)
 
     @nn.compact
     def __call__(
         self, x_BTR: jax.Array, context: BlockInputs, history: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """y_BTR, and the last conv_width - 1 tokens of each row, padding left out (None where there was no history)."""
+        """Return y_BTR, and the last conv_width - 1 inputs of each row without padding (None without a history)."""
         width, (batch, length, _) = self.config.recurrent.conv_width, x_BTR.shape
         kernel_WR = self.param("kernel", normal_init(width**-0.5), (width, self.channels))
         earlier = self.init_history(self.config, batch, self.channels) if history is None else history

@@ -1,0 +1,112 @@
+"""Layers that all parts of a model share: linear, normalization and dropout."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.model.interfaces import BlockInputs
+from rustgpt_jax.model.matmul import matmul, to_float32
+
+
+def normal_init(std: Any) -> nn.initializers.Initializer:
+    """Return an initializer of normal values; `std` may be traced."""
+
+    def initialize(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return std * jax.random.normal(key, shape, dtype)
+
+    return initialize
+
+
+def broadcast_channels(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """Add leading axes to a vector so that it broadcasts along the last axis of x (implicit rank promotion is off)."""
+    return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))
+
+
+class Linear(nn.Module):
+    """y = x W (+ b), with float32 parameters, computed in config.precision.matmul_dtype or else the model's dtype.
+
+    Attributes:
+        config: Config of the block.
+        features: Number of outputs.
+        residual: Whether the layer writes to the residual stream; its initial values are then divided by
+            sqrt(2 n_layers), so that the stream does not grow with depth (GPT-2).
+        has_bias: None for the model's default.
+    """
+
+    config: ModelConfig
+    features: int
+    residual: bool = False
+    has_bias: bool | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        std = self.config.init_std
+        if self.residual:
+            std = std / (2 * self.config.n_layers) ** 0.5
+        kernel = self.param("kernel", normal_init(std), (x.shape[-1], self.features))
+        y = matmul(x, kernel, self.config)
+        if self.config.bias if self.has_bias is None else self.has_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + broadcast_channels(bias, y).astype(y.dtype)
+        return y
+
+
+def default_glu_width(d_model: int) -> int:
+    """Return 8/3 d_model, rounded up to a multiple of 8: three matrices have as many weights as two of 4 d_model."""
+    return -(-8 * d_model // 3 // 8) * 8
+
+
+def dropout(x: jax.Array, rate: jax.Array | float, context: BlockInputs, site: int) -> jax.Array:
+    """Zero each element with probability `rate` and scale the others to keep the mean (arXiv 1207.0580).
+
+    `site` selects the random numbers: each use in a block has its own.
+    """
+    if context.dropout_key is None:
+        return x
+    is_kept = jax.random.bernoulli(jax.random.fold_in(context.dropout_key, site), 1.0 - rate, x.shape)
+    return jnp.where(is_kept, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+class LayerNorm(nn.Module):
+    """Layer normalization with a learned scale, and a bias if norms have biases (arXiv 1607.06450)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = to_float32(x)
+        centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
+        y = centered * jax.lax.rsqrt(variance + self.config.norm_eps)
+        y = y * broadcast_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)
+        if self.config.has_norm_bias:
+            y = y + broadcast_channels(self.param("bias", nn.initializers.zeros, x.shape[-1:]), x)
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """RMS normalization (arXiv 1910.07467) with a learned scale, or with 1 + scale if `zero_centered` (Gemma)."""
+
+    config: ModelConfig
+    zero_centered: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = to_float32(x)
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        y = wide * jax.lax.rsqrt(mean_square + self.config.norm_eps)
+        initializer = nn.initializers.zeros if self.zero_centered else nn.initializers.ones
+        scale = broadcast_channels(self.param("scale", initializer, x.shape[-1:]), x)
+        return (y * (1 + scale if self.zero_centered else scale)).astype(x.dtype)
+
+
+NORMS: dict[str, Callable[..., nn.Module]] = {
+    "layernorm": LayerNorm,
+    "rmsnorm": RMSNorm,
+    "zero_centered_rmsnorm": partial(RMSNorm, zero_centered=True),
+}
