@@ -34,7 +34,7 @@ PARAMETERS = {"124m": 124_475_904, "350m": 354_871_296, "1.5b": 1_557_686_400}
 
 
 @pytest.mark.parametrize("size", PARAMETERS)
-def test_a_token_costs_six_flops_for_each_weight_it_meets_and_attention_over_the_window(size: str) -> None:
+def test_training_flops_per_token_match_the_closed_form(size: str) -> None:
     model = config_of(size).model
     found = cost(replace_paths(model, {"attention.kernel": "cudnn", "remat": "full"}))
     width, window = model.d_model, model.context_length
@@ -43,7 +43,7 @@ def test_a_token_costs_six_flops_for_each_weight_it_meets_and_attention_over_the
     assert found["flops_per_token"] == 6 * weights + 12 * model.n_layers * width * window
 
 
-def test_shares_are_of_what_the_chip_has() -> None:
+def test_shares_of_peak_flops_and_bandwidth() -> None:
     h100 = report.chip_of("NVIDIA H100 80GB HBM3")
     assert h100 is CHIPS["h100"]
     # 989 TFLOP/s at one TFLOP a token are 989 tokens a second; 3.35 TB/s read 3.35 GB in a millisecond.
@@ -70,7 +70,7 @@ def results(**sections: Any) -> dict[str, Any]:
     return {"date": "", "command": "", "machine": machine, "torch": None} | empty | sections
 
 
-def test_goals_are_held_against_the_best_of_each_framework() -> None:
+def test_goals_use_the_best_of_each_framework() -> None:
     rows = [
         training_row("rustgpt_jax", 8, 0.050),
         training_row("rustgpt_jax", 16, 0.070),  # The best: 234,057 tokens a second.
@@ -92,7 +92,7 @@ def test_goals_are_held_against_the_best_of_each_framework() -> None:
     assert "| training 350m: against PyTorch | 1.00x | - | not measured |" in report.markdown(alone)
 
 
-def test_measurements_of_the_same_are_put_together() -> None:
+def test_repeated_measurements_are_merged() -> None:
     first, again = training_row("PyTorch", 8, 1.0), training_row("PyTorch", 8, 3.0)
     other = training_row("PyTorch", 8, 1.0, remat="full")
     (same, apart) = report.merged([first, other, again | {"memory": 10**8}])
@@ -100,7 +100,7 @@ def test_measurements_of_the_same_are_put_together() -> None:
     assert apart == other
 
 
-def test_what_fails_is_told_and_what_refuses_is_no_failure() -> None:
+def test_failures_are_reported_and_rejections_are_not_failures() -> None:
     check = {"size": "350m", "kernel": "cudnn", "dtype": "bfloat16"}
     right, wrong = ({"difference": each, "tolerance": 3e-2} for each in (1e-2, float("nan")))
     assert not report.has_failed(results(checks=[check | right, check | {"refuses": "it is slow"}]))
@@ -124,7 +124,7 @@ SAVINGS: tuple[Knobs, ...] = ({}, {"remat": "some"}, {"remat": "full"})
     first=st.sampled_from([1, 2, 8, 32]),
     cost_of=st.tuples(st.floats(0.3, 1), st.floats(0.3, 1)),
 )
-def test_the_search_finds_the_best_of_what_fits(
+def test_batch_search_finds_the_best_that_fits(
     room: float, half: float, first: int, cost_of: tuple[float, float]
 ) -> None:
     """A device with room for so many rows (savings need half and a quarter each), half as fast as ever at `half`."""
@@ -157,7 +157,7 @@ def test_the_search_finds_the_best_of_what_fits(
         assert 2 * last > min(room, 512) or not before or not gained
 
 
-def test_the_search_stops_at_another_failure_and_keeps_what_it_has() -> None:
+def test_batch_search_stops_at_other_failures() -> None:
     def rate(batch: int, knobs: Knobs) -> float:
         if batch > 4:
             raise Failure("the driver is gone")
@@ -169,7 +169,7 @@ def test_the_search_stops_at_another_failure_and_keeps_what_it_has() -> None:
 
 
 @pytest.mark.parametrize("reason", ["RESOURCE_EXHAUSTED: Out of memory", "OutOfMemoryError: CUDA out of memory."])
-def test_nothing_fits(reason: str) -> None:
+def test_batch_search_fails_if_nothing_fits(reason: str) -> None:
     def rate(batch: int, knobs: Knobs) -> float:
         tried.append(batch)
         raise Failure(reason)
@@ -180,7 +180,7 @@ def test_nothing_fits(reason: str) -> None:
     assert tried == [8, 8, 8, 4, 2, 1]
 
 
-def test_a_process_that_fails_says_why_and_leaves_a_log(tmp_path: Path) -> None:
+def test_failed_process_reports_the_reason_and_leaves_a_log(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="KeyError: 'cook'"):
         measured("gpt2_torch", {"what": "cook"}, 60, tmp_path / "out" / "log.txt")
     assert "Traceback" in (tmp_path / "out" / "log.txt").read_text()
@@ -255,7 +255,7 @@ def test_the_pytorch_model_has_the_same_logits() -> None:
 
 
 @pytest.mark.oracle
-def test_the_pytorch_model_learns_the_same() -> None:
+def test_the_pytorch_model_trains_identically() -> None:
     """Losses over steps of training: gradients, clipping, AdamW and which parameters decay."""
     torch = pytest.importorskip("torch")
     from experiments.benchmarks.gpt2_torch import gpt2, stepper
@@ -278,7 +278,7 @@ def test_the_pytorch_model_learns_the_same() -> None:
 
 
 @pytest.mark.oracle
-def test_the_pytorch_model_is_one_graph() -> None:
+def test_the_pytorch_model_compiles_to_one_graph() -> None:
     """What torch.compile makes of the forward is not broken up, with checkpoints or without."""
     torch = pytest.importorskip("torch")
     from experiments.benchmarks.gpt2_torch import gpt2, loss_of
@@ -293,7 +293,7 @@ def test_the_pytorch_model_is_one_graph() -> None:
 # The checks of kernels.
 
 
-def test_a_kernel_is_checked_on_rows_of_full_length_with_documents_and_padding() -> None:
+def test_kernels_are_checked_on_full_rows_with_documents_and_padding() -> None:
     block = smoke().model.block(0)
     task, cotangent_BTHC = attention_task(block)
     assert (
@@ -322,7 +322,7 @@ def command(out: Path, *words: str, **variables: str) -> subprocess.CompletedPro
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_everything_runs_with_tiny_models(tmp_path: Path) -> None:
+def test_benchmark_runs_with_tiny_models(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = command(out, "--smoke")
     assert done.returncode == 0, done.stdout + done.stderr + (out / "log.txt").read_text()
@@ -350,7 +350,7 @@ def test_everything_runs_with_tiny_models(tmp_path: Path) -> None:
     assert "not here" in (out / "report.md").read_text()
 
 
-def test_a_cpu_is_no_accelerator(tmp_path: Path) -> None:
+def test_cpu_is_rejected(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for words, sentence in (
         (["--sizes=124m"], "error: This needs an accelerator, and JAX finds only a CPU here; --smoke tries it"),

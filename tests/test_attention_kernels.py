@@ -161,7 +161,7 @@ def check_against_brute_force(
 
 
 @over_cases
-def test_kernels_are_a_brute_force_in_value_and_gradient(case: str) -> None:
+def test_kernels_match_brute_force_in_value_and_gradient(case: str) -> None:
     # 13 queries in blocks of 4, 4, 4 and 1.
     check_against_brute_force(
         attention_inputs(**CASES[case]), 2e-5, reference_attention, partial(blockwise, block=4), triangular
@@ -169,17 +169,17 @@ def test_kernels_are_a_brute_force_in_value_and_gradient(case: str) -> None:
 
 
 @pytest.mark.parametrize("block", [1, 7, 512])
-def test_blocks_of_any_size_give_the_same(block: int) -> None:
+def test_blockwise_is_correct_for_any_block_size(block: int) -> None:
     check_against_brute_force(attention_inputs(packed=True, window=5), 2e-5, partial(blockwise, block=block))
 
 
 @pytest.mark.parametrize("n_blocks", [1, 2, 5, 13, 20])
-def test_any_number_of_blocks_gives_the_same(n_blocks: int) -> None:
+def test_triangular_is_correct_for_any_number_of_blocks(n_blocks: int) -> None:
     check_against_brute_force(attention_inputs(packed=True, window=5), 2e-5, partial(triangular, n_blocks=n_blocks))
 
 
 @pytest.mark.parametrize(("window", "expected"), [(None, 10 / 16), (32, (1 + 3 * (63 / 32)) / 16)])
-def test_triangular_has_products_of_the_keys_that_are_seen_alone(window: int | None, expected: float) -> None:
+def test_triangular_skips_the_flops_of_masked_keys(window: int | None, expected: float) -> None:
     task = attention_inputs(128, window=window)
 
     def flops(attend: Callable[[AttentionInputs], jax.Array]) -> float:
@@ -189,7 +189,7 @@ def test_triangular_has_products_of_the_keys_that_are_seen_alone(window: int | N
     assert flops(triangular) / flops(reference_attention) == pytest.approx(expected, rel=1e-6)
 
 
-def test_kernels_in_bfloat16_are_near_a_brute_force() -> None:
+def test_bfloat16_kernels_are_close_to_brute_force() -> None:
     task = attention_inputs(n_kv_heads=2, packed=True, window=5, dtype=jnp.bfloat16)
     check_against_brute_force(task, 0.05, reference_attention, partial(blockwise, block=4), triangular)
 
@@ -205,7 +205,7 @@ def largest_array(function: Callable[..., Any], *arguments: Any) -> int:
 
 
 @pytest.mark.parametrize("window", [None, 8])
-def test_blockwise_never_has_all_scores(window: int | None) -> None:
+def test_blockwise_never_materializes_all_scores(window: int | None) -> None:
     length, block, heads = 128, 16, 4
     task = attention_inputs(length, window=window)
 
@@ -221,7 +221,7 @@ def test_blockwise_never_has_all_scores(window: int | None) -> None:
     assert largest_array(gradient(reference_attention), *task[:3]) >= ROWS * heads * length**2
 
 
-def test_blockwise_is_batched_over_numbers_and_arrays() -> None:
+def test_blockwise_supports_vmap() -> None:
     task, caps_P = attention_inputs(n_kv_heads=2, packed=True, window=5), jnp.asarray([0.7, 3.0])
     q_PBTHC = jnp.stack([task.q_BTHC, 2 * task.q_BTHC])
 
@@ -255,12 +255,12 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("libraries")
 @pytest.mark.parametrize("case", FOR_LIBRARIES)
-def test_libraries_are_asked_for_the_same(case: str) -> None:
+def test_library_kernels_get_the_right_mask_and_scale(case: str) -> None:
     check_against_brute_force(attention_inputs(**FOR_LIBRARIES[case]), 2e-5, cudnn, accelerator.tokamax)
 
 
 @pytest.mark.usefixtures("libraries")
-def test_libraries_compute_on_a_mesh_what_they_compute_without() -> None:
+def test_library_kernels_match_on_a_mesh() -> None:
     task = attention_inputs(n_kv_heads=2, packed=True)
     mesh = make_mesh(small_config().mesh, jax.devices()[:1])
     expected = jax.jit(lambda q: cudnn(task._replace(q_BTHC=q)))(task.q_BTHC)
@@ -272,7 +272,7 @@ def test_libraries_compute_on_a_mesh_what_they_compute_without() -> None:
 
 @pytest.mark.usefixtures("libraries")
 @pytest.mark.parametrize("attend", [cudnn, accelerator.tokamax])
-def test_a_kernel_that_cannot_be_batched_says_so(attend: Callable[[AttentionInputs], jax.Array]) -> None:
+def test_library_kernels_reject_vmap(attend: Callable[[AttentionInputs], jax.Array]) -> None:
     task = attention_inputs()
 
     def steps(scale: jax.Array) -> jax.Array:
@@ -296,7 +296,7 @@ def lowered_for(platform: str, attend: Callable[[AttentionInputs], jax.Array], t
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-def test_cudnn_is_called_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cudnn_is_lowered_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     inside = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     if not hasattr(inside, "check_cudnn_version"):
         pytest.skip("this JAX looks for cuDNN in another way, and finds none here")
@@ -364,7 +364,7 @@ USUAL = AttentionSpec(
         ({"device": TPU, "length": LONG, "dtype": "float32"}, "blockwise"),
     ],
 )
-def test_auto(changes: dict[str, Any], kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_selection(changes: dict[str, Any], kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator, "find_spec", lambda name: name)
     request = USUAL._replace(**changes)
     assert select_kernel("auto", request).kernel == kernel
@@ -382,7 +382,7 @@ def test_auto(changes: dict[str, Any], kernel: str, monkeypatch: pytest.MonkeyPa
                 select_kernel(name, request)
 
 
-def test_a_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_choice_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator, "find_spec", lambda name: None)
     requests = [
         USUAL,
@@ -417,12 +417,12 @@ def test_a_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"attention.kernel": "blockwise", "dropout": 0.1}, "it does not support dropout"),
     ],
 )
-def test_a_config_whose_kernel_serves_on_no_device_is_refused(changes: dict[str, Any], reason: str) -> None:
+def test_config_is_rejected_if_no_device_supports_its_kernel(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         validate_components(small_config(**{f"model.{name}": value for name, value in changes.items()}))
 
 
-def test_a_config_whose_kernel_needs_another_device_is_refused_where_it_is_traced() -> None:
+def test_tracing_rejects_a_kernel_for_another_device() -> None:
     config = small_config(**{"model.attention.kernel": "cudnn", "model.dtype": "bfloat16"})
     validate_components(config)
     params = jax.eval_shape(lambda: transformer.init(jax.random.key(0), config.model))
@@ -441,7 +441,7 @@ def model_config(**changes: Any) -> ModelConfig:
     return small_config(**{f"model.{name}": value for name, value in changes.items()}).model
 
 
-def test_short_rows_on_a_cpu_keep_their_program() -> None:
+def test_short_rows_on_cpu_use_the_plain_program() -> None:
     auto, named = model_config(**{"attention.kernel": "auto"}), model_config(**{"attention.kernel": "plain"})
     params = jax.eval_shape(lambda: transformer.init(jax.random.key(0), auto))
     texts = {
@@ -457,7 +457,7 @@ def test_short_rows_on_a_cpu_keep_their_program() -> None:
         {"mixers": "latent_attention", "attention.sinks": True, "attention.logit_softcap": 2.0},
     ],
 )
-def test_a_model_computes_the_same_by_another_kernel(changes: dict[str, Any]) -> None:
+def test_model_logits_do_not_depend_on_the_kernel(changes: dict[str, Any]) -> None:
     model = model_config(**changes, n_layers=1)
     params, tokens_BT = random_params(model), tokens()
     segments_BT = np.ones_like(tokens_BT)
@@ -473,7 +473,7 @@ def test_a_model_computes_the_same_by_another_kernel(changes: dict[str, Any]) ->
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
-def test_what_is_cached_is_read_by_plain() -> None:
+def test_cached_keys_are_read_by_plain() -> None:
     model = model_config(mixers=("attention", "latent_attention"), **{"attention.kernel": "blockwise"})
     params = random_params(model)
     cache = transformer.init_cache(model, 2, 30)
@@ -485,7 +485,7 @@ def test_what_is_cached_is_read_by_plain() -> None:
     assert program("blockwise") == program("plain")
 
 
-def test_taps_find_scores_only_where_they_are() -> None:
+def test_scores_are_a_hook_point_of_plain_only() -> None:
     def found(kernel: str) -> dict[str, tuple[int, ...]]:
         every = hook_points(model_config(**{"attention.kernel": kernel}), 2, 24)
         return {site.name: site.shape for site in every}
@@ -536,7 +536,7 @@ MIXED = {
         },
     ],
 )
-def test_a_right_kernel_passes_the_check(changes: dict[str, Any]) -> None:
+def test_correct_kernels_pass_the_check(changes: dict[str, Any]) -> None:
     model = model_config(**changes, **{"attention.kernel": "blockwise"})
     findings = check_kernels(model, 32)
     assert [finding.mixer for finding in findings] == list(select_kernels(model, ANY_DEVICE, 32))
@@ -550,7 +550,7 @@ def test_a_right_kernel_passes_the_check(changes: dict[str, Any]) -> None:
         )
 
 
-def test_mixers_are_told_apart_and_plain_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_are_per_mixer_and_skip_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "largest_difference", None)
     names = [finding.mixer for finding in check_kernels(model_config(**MIXED), 32)]
     assert names == ["local_attention", "attention"]
@@ -609,7 +609,7 @@ def of_other_groups(task: AttentionInputs) -> jax.Array:
         (of_other_groups, "float32"),
     ],
 )
-def test_a_wrong_kernel_is_found_before_training(
+def test_wrong_kernels_fail_the_check(
     broken: Callable[[AttentionInputs], jax.Array], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(attention.KERNELS, "blockwise", KERNELS["blockwise"]._replace(attend=broken))

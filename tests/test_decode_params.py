@@ -108,7 +108,7 @@ def assert_same(asked: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("first", [0, len(FEEDFORWARDS) - len(MIXERS)])
-def test_every_part_gives_the_same_from_weights_of_each_layer(first: int) -> None:
+def test_every_component_decodes_identically_with_decode_params(first: int) -> None:
     assert_same(all_parts(first))
 
 
@@ -116,7 +116,7 @@ def test_every_part_gives_the_same_from_weights_of_each_layer(first: int) -> Non
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in SOME else pytest.mark.long) for name in FAMILIES]
 )
-def test_every_family_gives_the_same_from_weights_of_each_layer(name: str) -> None:
+def test_every_family_decodes_identically_with_decode_params(name: str) -> None:
     assert_same(family(name))
 
 
@@ -124,7 +124,7 @@ def test_every_family_gives_the_same_from_weights_of_each_layer(name: str) -> No
     "changes",
     [{}, {"dtype": "bfloat16"}, {"precision.matmul_dtype": "bfloat16"}, {"precision.mixer_dtype": "bfloat16"}],
 )
-def test_matrices_have_the_type_in_which_they_are_multiplied(changes: dict[str, Any]) -> None:
+def test_matrices_have_the_operand_dtype(changes: dict[str, Any]) -> None:
     asked = model(**changes)
     decode_params = to_decode_params(random_params(asked), asked, PLAIN)
     kernels = {name: decode_params["blocks"]["0"][1][name] for name in ("mixer", "feedforward")}
@@ -145,7 +145,7 @@ def test_matrices_have_the_type_in_which_they_are_multiplied(changes: dict[str, 
     }
 
 
-def test_a_model_in_bfloat16_is_read_as_it_was_trained() -> None:
+def test_bfloat16_decode_params_are_as_accurate_as_the_trained_ones() -> None:
     asked = model(dtype="bfloat16", tie_embeddings=False)
     params = random_params(asked)
     trained, _ = forward(params, TOKENS_BT, asked)
@@ -154,7 +154,7 @@ def test_a_model_in_bfloat16_is_read_as_it_was_trained() -> None:
     assert np.abs(decoded - exact).max() < 1.5 * np.abs(trained - exact).max()
 
 
-def test_matrices_are_found_by_what_they_are_not_by_their_names() -> None:
+def test_linear_layers_are_found_by_type_not_by_name() -> None:
     (block,) = {model(mixers=("rg_lru",)).block(0)}
     found = set(linear_layers(block))
     assert "mixer/recurrence_gate/kernel" in found
@@ -163,7 +163,7 @@ def test_matrices_are_found_by_what_they_are_not_by_their_names() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"mixers": ("attention", "rg_lru"), "n_layers": 3}, {"tie_embeddings": False}])
-def test_greedy_tokens_are_the_same(changes: dict[str, Any]) -> None:
+def test_greedy_tokens_match_the_trained_params(changes: dict[str, Any]) -> None:
     asked = model(**changes)
     params = random_params(asked)
 
@@ -178,7 +178,7 @@ def test_greedy_tokens_are_the_same(changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("mixer", ["attention", "local_attention", "latent_attention"])
-def test_a_cpu_reads_what_it_keeps_in_bfloat16_from_float32(mixer: str) -> None:
+def test_cpu_caches_are_float32(mixer: str) -> None:
     asked = model(dtype="bfloat16", mixers=(mixer,), **{"attention.local_window": 4})
     params = random_params(asked)
 
@@ -201,7 +201,7 @@ def program(params: Any, asked: ModelConfig, rows: int) -> Any:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_the_loop_copies_neither_caches_nor_weights(rows: int) -> None:
+def test_decode_loop_copies_neither_caches_nor_weights(rows: int) -> None:
     asked = model(context_length=256, scan_layers=True, d_model=64)
     params = random_params(asked)
     decode_params = to_decode_params(params, asked, PLAIN)
@@ -220,7 +220,7 @@ def test_the_loop_copies_neither_caches_nor_weights(rows: int) -> None:
     assert decoding.memory_analysis().temp_size_in_bytes < total_bytes(a_layer)
 
 
-def test_new_lengths_compile_nothing() -> None:
+def test_new_lengths_do_not_recompile() -> None:
     asked = model()
     decode_params = to_decode_params(random_params(asked), asked, PLAIN)
 
@@ -237,7 +237,7 @@ def test_new_lengths_compile_nothing() -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (64, 7), (128, 16)])
-def test_int8_is_as_near_as_it_can_be(shape: tuple[int, int]) -> None:
+def test_int8_quantization_error_is_bounded(shape: tuple[int, int]) -> None:
     weights = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
     weights[:, 1] = 0
     values_OI, scales_O = (np.asarray(each) for each in quantize_int8(weights))
@@ -261,9 +261,7 @@ def kept_wide(weights: Any, dtype: str) -> PackedWeight:
 @pytest.mark.parametrize("shape", [(64, 7), (50, 33)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("kind", [kept_narrow, kept_wide])
-def test_products_with_stored_weights_are_those_with_rounded_ones(
-    kind: Any, dtype: str, shape: tuple[int, int], rows: int
-) -> None:
+def test_packed_weight_products_match_rounded_weights(kind: Any, dtype: str, shape: tuple[int, int], rows: int) -> None:
     rng = np.random.default_rng(rows)
     weights, x = (rng.standard_normal(size).astype(np.float32) for size in (shape, (2, rows, shape[0])))
     stored = kind(weights, dtype)
@@ -276,7 +274,7 @@ def test_products_with_stored_weights_are_those_with_rounded_ones(
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
-def test_a_model_with_narrower_weights_is_that_with_rounded_ones(weights: str) -> None:
+def test_narrow_weight_logits_match_rounded_weights(weights: str) -> None:
     asked = model(mixers=("attention", "rg_lru"), n_layers=3)
     params = random_params(asked)
     layers = {str(index): linear_layers(asked.block(index)) for index in (0, 1, 2)}
@@ -296,7 +294,7 @@ def test_a_model_with_narrower_weights_is_that_with_rounded_ones(weights: str) -
     assert np.abs(found - by_definition).max() < (2e-5 if weights == "int8" else 3 * lost)
 
 
-def test_on_several_devices_weights_are_rounded_where_they_lie() -> None:
+def test_sharded_params_are_rounded_in_place() -> None:
     asked = model()
     params = jax.tree.map(jnp.asarray, random_params(asked))
     on_one, _ = forward(to_decode_params(params, asked, INT8), TOKENS_BT, asked)
@@ -308,7 +306,7 @@ def test_on_several_devices_weights_are_rounded_where_they_lie() -> None:
     np.testing.assert_allclose(on_mesh, on_one, rtol=0, atol=2e-5)
 
 
-def test_the_form_is_what_the_config_asks_for() -> None:
+def test_weight_layout_follows_the_config() -> None:
     assert select_weight_layout(small_config().sampling) == PLAIN
     assert select_weight_layout(small_config(**{"sampling.weight_dtype": "int8"}).sampling) == INT8
     decode_params = to_decode_params(random_params(model()), model(), INT8)
@@ -323,7 +321,7 @@ def test_the_form_is_what_the_config_asks_for() -> None:
 
 
 @pytest.mark.slow
-def test_evaluation_tells_what_narrower_weights_lose(tmp_path: Path) -> None:
+def test_evaluation_shows_the_loss_of_narrow_weights(tmp_path: Path) -> None:
     train(tmp_path / "run", **{"training.steps": 2, "logging.eval_every": 2})
     trained = load_model(tmp_path / "run")
 

@@ -68,7 +68,7 @@ def operand_types(model: ModelConfig) -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("mixer", ["attention", "latent_attention", "rg_lru", "deltanet"])
 @pytest.mark.parametrize("part", ["mixer", "feedforward", "logits"])
-def test_each_part_multiplies_in_its_own_type(part: str, mixer: str) -> None:
+def test_mixers_and_feedforwards_multiply_in_their_dtypes(part: str, mixer: str) -> None:
     narrow = tiny(**{"model.mixers": (mixer,), f"model.precision.{part}_dtype": "bfloat16"}).model
     types = operand_types(narrow)
     assert "bfloat16" in types.pop(part)
@@ -81,13 +81,13 @@ def test_each_part_multiplies_in_its_own_type(part: str, mixer: str) -> None:
     assert hidden_BTD.dtype == np.float32
 
 
-def test_attention_and_dense_layers_multiply_in_nothing_else() -> None:
+def test_attention_and_mlps_multiply_only_in_the_model_dtype() -> None:
     types = {"mixer": "bfloat16", "feedforward": "float32", "logits": "bfloat16"}
     model = tiny(**{f"model.precision.{part}_dtype": dtype for part, dtype in types.items()}).model
     assert operand_types(model) == {part: {dtype} for part, dtype in types.items()}
 
 
-def test_experts_multiply_in_the_type_of_feedforwards_and_routers_in_float32() -> None:
+def test_experts_multiply_in_feedforward_dtype_and_routers_in_float32() -> None:
     model = tiny(**{"model.feedforwards": ("moe",), "model.precision.feedforward_dtype": "bfloat16"}).model
     program = jax.make_jaxpr(lambda params: transformer.apply(params, tokens_of(), model)[0])(parameter_shapes(model))
     types = [each for scope, each in products(program.jaxpr) if "feedforward" in scope]
@@ -95,7 +95,7 @@ def test_experts_multiply_in_the_type_of_feedforwards_and_routers_in_float32() -
     assert [left for left, _, _ in types].count("bfloat16") == 3
 
 
-def test_the_type_of_the_model_is_that_of_parts_without_one() -> None:
+def test_parts_without_a_dtype_use_that_of_the_model() -> None:
     def text(**changes: Any) -> str:
         model = tiny(**{"model.dtype": "bfloat16", "model.mixers": ("attention", "rg_lru")}, **changes).model
         shapes = parameter_shapes(model), jax.eval_shape(lambda: transformer.init_cache(model, 2, LENGTH))
@@ -110,7 +110,7 @@ def test_the_type_of_the_model_is_that_of_parts_without_one() -> None:
 
 
 @pytest.mark.parametrize("mixer", ["attention", "rg_lru"])
-def test_a_cache_has_the_type_of_its_mixer(mixer: str) -> None:
+def test_cache_has_the_mixer_dtype(mixer: str) -> None:
     model = tiny(**{"model.mixers": (mixer,), "model.precision.mixer_dtype": "bfloat16"}).model
     params, tokens_BT = jax.device_put(random_params(model)), tokens_of()
     empty = transformer.init_cache(model, 2, LENGTH)
@@ -153,7 +153,7 @@ def arrays(shape: tuple[int, ...], size: float = 1.0) -> tuple[np.ndarray, np.nd
 
 @pytest.mark.parametrize("size", [1.0, 1e-18, 1e18])
 @pytest.mark.parametrize("shape", [(4, 7), (2, 3, 7), (7,)])
-def test_products_in_8_bits_are_those_of_numpy(shape: tuple[int, ...], size: float) -> None:
+def test_fp8_matmul_and_gradients_match_numpy(shape: tuple[int, ...], size: float) -> None:
     x, kernel, gradient = arrays(shape, size)
     y, transpose = jax.vjp(matmul.fp8_matmul, x, kernel)
     of_x, of_kernel = transpose(jnp.asarray(gradient))
@@ -172,7 +172,7 @@ def test_products_in_8_bits_are_those_of_numpy(shape: tuple[int, ...], size: flo
     np.testing.assert_allclose(y, x @ kernel, rtol=0, atol=0.1 * np.max(np.abs(x @ kernel)))
 
 
-def test_every_tensor_of_a_trial_has_a_scale_of_its_own() -> None:
+def test_vmapped_trials_have_their_own_fp8_scales() -> None:
     x, kernel, _ = arrays((4, 7))
     sizes = np.array([1.0, 1e-9, 1e9], np.float32)[:, None, None]
     many = jax.jit(
@@ -184,7 +184,7 @@ def test_every_tensor_of_a_trial_has_a_scale_of_its_own() -> None:
         np.testing.assert_allclose(stacked / size, np.broadcast_to(alone[None], stacked.shape), rtol=1e-5, atol=1e-2)
 
 
-def test_products_of_zeros_are_zeros() -> None:
+def test_fp8_products_of_zeros_are_zero() -> None:
     x, kernel, _ = arrays((4, 7))
     for left, right in ((0 * x, kernel), (x, 0 * kernel), (0 * x, 0 * kernel)):
         y, transpose = jax.vjp(matmul.fp8_matmul, left, right)
@@ -194,7 +194,7 @@ def test_products_of_zeros_are_zeros() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
-def test_what_is_not_finite_stays_so(bad: float) -> None:
+def test_fp8_matmul_propagates_nonfinite_values(bad: float) -> None:
     x, kernel, gradient = arrays((4, 7))
     for place in range(3):
         given = [np.array(each) for each in (x, kernel, gradient)]
@@ -207,7 +207,7 @@ def test_what_is_not_finite_stays_so(bad: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_blocks_multiply_8_bits_and_sum_in_float32(dtype: str) -> None:
+def test_blocks_multiply_in_fp8_and_accumulate_in_float32(dtype: str) -> None:
     model = tiny(
         **{"model.precision.matmul_dtype": "float8", "model.dtype": dtype, "model.feedforwards": ("swiglu", "moe")}
     ).model
@@ -229,7 +229,7 @@ def test_blocks_multiply_8_bits_and_sum_in_float32(dtype: str) -> None:
     assert {each for _, each in products(apply(parameter_shapes(model)).jaxpr)} == {(dtype, dtype, "float32")}
 
 
-def test_remat_finds_the_same_scales() -> None:
+def test_remat_recomputes_the_same_fp8_scales() -> None:
     def gradients(remat: str) -> Any:
         model = tiny(**{"model.precision.matmul_dtype": "float8", "model.remat": remat}).model
         return jax.jit(jax.grad(lambda params: loss_sums(params, batch_of(), model).loss))(random_params(model))
@@ -238,7 +238,7 @@ def test_remat_finds_the_same_scales() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), anew, kept)
 
 
-def test_training_in_8_bits_lowers_the_loss() -> None:
+def test_fp8_training_lowers_the_loss() -> None:
     config = tiny(**{"model.precision.matmul_dtype": "float8", "optimizer.learning_rate": 1e-2, "training.steps": 40})
     static, arguments = partition(config)
     state = compiled_init_state(static, arguments)
@@ -269,7 +269,7 @@ def types_of(tree: Any) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_first_moments_alone_are_narrow(name: str) -> None:
+def test_only_first_moments_are_bfloat16(name: str) -> None:
     params = stacked_params()
 
     def state_after(state_dtype: str, steps: int) -> Any:
@@ -289,7 +289,7 @@ def test_first_moments_alone_are_narrow(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_narrow_state_takes_parameters_to_the_same_place(name: str) -> None:
+def test_bfloat16_optimizer_state_trains_to_nearly_the_same_parameters(name: str) -> None:
     target = stacked_params(1)
 
     def descend(state_dtype: str) -> tuple[Any, Any]:

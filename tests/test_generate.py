@@ -90,14 +90,14 @@ def naive(prompt: Sequence[int], max_tokens: int, name: str = "rope") -> list[in
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_greedy_tokens_are_those_of_the_naive_loop(name: str) -> None:
+def test_greedy_tokens_match_the_uncached_loop(name: str) -> None:
     expected = [naive(prompt, 12, name) for prompt in PROMPTS]
     assert drawn(samplers=GREEDY, name=name) == expected
     assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS)
     assert min(len(set(tokens)) for tokens in expected) > 2
 
 
-def test_a_full_context_ends_a_row_and_no_other() -> None:
+def test_full_context_ends_only_its_row() -> None:
     prompts = [PROMPTS[0], [*PROMPTS[2], *PROMPTS[2]], [5] * (CONTEXT - 1), PROMPTS[1]]
     assert drawn(prompts, GREEDY, max_tokens=36) == [naive(prompt, 36) for prompt in prompts]
     assert [len(tokens) for tokens in drawn(prompts, max_tokens=36)] == [36, 12, 1, 36]
@@ -115,14 +115,14 @@ def naive_slide(prompt: Sequence[int], max_tokens: int, name: str) -> list[int]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_text_may_slide_past_the_context(name: str) -> None:
+def test_sliding_past_the_context_matches_the_uncached_loop(name: str) -> None:
     prompts = [PROMPTS[0], [5] * (CONTEXT - 1), [*range(61)]]
     options: dict[str, Any] = {"samplers": GREEDY, "key": jax.random.key(0), "max_tokens": 70, "slide": True}
     expected = [naive_slide(prompt, 70, name) for prompt in prompts]
     assert generate(PARAMS[name], prompts, MODELS[name], **options) == expected
 
 
-def test_a_sliding_text_is_the_same_alone_in_pieces_and_until_it_stops() -> None:
+def test_sliding_does_not_depend_on_batch_streaming_or_stops() -> None:
     options: dict[str, Any] = {"samplers": WARM, "key": jax.random.key(3), "max_tokens": 90, "slide": True}
     together = generate(PARAMS["rope"], PROMPTS, MODEL, **options)
     alone = generate(PARAMS["rope"], PROMPTS[:1], MODEL, **options)[0]
@@ -141,7 +141,7 @@ def test_a_sliding_text_is_the_same_alone_in_pieces_and_until_it_stops() -> None
 @pytest.mark.parametrize(
     ("max_tokens", "slide", "ending"), [(5, False, "max_tokens"), (99, False, "context"), (99, True, "max_tokens")]
 )
-def test_what_ended_a_text_is_said(max_tokens: int, slide: bool, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finish_reason_is_reported(max_tokens: int, slide: bool, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sampling = text_sampling(max_tokens=max_tokens, past_context="slide" if slide else "stop")
     _, found = writer("byte")
     said = list[str]()
@@ -159,7 +159,7 @@ def test_what_ended_a_text_is_said(max_tokens: int, slide: bool, ending: str, mo
 
 
 @pytest.mark.parametrize("samplers", [GREEDY, WARM])
-def test_a_prompt_alone_gives_what_it_gives_in_a_batch(samplers: Any) -> None:
+def test_tokens_do_not_depend_on_the_batch(samplers: Any) -> None:
     together = drawn(samplers=samplers)
     assert drawn(PROMPTS[:1], samplers)[0] == together[0]
     if samplers is GREEDY:
@@ -171,7 +171,7 @@ def test_a_prompt_alone_gives_what_it_gives_in_a_batch(samplers: Any) -> None:
 
 @given(st.lists(st.integers(0, 13), max_size=6))
 @settings(max_examples=15)
-def test_cutting_the_loop_into_calls_changes_nothing(counts: list[int]) -> None:
+def test_tokens_do_not_depend_on_splitting_the_loop(counts: list[int]) -> None:
     expected = drawn(stop_ids=[17])
     generation = start_generation(PARAMS["rope"], PROMPTS, MODEL, 12)
     left = 12
@@ -184,7 +184,7 @@ def test_cutting_the_loop_into_calls_changes_nothing(counts: list[int]) -> None:
     assert generated_tokens(generation, [len(prompt) for prompt in PROMPTS], [17]) == expected
 
 
-def test_the_seed_decides_what_is_drawn() -> None:
+def test_seed_and_row_determine_the_tokens() -> None:
     assert drawn(seed=3) == drawn(seed=3)
     assert all(first != second for first, second in zip(drawn(seed=3), drawn(seed=4), strict=True))
     same_prompt = drawn([PROMPTS[3]] * 4)
@@ -192,14 +192,14 @@ def test_the_seed_decides_what_is_drawn() -> None:
     assert drawn(seed=3, samplers=GREEDY) == drawn(seed=4, samplers=GREEDY)
 
 
-def test_tokens_of_the_prompt_count_as_seen() -> None:
+def test_repetition_penalty_covers_the_prompt() -> None:
     penalty = make_samplers(small_config(**{"sampling.temperature": 0.0, "sampling.repetition_penalty": 1e6}).sampling)
     for prompt, tokens in zip(PROMPTS, drawn(samplers=penalty), strict=True):
         assert len({*prompt, *tokens}) == len({*prompt}) + len(tokens)
 
 
 @pytest.mark.parametrize("n_stops", [1, 8, 9, 61])
-def test_a_stop_token_ends_its_row_and_is_left_out(n_stops: int) -> None:
+def test_stop_token_ends_its_row_and_is_omitted(n_stops: int) -> None:
     free = drawn()
     stop_ids = [free[0][5], *[token for token in range(61) if token not in {*free[0]}]][:n_stops]
     if n_stops == 61:
@@ -209,11 +209,11 @@ def test_a_stop_token_ends_its_row_and_is_left_out(n_stops: int) -> None:
     assert ends[0] <= 5
 
 
-def test_no_more_tokens_than_asked() -> None:
+def test_max_tokens_is_a_prefix() -> None:
     assert drawn(max_tokens=3) == [tokens[:3] for tokens in drawn()]
 
 
-def test_the_text_is_kept_whole() -> None:
+def test_decode_state_holds_the_whole_text() -> None:
     generation = start_generation(PARAMS["rope"], PROMPTS, MODEL, 12)
     generation = decode_steps(
         PARAMS["rope"], generation, np.int32(12), GREEDY, jax.random.key(0), pad_stop_ids([]), model=MODEL
@@ -245,14 +245,14 @@ def programs() -> tuple[int, int]:
     ],
     ids=lambda changes: str(*changes),
 )
-def test_what_varies_from_call_to_call_compiles_nothing_new(changes: dict[str, Any]) -> None:
+def test_varying_arguments_do_not_recompile(changes: dict[str, Any]) -> None:
     drawn()
     before = programs()
     drawn(**changes)
     assert programs() == before
 
 
-def test_another_bucket_is_another_program() -> None:
+def test_another_bucket_compiles_one_program() -> None:
     drawn()
     prefills, extensions = programs()
     drawn([[1]] * 4, max_tokens=4)
@@ -260,7 +260,7 @@ def test_another_bucket_is_another_program() -> None:
 
 
 @given(st.integers(1, 10_000), st.integers(2, 10_000))
-def test_buckets_hold_what_they_must_and_are_few(length: int, largest: int) -> None:
+def test_buckets_are_large_enough_and_few(length: int, largest: int) -> None:
     length = min(length, largest)
     size = round_to_bucket(length, largest)
     assert length <= size <= largest
@@ -279,7 +279,7 @@ def test_buckets_hold_what_they_must_and_are_few(length: int, largest: int) -> N
     ],
     ids=["empty", "full", "too long"],
 )
-def test_a_prompt_without_tokens_or_without_room_is_a_user_error(prompts: list[list[int]], said: str) -> None:
+def test_empty_and_overlong_prompts_are_user_errors(prompts: list[list[int]], said: str) -> None:
     with pytest.raises(UserError, match=said):
         drawn(prompts)
 
@@ -304,7 +304,7 @@ def text_sampling(**changes: Any) -> SamplingConfig:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_text_that_comes_in_pieces_is_the_text(name: str) -> None:
+def test_streamed_text_matches_generated_text(name: str) -> None:
     _, found = writer(name)
     prompt = found.encode_prompt(TEXTS[1][:4])
     for seed in range(10):
@@ -314,7 +314,7 @@ def test_text_that_comes_in_pieces_is_the_text(name: str) -> None:
         assert len(pieces) > 1
 
 
-def test_a_dialogue_is_asked_and_a_text_is_continued() -> None:
+def test_prompts_of_dialogues_and_texts() -> None:
     tokenizer, teller = writer("word")
     _, answerer = writer("word", is_dialogue=True)
     word = tokenizer.token_to_id("rain")

@@ -76,9 +76,7 @@ def near(found: Any, exact: Any, share: float) -> None:
     form=st.sampled_from(FORMS),
     matmul=st.sampled_from((None, "bfloat16")),
 )
-def test_products_and_their_gradients_are_those_of_numpy(
-    shape: tuple[int, ...], outputs: int, form: bool, matmul: str | None
-) -> None:
+def test_matmul_and_gradients_match_numpy(shape: tuple[int, ...], outputs: int, form: bool, matmul: str | None) -> None:
     config = model_of(save_residuals=form, **{"precision.matmul_dtype": matmul})
     x, kernel, gradient = arrays(shape, outputs)
     found = in_jax(lambda x, kernel: product(x, kernel, config), x, kernel, gradient)
@@ -87,7 +85,7 @@ def test_products_and_their_gradients_are_those_of_numpy(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_products_of_a_model_in_bfloat16_are_in_bfloat16(form: bool) -> None:
+def test_bfloat16_model_multiplies_in_bfloat16(form: bool) -> None:
     config = model_of(save_residuals=form, dtype="bfloat16")
     x, kernel, gradient = arrays((2, 9, 7), 5)
     found = in_jax(lambda x, kernel: product(x, kernel, config), jnp.bfloat16(x), kernel, gradient)
@@ -95,7 +93,7 @@ def test_products_of_a_model_in_bfloat16_are_in_bfloat16(form: bool) -> None:
     near(found, in_numpy(x, kernel, gradient, "bfloat16"), 2**-7)
 
 
-def test_the_gradient_of_a_kernel_is_summed_up_in_float32_where_it_is_kept() -> None:
+def test_kernel_gradient_is_accumulated_in_float32() -> None:
     config = model_of(save_residuals=True, dtype="bfloat16")
     x, kernel, gradient = arrays((2, 9, 7), 5)
     _, _, of_kernel = in_jax(lambda x, kernel: product(x, kernel, config), jnp.bfloat16(x), kernel, gradient)
@@ -103,7 +101,7 @@ def test_the_gradient_of_a_kernel_is_summed_up_in_float32_where_it_is_kept() -> 
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_model_in_float64_multiplies_in_float64(form: bool) -> None:
+def test_float64_model_multiplies_in_float64(form: bool) -> None:
     config = dataclasses.replace(model_of(save_residuals=form), dtype="float64")
     x, kernel, gradient = (each.astype(np.float64) for each in arrays((2, 3, 7), 5))
     with jax.enable_x64(True):
@@ -112,7 +110,7 @@ def test_a_model_in_float64_multiplies_in_float64(form: bool) -> None:
 
 
 @pytest.mark.parametrize("matmul", [None, "bfloat16"])
-def test_both_forms_multiply_in_the_same_types(matmul: str | None) -> None:
+def test_custom_vjp_multiplies_in_the_same_dtypes(matmul: str | None) -> None:
     def types(form: bool) -> list[tuple[str, ...]]:
         config, (x, kernel, gradient) = (
             model_of(save_residuals=form, **{"precision.matmul_dtype": matmul}),
@@ -135,7 +133,7 @@ def test_both_forms_multiply_in_the_same_types(matmul: str | None) -> None:
     ("dtype", "logits_dtype"),
     [("float32", None), ("float32", "bfloat16"), ("bfloat16", None), ("bfloat16", "float32")],
 )
-def test_logits_and_their_gradients_are_those_of_numpy(
+def test_unembed_and_gradients_match_numpy(
     dtype: str, logits_dtype: str | None, letters: str, form: bool, outputs: int
 ) -> None:
     config = model_of(save_residuals=form, dtype=dtype, **{"precision.logits_dtype": logits_dtype})
@@ -180,7 +178,7 @@ def in_float64(activation: Any, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("activation", EXPENSIVE_ACTIVATIONS, ids=lambda each: each.__name__)
-def test_activations_and_their_slopes_are_those_of_textbooks(activation: Any, form: bool) -> None:
+def test_activations_and_derivatives_match_textbook_formulas(activation: Any, form: bool) -> None:
     x = np.concatenate([np.linspace(-12, 12, 97), [0.0, -0.0, 1e-20, 50, -50]]).astype(np.float32).reshape(2, -1)
     gradient = np.random.default_rng(0).standard_normal(x.shape).astype(np.float32)
     y, transpose = jax.vjp(lambda x: apply_activation(activation, x, model_of(save_residuals=form)), x)
@@ -190,7 +188,7 @@ def test_activations_and_their_slopes_are_those_of_textbooks(activation: Any, fo
 
 
 @pytest.mark.parametrize("activation", EXPENSIVE_ACTIVATIONS, ids=lambda each: each.__name__)
-def test_activations_keep_their_type(activation: Any) -> None:
+def test_activations_preserve_dtype(activation: Any) -> None:
     x = jnp.linspace(-3, 3, 50, dtype=jnp.bfloat16)
     y, transpose = jax.vjp(lambda x: apply_activation(activation, x, model_of(save_residuals=True)), x)
     (of_x,) = transpose(jnp.ones_like(y))
@@ -217,7 +215,7 @@ def alike(found: Any, expected: Any) -> None:
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=noise), found, expected)
 
 
-def test_feedforwards_have_the_gradients_that_jax_derives() -> None:
+def test_feedforward_gradients_match_jax() -> None:
     model = model_of(feedforwards=("gelu", "geglu", "moe"), bias=True)
     plain, kept = (gradients(dataclasses.replace(model, save_residuals=form)) for form in FORMS)
     alike(kept, plain)
@@ -226,7 +224,7 @@ def test_feedforwards_have_the_gradients_that_jax_derives() -> None:
 @pytest.mark.parametrize(
     ("remat", "scan_layers"), [*((remat, True) for remat in POLICIES), ("none", False), ("full", False)]
 )
-def test_what_is_computed_anew_has_the_same_gradients(remat: str, scan_layers: bool) -> None:
+def test_remat_preserves_gradients(remat: str, scan_layers: bool) -> None:
     model = model_of(n_layers=2, feedforwards=("gelu",))
     kept = dataclasses.replace(model, save_residuals=True, remat=remat, scan_layers=scan_layers)
     alike(gradients(kept), plain_gradients(model))
@@ -237,7 +235,7 @@ def plain_gradients(model: ModelConfig) -> Any:
     return gradients(dataclasses.replace(model, save_residuals=False))
 
 
-def test_models_side_by_side_have_their_own_gradients() -> None:
+def test_vmapped_models_have_their_own_gradients() -> None:
     model = model_of(save_residuals=True, n_layers=1, feedforwards=("gelu",))
     several = [random_params(model, seed) for seed in range(3)]
     alone = jax.jit(lambda params: gradients(model, params))
@@ -256,7 +254,9 @@ def barriers(model: ModelConfig) -> int:
 
 
 @pytest.mark.parametrize(("platform", "form"), [("cpu", True), ("gpu", False), ("rocm", False), ("tpu", False)])
-def test_auto_keeps_arrays_on_cpus_alone(monkeypatch: pytest.MonkeyPatch, platform: bool, form: bool) -> None:
+def test_residuals_are_saved_by_default_on_cpus_only(
+    monkeypatch: pytest.MonkeyPatch, platform: bool, form: bool
+) -> None:
     model = model_of(n_layers=1, **{"attention.kernel": "plain"})
     wanted = barriers(dataclasses.replace(model, save_residuals=form))
     monkeypatch.setattr(matmul_module, "current_device", lambda: Device(platform))
@@ -265,7 +265,7 @@ def test_auto_keeps_arrays_on_cpus_alone(monkeypatch: pytest.MonkeyPatch, platfo
     assert wanted >= 15 if form else wanted == 0
 
 
-def test_a_forward_alone_is_the_same_program_whatever_its_derivatives_would_be() -> None:
+def test_forward_program_does_not_depend_on_save_residuals() -> None:
     texts = set()
     for form in FORMS:
         model = for_inference(model_of(save_residuals=form))

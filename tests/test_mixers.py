@@ -215,7 +215,7 @@ def reference(params: Any, tokens_T: np.ndarray, model: ModelConfig) -> np.ndarr
 
 
 @over_cases
-def test_logits_are_those_of_an_independent_model(case: str) -> None:
+def test_logits_match_the_reference_mixers(case: str) -> None:
     model = model_config(**CASES[case])
     params, tokens_BT = random_params(model), random_tokens()
     expected = np.stack([reference(params, tokens_T, model) for tokens_T in tokens_BT[:2]])
@@ -223,7 +223,7 @@ def test_logits_are_those_of_an_independent_model(case: str) -> None:
     np.testing.assert_allclose(logits_of(params, tokens_BT, model)[:2], expected, rtol=1e-5, atol=1e-5 * expected.std())
 
 
-def test_the_delta_rule_goes_on_from_a_state_and_returns_that_of_the_last_document() -> None:
+def test_delta_rule_continues_from_a_state_and_returns_the_last() -> None:
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((2, LENGTH, 3, 5)) for _ in range(3))
     k /= np.linalg.norm(k, axis=-1, keepdims=True)
@@ -247,7 +247,7 @@ def test_the_delta_rule_goes_on_from_a_state_and_returns_that_of_the_last_docume
 
 
 @over_cases
-def test_documents_and_padding_change_no_bit_of_another_document(case: str) -> None:
+def test_documents_and_padding_are_isolated_bit_for_bit(case: str) -> None:
     model = model_config(**CASES[case])
     params, tokens_T, others_T = random_params(model), *random_tokens(1)[:2]
     sizes = (3, 1, CHUNK, 20, 10, LENGTH - CHUNK - 34)
@@ -273,7 +273,7 @@ def test_documents_and_padding_change_no_bit_of_another_document(case: str) -> N
 
 @pytest.mark.slow
 @over_mixers
-def test_gradients_stay_within_a_document_in_float64_under_vmap_and_remat(mixer: str) -> None:
+def test_gradients_are_isolated_per_document_under_vmap_and_remat(mixer: str) -> None:
     model = model_config(mixers=mixer)
     both = [jax.tree.map(lambda leaf: leaf.astype(np.float64), random_params(model, seed)) for seed in (0, 1)]
     model = dataclasses.replace(model, dtype="float64", remat="full")
@@ -305,7 +305,7 @@ def test_gradients_stay_within_a_document_in_float64_under_vmap_and_remat(mixer:
     assert (has_part_PV[:, tokens_T] == (segments_BT[:1] == 3)).all()
 
 
-def test_the_slope_of_an_rg_lru_that_keeps_everything_is_finite() -> None:
+def test_rg_lru_gradient_is_finite_at_full_retention() -> None:
     mixer = RecurrentGatedLRU(model_config(bias=True).block(0))
     context = BlockInputs(jnp.arange(8)[None], jnp.ones((1, 8), jnp.int32))
     x_BTD = np.random.default_rng(0).standard_normal((1, 8, 16)).astype(np.float32)
@@ -320,7 +320,7 @@ def test_the_slope_of_an_rg_lru_that_keeps_everything_is_finite() -> None:
 
 
 @over_cases
-def test_with_a_cache_logits_are_those_without_however_a_text_is_cut(case: str) -> None:
+def test_cached_logits_match_uncached_for_any_split(case: str) -> None:
     """Rows read prefixes of their own at once, then pieces, then one token each; rows that are through read padding."""
     model = model_config(**CASES[case])
     ends = np.array([[1, 2, 4, CHUNK, CHUNK + 1, LENGTH], [2, 40, 39, 37, 69, 70], [45, 43, 62, 70, 70, 70]], np.int32)
@@ -355,7 +355,7 @@ def test_with_a_cache_logits_are_those_without_however_a_text_is_cut(case: str) 
 
 
 @over_mixers
-def test_a_cache_is_small(mixer: str) -> None:
+def test_recurrent_and_latent_caches_are_small(mixer: str) -> None:
     model = model_config(mixers=mixer, dtype="bfloat16")
 
     def shapes(name: str, length: int, model: ModelConfig = model) -> Any:
@@ -372,7 +372,7 @@ def test_a_cache_is_small(mixer: str) -> None:
 
 
 @over_mixers
-def test_in_bfloat16_logits_are_near_and_a_cached_state_is_not_rounded(mixer: str) -> None:
+def test_bfloat16_logits_are_close_and_cached_state_is_float32(mixer: str) -> None:
     wide, narrow = model_config(mixers=mixer), model_config(mixers=mixer, dtype="bfloat16")
     params, tokens_BT = random_params(wide), random_tokens()
     exact = logits_of(params, tokens_BT, wide)
@@ -414,7 +414,7 @@ def n_parameters(model: ModelConfig) -> int:
 
 
 @pytest.mark.parametrize("changes", [*CASES.values(), {"mixers": "rg_lru"}, {"mixers": "deltanet"}])
-def test_the_number_of_parameters_has_a_closed_form(changes: dict[str, Any]) -> None:
+def test_parameter_count_matches_the_closed_form(changes: dict[str, Any]) -> None:
     model = model_config(**changes)
     mixer = flops.parameter_shapes(model)["blocks"]["0"]["mixer"]
     assert flops.total_size(mixer) == model.n_layers * n_parameters(model)
@@ -422,7 +422,7 @@ def test_the_number_of_parameters_has_a_closed_form(changes: dict[str, Any]) -> 
     assert all("kernel" in path for path in kernels)
 
 
-def test_initial_decays_are_those_of_the_papers() -> None:
+def test_initial_decays_match_the_papers() -> None:
     key, quarters = jax.random.key(0), np.linspace(0, 1, 5)
     decay = sigmoid(-np.asarray(rg_lru_mixer.initial_decay_rate(key, (4000,)), np.float64)) ** 8
     np.testing.assert_allclose(np.quantile(decay, quarters), np.linspace(0.9, 0.999, 5), atol=4e-3)
@@ -434,7 +434,7 @@ def test_initial_decays_are_those_of_the_papers() -> None:
 
 
 @pytest.mark.parametrize("width", [1, 3])
-def test_a_convolution_that_is_cut_goes_on_from_its_history(width: int) -> None:
+def test_convolution_continues_from_its_history(width: int) -> None:
     module = ShortConvolution(model_config(**{"recurrent.conv_width": width}), 2)
     kernel_WR, x_BTR = (np.random.default_rng(width).standard_normal(shape) for shape in ((width, 2), (2, 9, 2)))
     expected_BTR = np.stack([convolution(x_TR, {"kernel": kernel_WR}) for x_TR in x_BTR])
@@ -455,7 +455,7 @@ def test_a_convolution_that_is_cut_goes_on_from_its_history(width: int) -> None:
         first = np.array(ends)
 
 
-def test_a_new_convolution_keeps_the_size_of_what_it_reads() -> None:
+def test_new_convolution_preserves_the_variance() -> None:
     context = BlockInputs(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
     convolution = ShortConvolution(model_config(), 4000)
     kernel = jax.jit(convolution.init)(jax.random.key(0), jnp.zeros((1, 1, 4000)), context, None)["params"]["kernel"]

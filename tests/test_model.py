@@ -322,7 +322,7 @@ def in_float64(params: transformer.Params) -> Any:
 
 
 @over_cases
-def test_logits_are_those_of_an_independent_model(case: str) -> None:
+def test_logits_match_the_reference_model(case: str) -> None:
     model = model_config(**CASES[case])
     params, tokens_BT = random_params(model), random_tokens()
     expected = np.stack([reference(in_float64(params), tokens_T, model) for tokens_T in tokens_BT[:3]])
@@ -333,7 +333,7 @@ def test_logits_are_those_of_an_independent_model(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "bfloat16"], scope="module")
-def test_gradients_are_finite_differences_of_the_independent_model(case: str) -> None:
+def test_gradients_match_finite_differences_of_the_reference_model(case: str) -> None:
     model = model_config(**CASES[case])
     params, tokens_T = random_params(model), random_tokens()[0]
     rng = np.random.default_rng(1)
@@ -358,7 +358,7 @@ def test_gradients_are_finite_differences_of_the_independent_model(case: str) ->
 
 
 @over_float32_cases
-def test_a_token_depends_on_every_earlier_token_and_on_no_later_one(case: str) -> None:
+def test_logits_are_causal(case: str) -> None:
     model = model_config(**CASES[case])
     params = random_params(model)
     tokens_T = np.random.default_rng(0).permutation(61)[:LENGTH].astype(np.int32)
@@ -373,7 +373,7 @@ def test_a_token_depends_on_every_earlier_token_and_on_no_later_one(case: str) -
 
 
 @over_cases
-def test_packed_documents_and_padding_are_invisible_to_one_another(case: str) -> None:
+def test_packed_documents_and_padding_are_isolated(case: str) -> None:
     model = model_config(**CASES[case])
     params = random_params(model)
     segments = np.array([1] * 5 + [2] * 4 + [0] * 3, np.int32)
@@ -402,7 +402,7 @@ def test_packed_documents_and_padding_are_invisible_to_one_another(case: str) ->
 
 
 @over_cases
-def test_with_a_cache_logits_are_those_without_however_a_text_is_cut(case: str) -> None:
+def test_cached_logits_match_uncached_for_any_split(case: str) -> None:
     """Row k reads k + 1 tokens at once, then the rest at once or one by one; rows that are through read padding."""
     model = model_config(**CASES[case])
     params, tokens_BT = random_params(model), random_tokens(3)
@@ -434,7 +434,7 @@ def test_with_a_cache_logits_are_those_without_however_a_text_is_cut(case: str) 
         cache = read(cache, lengths_B + step, ends_B, 1)
 
 
-def test_a_cache_keeps_tokens_at_their_positions_and_drops_padding() -> None:
+def test_kv_cache_stores_tokens_by_position_without_padding() -> None:
     model = model_config(**{"attention.n_heads": 2}, d_model=4)
     new_BTKC = np.arange(1.0, 17.0, dtype=np.float32).reshape(1, 4, 2, 2)
     new_BKTC = np.swapaxes(new_BTKC, 1, 2)
@@ -446,7 +446,7 @@ def test_a_cache_keeps_tokens_at_their_positions_and_drops_padding() -> None:
     np.testing.assert_array_equal(v_BKSC, -k_BKSC)
 
 
-def test_a_ring_holds_the_last_tokens_of_each_row_and_knows_where_they_stand() -> None:
+def test_ring_cache_holds_the_last_tokens_and_their_positions() -> None:
     ring = KVCache(np.zeros((2, 3), np.float32))
     positions_BT = np.tile(np.arange(4, 9), (2, 1))
     segments_BT = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
@@ -479,7 +479,7 @@ compiled_loss_and_gradient = jax.jit(loss_and_gradient, static_argnums=0)
     [{"remat": "dots"}, {"remat": "full", "scan_layers": False}],
     ids=str,
 )
-def test_unrolling_and_recomputing_change_neither_values_nor_gradients(changes: dict[str, str]) -> None:
+def test_unrolling_and_remat_preserve_values_and_gradients(changes: dict[str, str]) -> None:
     plain = model_config(dropout=0.1, positions="learned", feedforwards="relu")
     params, tokens_BT = random_params(plain), random_tokens()[:2]
     expected = compiled_loss_and_gradient(plain, params, tokens_BT)
@@ -496,7 +496,7 @@ def equations(jaxpr: Any) -> list[str]:
     return names
 
 
-def test_remat_is_in_the_program_and_recomputes_what_it_says() -> None:
+def test_remat_policies_recompute_what_they_name() -> None:
     counted, exponentials = {}, {}
     for remat in ("none", "dots", "full"):
         model = model_config(remat=remat, feedforwards="relu", positions="learned")
@@ -510,14 +510,14 @@ def test_remat_is_in_the_program_and_recomputes_what_it_says() -> None:
     assert exponentials["none"] < exponentials["dots"] == exponentials["full"]
 
 
-def test_unrolled_layers_are_a_program_without_a_loop() -> None:
+def test_unrolled_layers_compile_to_no_loop() -> None:
     for scan_layers in (True, False):
         model = model_config(scan_layers=scan_layers)
         program = forward.lower(random_params(model), random_tokens(), model).as_text()
         assert ("stablehlo.while" in program) == scan_layers
 
 
-def test_numbers_may_be_traced_and_compile_nothing_new() -> None:
+def test_traced_hyperparameters_do_not_recompile() -> None:
     tokens_BT = random_tokens()[:1]
     compilations = 0
 
@@ -557,7 +557,7 @@ def feedforward_of(model: ModelConfig, layer: int) -> tuple[str, int, bool]:
 
 
 @over_cases
-def test_the_number_of_parameters_has_a_closed_form(case: str) -> None:
+def test_parameter_count_matches_the_closed_form(case: str) -> None:
     model = model_config(**CASES[case])
     width, bias = model.d_model, int(model.bias)
     output_bias, fed_bias, norm_bias = (
@@ -588,7 +588,7 @@ def test_the_number_of_parameters_has_a_closed_form(case: str) -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {np.dtype("float32")}
 
 
-def test_initial_values_have_their_standard_deviations_and_keys_of_their_own() -> None:
+def test_initial_values_have_the_documented_scale_and_independent_keys() -> None:
     model = model_config(
         n_layers=4,
         mixers=("attention", "attention"),
@@ -618,7 +618,7 @@ def test_initial_values_have_their_standard_deviations_and_keys_of_their_own() -
 # Dropout.
 
 
-def test_dropout_keeps_the_mean_at_any_rate_and_does_nothing_without_a_key() -> None:
+def test_dropout_preserves_the_mean_and_needs_a_key() -> None:
     x = np.full((100, 100), 3.0, np.float32)
     dropped_at = jax.jit(lambda rate, key: dropout(x, rate, BlockInputs(x, x, key), 0))
     assert dropout(x, 0.25, BlockInputs(x, x), 0) is x
@@ -648,7 +648,7 @@ def silent_params() -> transformer.Params:
     return params
 
 
-def test_each_sublayer_of_each_layer_drops_elements_of_its_own() -> None:
+def test_dropout_is_independent_per_sublayer_and_layer() -> None:
     """Blocks that add 1 in the mixer and 3 in the feed-forward: the sum tells how often each was kept."""
     params = silent_params()
     params["blocks"]["0"]["mixer"]["output"]["bias"][:] = 1
@@ -663,7 +663,7 @@ def test_each_sublayer_of_each_layer_drops_elements_of_its_own() -> None:
     np.testing.assert_allclose(dropped_hidden(params, rate=0.0), np.ones_like(hidden_BTD), rtol=1e-5)
 
 
-def test_layers_of_a_pattern_drop_elements_of_their_own() -> None:
+def test_dropout_is_independent_within_a_block_pattern() -> None:
     model = dataclasses.replace(DROPPING, n_layers=4, mixers=("attention", "attention"))
     params = jax.tree.map(np.zeros_like, random_params(model))
     params["norm"]["scale"][:] = 1
@@ -680,13 +680,13 @@ def test_layers_of_a_pattern_drop_elements_of_their_own() -> None:
     assert max(same) < 0.6
 
 
-def test_embeddings_are_dropped() -> None:
+def test_dropout_applies_to_embeddings() -> None:
     params = silent_params()
     params["embedding"]["table"][:] = 1
     assert np.mean(dropped_hidden(params) == 0) == pytest.approx(0.5, abs=0.05)
 
 
-def test_attention_weights_are_dropped() -> None:
+def test_dropout_applies_to_attention_weights() -> None:
     """One layer copies its values. The first token sees itself alone, so each of its heads is dropped whole or not."""
     params = silent_params()
     mixer = params["blocks"]["0"]["mixer"]
@@ -700,7 +700,7 @@ def test_attention_weights_are_dropped() -> None:
 
 
 @over_cases
-def test_flops_have_a_closed_form(case: str) -> None:
+def test_flops_match_the_closed_form(case: str) -> None:
     model = model_config(**CASES[case])
     queries, keys = attention_widths(model)
     expected = 2 * model.d_model * 61
@@ -714,7 +714,7 @@ def test_flops_have_a_closed_form(case: str) -> None:
     assert flops.training_flops_per_token(model, LENGTH) == 3 * expected
 
 
-def test_flops_are_those_that_the_compiler_counts() -> None:
+def test_flops_match_the_compiler_estimate() -> None:
     model = model_config(scan_layers=False, d_model=128, context_length=64, feedforwards="gelu")
     shapes = flops.parameter_shapes(model), jax.ShapeDtypeStruct((1, 64), jnp.int32)
     counted = forward.lower(*shapes, model).compile().cost_analysis()["flops"] / 64
@@ -733,6 +733,6 @@ def test_flops_are_those_that_the_compiler_counts() -> None:
         ("mixers", ("attenton",), "attention"),
     ],
 )
-def test_a_wrong_name_is_answered_with_the_nearest(field: str, name: Any, nearest: str) -> None:
+def test_unknown_component_names_suggest_the_nearest(field: str, name: Any, nearest: str) -> None:
     with pytest.raises(UserError, match=f"config.model.{field}: .*Did you mean '{nearest}'"):
         flops.parameter_shapes(model_config(**{field: name}))

@@ -89,7 +89,7 @@ def in_a_loop(params: Any, x_BTD: np.ndarray, model: ModelConfig) -> tuple[np.nd
 
 @pytest.mark.parametrize("capacity", [0.0, 0.5, 1.0, 10.0])
 @pytest.mark.parametrize(("top", "normalize"), [(2, True), (1, False), (3, False)])
-def test_outputs_and_signals_are_those_of_a_loop_over_tokens(capacity: float, top: int, normalize: bool) -> None:
+def test_outputs_and_metrics_match_a_loop_over_tokens(capacity: float, top: int, normalize: bool) -> None:
     model = model_config(
         **{
             "moe.capacity_factor": capacity,
@@ -108,7 +108,7 @@ def test_outputs_and_signals_are_those_of_a_loop_over_tokens(capacity: float, to
     assert (expected["dropped"] > 0) == (capacity in (0.5, 1.0))
 
 
-def test_places_for_all_are_as_good_as_no_limit() -> None:
+def test_full_capacity_matches_no_capacity() -> None:
     params, x_BTD = parameters(), inputs()
     dropless, _ = feed(params, x_BTD, model_config())
     roomy, _ = feed(params, x_BTD, model_config(**{"moe.capacity_factor": 2.0 * EXPERTS}))
@@ -116,7 +116,7 @@ def test_places_for_all_are_as_good_as_no_limit() -> None:
     np.testing.assert_allclose(np.asarray(roomy)[is_token_BT], np.asarray(dropless)[is_token_BT], rtol=1e-4, atol=1e-5)
 
 
-def test_padding_changes_nothing_where_places_are_few() -> None:
+def test_padding_uses_no_capacity() -> None:
     model, x_BTD = model_config(**{"moe.capacity_factor": 0.5}), inputs()
 
     def fed(x_BTD: np.ndarray, segments_BT: np.ndarray) -> np.ndarray:
@@ -127,7 +127,7 @@ def test_padding_changes_nothing_where_places_are_few() -> None:
     np.testing.assert_allclose(padded[:, :6], fed(x_BTD[:, :6], np.ones((ROWS, 6), int)), rtol=1e-5, atol=1e-6)
 
 
-def test_load_balance_of_even_use_is_experts_per_token() -> None:
+def test_balanced_load_balance_loss_is_experts_per_token() -> None:
     params = parameters() | {"router": np.zeros((WIDTH, EXPERTS), np.float32)}
     _, layer_metrics = feed(
         params, inputs(), model_config(**{"moe.experts_per_token": EXPERTS, "moe.load_balance_loss_weight": 0.0})
@@ -137,14 +137,14 @@ def test_load_balance_of_even_use_is_experts_per_token() -> None:
     assert "auxiliary_loss" not in layer_metrics
 
 
-def test_a_capacity_costs_less_than_all_experts() -> None:
+def test_capacity_reduces_flops() -> None:
     def flops(model: ModelConfig) -> float:
         return feed.lower(parameters(), inputs(), model).cost_analysis()["flops"]
 
     assert flops(model_config(**{"moe.capacity_factor": 1.0})) < 0.7 * flops(model_config())
 
 
-def test_the_balance_loss_reaches_the_router_alone() -> None:
+def test_balance_loss_trains_only_the_router() -> None:
     def loss(params: Any) -> jax.Array:
         return feed(params, inputs(), model_config(**{"moe.load_balance_loss_weight": 1.0}))[1]["auxiliary_loss"]
 
@@ -155,7 +155,7 @@ def test_the_balance_loss_reaches_the_router_alone() -> None:
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("top", [1, 2, 3])
-def test_load_balance_equals_that_of_transformers(top: int) -> None:
+def test_load_balance_loss_matches_transformers(top: int) -> None:
     torch = pytest.importorskip("torch")
     mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
     params, x_BTD = parameters(), inputs()
@@ -175,7 +175,7 @@ def test_outputs_train_the_router(top: int, normalize: bool, capacity: float) ->
     assert np.abs(gradient["router"]).max() > 1e-2
 
 
-def test_one_expert_whose_weight_is_always_1_is_refused() -> None:
+def test_one_normalized_expert_per_token_is_rejected() -> None:
     knobs = {"feedforwards": ("moe",), "moe.experts_per_token": 1}
     with pytest.raises(UserError, match="--config.model.moe.norm_topk_prob=False"):
         model_config(**knobs)

@@ -57,7 +57,7 @@ def libraries(cache: Path) -> list[Path]:
 @needs_compiler
 @pytest.mark.parametrize("dtype", matvec.DTYPES)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 19])
-def test_products_are_right(dtype: str, rows: int) -> None:
+def test_matvec_matches_numpy(dtype: str, rows: int) -> None:
     rng = np.random.default_rng(rows)
     # Fewer inputs than lanes, an odd end, more than a thread's work; fewer outputs than a tile, and an odd end.
     for inputs, outputs in ((1, 1), (5, 3), (64, 8), (77, 2), (40, 1001), (3072, 50)):
@@ -73,7 +73,7 @@ def test_products_are_right(dtype: str, rows: int) -> None:
 
 
 @needs_compiler
-def test_each_element_is_used_once_in_its_place() -> None:
+def test_matvec_by_identity_is_the_matrix() -> None:
     inputs, outputs = 33, 11
     weights_OI = jnp.asarray(np.arange(outputs * inputs).reshape(outputs, inputs) % 251 - 125).astype(jnp.int8)
     found = matvec.matvec(jnp.eye(inputs), weights_OI)
@@ -81,7 +81,7 @@ def test_each_element_is_used_once_in_its_place() -> None:
 
 
 @needs_compiler
-def test_what_is_not_finite_stays_in_its_row_and_output() -> None:
+def test_nonfinite_values_stay_in_their_row_and_output() -> None:
     x_BI = np.ones((3, 20), np.float32)
     x_BI[1, 3] = np.nan
     weights_OI = np.ones((5, 20), np.float32)
@@ -92,7 +92,7 @@ def test_what_is_not_finite_stays_in_its_row_and_output() -> None:
 
 
 @needs_compiler
-def test_in_a_loop_with_other_work_it_computes_the_same_each_time() -> None:
+def test_concurrent_calls_in_a_loop_are_deterministic() -> None:
     rng = np.random.default_rng(0)
     kernels = [jnp.asarray(rng.standard_normal((256, 256)).astype(np.float32) / 16) for _ in range(4)]
 
@@ -111,7 +111,7 @@ def test_in_a_loop_with_other_work_it_computes_the_same_each_time() -> None:
 
 
 @needs_compiler
-def test_weights_that_do_not_fit_are_refused() -> None:
+def test_mismatched_weights_are_rejected() -> None:
     call = jax.ffi.ffi_call(matvec.ffi_target() or "", jax.ShapeDtypeStruct((1, 4), jnp.float32))
     with pytest.raises(Exception, match="weights are"):
         jax.block_until_ready(call(jnp.ones((1, 5)), jnp.ones((4, 6))))
@@ -122,7 +122,7 @@ def test_weights_that_do_not_fit_are_refused() -> None:
 @needs_compiler
 @pytest.mark.parametrize("dtype", matvec.DTYPES)
 @pytest.mark.parametrize("rows", [1, MAX_NATIVE_ROWS, MAX_NATIVE_ROWS + 1])
-def test_stored_weights_give_the_same_with_every_kernel(dtype: str, rows: int) -> None:
+def test_native_and_plain_products_agree(dtype: str, rows: int) -> None:
     rng = np.random.default_rng(rows)
     weights, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((70, 30), (rows, 70)))
     native, plain = (to_row_major(weights, dtype, kernel).matmul(x) for kernel in ("native", "plain"))
@@ -132,7 +132,7 @@ def test_stored_weights_give_the_same_with_every_kernel(dtype: str, rows: int) -
 @needs_compiler
 @pytest.mark.parametrize("weights", [None, "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tokens_are_those_of_the_plain_path(dtype: str, weights: str | None) -> None:
+def test_generated_tokens_match_the_plain_kernel(dtype: str, weights: str | None) -> None:
     model = for_inference(small_config(**{"model.dtype": dtype}).model)
     params = random_params(model)
 
@@ -148,7 +148,7 @@ def test_tokens_are_those_of_the_plain_path(dtype: str, weights: str | None) -> 
 
 
 @needs_compiler
-def test_it_is_built_once_for_each_source_and_compiler(
+def test_library_is_built_once_per_source_and_compiler(
     own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "small.cc"
@@ -174,7 +174,7 @@ print(build_library(Path(sys.argv[1])))
 
 @pytest.mark.slow
 @needs_compiler
-def test_many_may_build_it_at_once(own_cache: Path, tmp_path: Path) -> None:
+def test_concurrent_builds_give_one_library(own_cache: Path, tmp_path: Path) -> None:
     source = tmp_path / "small.cc"
     source.write_text('extern "C" int one() { return 1; }\n')
     command = [sys.executable, "-c", BUILDER, str(source)]
@@ -186,7 +186,7 @@ def test_many_may_build_it_at_once(own_cache: Path, tmp_path: Path) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("harm", [lambda data: data[:1000], lambda data: data[:-1] + b"?", lambda data: b""])
-def test_a_damaged_library_is_built_again(harm: Any, own_cache: Path, tmp_path: Path) -> None:
+def test_damaged_library_is_rebuilt(harm: Any, own_cache: Path, tmp_path: Path) -> None:
     source = tmp_path / "small.cc"
     source.write_text('extern "C" int one() { return 1; }\n')
     library = build_library(source)
@@ -215,7 +215,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_without_a_working_compiler_the_plain_path_is_taken_and_that_is_said_once(
+def test_broken_compiler_falls_back_to_plain_with_one_warning(
     name: str, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script, said = BROKEN[name]
@@ -229,16 +229,14 @@ def test_without_a_working_compiler_the_plain_path_is_taken_and_that_is_said_onc
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="whoever may write anywhere sees no such folder")
-def test_a_folder_that_cannot_be_written_is_no_reason_to_fail(
-    own_cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unwritable_cache_falls_back_with_a_warning(own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own_cache.mkdir(mode=0o500)
     assert matvec.ffi_target() is None
     assert "cannot be used" in capsys.readouterr().err
 
 
 @needs_compiler
-def test_a_file_in_the_place_of_the_folder_is_no_reason_to_fail(
+def test_file_in_place_of_the_cache_falls_back_with_a_warning(
     own_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own_cache.write_text("")
@@ -246,7 +244,7 @@ def test_a_file_in_the_place_of_the_folder_is_no_reason_to_fail(
     assert "cannot be used" in capsys.readouterr().err
 
 
-def test_it_is_not_asked_for_unless_the_config_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_kernel_is_built_only_if_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matvec, "ffi_target", lambda: pytest.fail("the kernel was asked for"))
     assert select_weight_layout(small_config().sampling).matmul_impl == "plain"
 
@@ -266,7 +264,7 @@ print(float(jax.jit(lambda x, w: matvec.matvec(x, w).sum())(jnp.ones((1, 8)), jn
 
 @pytest.mark.slow
 @needs_compiler
-def test_a_program_from_the_cache_finds_the_kernel(tmp_path: Path) -> None:
+def test_cached_program_finds_the_kernel(tmp_path: Path) -> None:
     def ran() -> str:
         command = [sys.executable, "-c", IN_A_PROCESS, str(tmp_path)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

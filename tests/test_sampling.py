@@ -113,7 +113,7 @@ def expected_through(numbers: dict[str, float], logits_BV: np.ndarray, seen_BV: 
 @pytest.mark.parametrize("name", SAMPLERS)
 @settings(max_examples=50)
 @given(data=st.data(), logits_BV=some_logits, seen_BV=some_seen)
-def test_each_sampler_is_its_brute_force_self(name: str, data: Any, logits_BV: np.ndarray, seen_BV: np.ndarray) -> None:
+def test_samplers_match_brute_force(name: str, data: Any, logits_BV: np.ndarray, seen_BV: np.ndarray) -> None:
     number = data.draw(EXPECTED[name][1])
     found = through(make_samplers(sampling(**{name: number})), logits_BV, seen_BV)
     np.testing.assert_allclose(found, expected_through({name: number}, logits_BV, seen_BV), rtol=1e-5)
@@ -135,9 +135,7 @@ def test_samplers_are_applied_in_the_documented_order(
 
 @settings(max_examples=50)
 @given(logits_BV=some_logits, seen_BV=some_seen, temperature=st.sampled_from([0.125, 1.0, 2.0]))
-def test_no_sampler_but_the_penalty_changes_which_tokens_are_likelier(
-    logits_BV: np.ndarray, seen_BV: np.ndarray, temperature: float
-) -> None:
+def test_samplers_preserve_the_order_of_tokens(logits_BV: np.ndarray, seen_BV: np.ndarray, temperature: float) -> None:
     samplers = make_samplers(sampling(temperature=temperature, top_k=4, top_p=0.7, min_p=0.05))
     left_BV = np.asarray(through(samplers, logits_BV, seen_BV))
     for logits_V, left_V in zip(logits_BV, left_BV, strict=True):
@@ -147,12 +145,12 @@ def test_no_sampler_but_the_penalty_changes_which_tokens_are_likelier(
 
 
 @pytest.mark.parametrize("top_k", [VOCABULARY, 10**6, 10**12])
-def test_more_than_all_tokens_are_all_tokens(top_k: int) -> None:
+def test_top_k_beyond_the_vocabulary_keeps_all_tokens(top_k: int) -> None:
     logits_BV = np.arange(2.0 * VOCABULARY, dtype=np.float32).reshape(2, VOCABULARY)
     np.testing.assert_array_equal(through(make_samplers(sampling(top_k=top_k)), logits_BV, logits_BV > 0), logits_BV)
 
 
-def test_a_number_is_an_argument_of_the_compiled_program() -> None:
+def test_sampler_settings_do_not_recompile() -> None:
     for name, (_, sampler) in SAMPLERS.items():
         assert jax.tree.leaves(sampler(np.float32(0.5))) == [0.5], name
     through.clear_cache()
@@ -177,7 +175,7 @@ compiled_sample = jax.jit(sample)
     penalty=st.sampled_from([1.0, 1.5]),
     temperature=st.sampled_from([0.0, 5e-324, 1e-46, 1e-40, 1e-30, 9e-6]),
 )
-def test_a_temperature_near_0_takes_the_likeliest_token_whatever_else_is_asked(
+def test_temperature_near_zero_is_greedy(
     logits_BV: np.ndarray, seen_BV: np.ndarray, penalty: float, temperature: float
 ) -> None:
     greedy = sampling(temperature=temperature, top_k=3, top_p=0.5, min_p=0.5, repetition_penalty=penalty)
@@ -200,7 +198,7 @@ CHAINS = {
 
 
 @pytest.mark.parametrize("name", CHAINS)
-def test_draws_have_the_probabilities_that_the_samplers_leave(name: str) -> None:
+def test_samples_follow_the_filtered_distribution(name: str) -> None:
     count = 20_000
     logits_V = np.random.default_rng(2).normal(0, 1.5, VOCABULARY).astype(np.float32)
     logits_BV, seen_BV = np.tile(logits_V, (count, 1)), np.tile(np.arange(VOCABULARY) % 3 == 0, (count, 1))
@@ -214,7 +212,7 @@ def test_draws_have_the_probabilities_that_the_samplers_leave(name: str) -> None
     assert stats.chisquare(counts_V[possible_V], expected_V[possible_V] * count).pvalue > 1e-3
 
 
-def test_a_row_is_drawn_by_its_own_key_alone() -> None:
+def test_a_row_depends_only_on_its_key() -> None:
     keys_B = jax.random.split(jax.random.key(0), 50)
     zeros_BV = np.zeros((50, VOCABULARY), np.float32)
     drawn_B = np.asarray(compiled_sample(keys_B, zeros_BV, zeros_BV > 0, ()))

@@ -23,7 +23,7 @@ from rustgpt_jax.registry import lookup
 Params = dict[str, Any]
 Cache = dict[str, Any]
 
-# Where a policy keeps what leaves the device.
+# Memory kind of arrays that the policy `offload` saves.
 HOST_MEMORY = "pinned_host"
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_saveable,
@@ -34,23 +34,23 @@ REMAT_POLICIES = {
 
 
 def init(key: jax.Array, model: ModelConfig) -> Params:
-    """Return initial float32 parameters. Those of blocks are stacked over N, the layers of a group."""
-    # Parameters do not depend on it, and resolving it would initialize the device.
+    """Return initial float32 parameters; those of blocks are stacked over N, the layers of a group."""
+    # Parameters do not depend on save_residuals, and resolving it would initialize the device.
     model = dataclasses.replace(model, save_residuals=False)
     context = BlockInputs(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
     x_BTD = jnp.zeros((1, 1, model.d_model), model.dtype)
     n_tokens = vocab_size(model)
     keys = dict(zip(("embedding", "positions", "norm", "head", "blocks"), jax.random.split(key, 5), strict=True))
 
-    def init_stack(index: int, stack: LayerGroup) -> Params:
-        block_keys_N = jax.random.split(jax.random.fold_in(keys["blocks"], index), len(stack.layers))
-        return jax.vmap(lambda block_key: Block(stack.block).init(block_key, x_BTD, context, None)["params"])(
+    def init_group(index: int, group: LayerGroup) -> Params:
+        block_keys_N = jax.random.split(jax.random.fold_in(keys["blocks"], index), len(group.layers))
+        return jax.vmap(lambda block_key: Block(group.block).init(block_key, x_BTD, context, None)["params"])(
             block_keys_N
         )
 
     params: Params = {
         "embedding": {"table": normal_init(model.init_std)(keys["embedding"], (n_tokens, model.d_model))},
-        "blocks": {str(index): init_stack(index, stack) for index, stack in enumerate(layer_groups(model))},
+        "blocks": {str(index): init_group(index, group) for index, group in enumerate(layer_groups(model))},
     }
     if (embed := _positions_embedding(model)) is not None:
         params["positions"] = embed.init(keys["positions"], context.positions_BT)["params"]
@@ -63,19 +63,19 @@ def init(key: jax.Array, model: ModelConfig) -> Params:
 
 def is_unrolled(blocks: Params) -> bool:
     """Return whether the layers of a group are a list of trees instead of arrays stacked over N."""
-    return any(isinstance(of_stack, list) for of_stack in blocks.values())
+    return any(isinstance(group, list) for group in blocks.values())
 
 
 def init_cache(model: ModelConfig, batch: int, length: int, *, unstacked: bool = False) -> Cache:
     """Return an empty cache for `batch` rows of `length` tokens, stacked over N, or in lists if `unstacked`."""
 
-    def of_stack(stack: LayerGroup) -> Any:
-        one = init_mixer_cache(stack.block, batch, length)
+    def init_group(group: LayerGroup) -> Any:
+        cache = init_mixer_cache(group.block, batch, length)
         if unstacked:
-            return [one] * len(stack.layers)
-        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(stack.layers), *leaf.shape)), one)
+            return [cache] * len(group.layers)
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(group.layers), *leaf.shape)), cache)
 
-    return {str(index): of_stack(stack) for index, stack in enumerate(layer_groups(model))}
+    return {str(index): init_group(group) for index, group in enumerate(layer_groups(model))}
 
 
 def apply(
@@ -88,17 +88,16 @@ def apply(
     segments_BT: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache | None]:
-    """logits_BTV (float32) for the token after each token, and the cache with the new tokens in it.
+    """Return float32 logits_BTV for the token after each token, and the cache with the new tokens in it.
 
     Args:
-        params: from `init`, or those for decoding (inference/decode_params.py): blocks in lists,
-            weights `PackedWeight`.
-        tokens_BT: token ids.
-        model: what `params` were made from.
-        cache: None to see `tokens_BT` alone; else they follow the cached tokens and are written at their positions.
-        positions_BT: places in the document; by default 0, 1, 2, ...
-        segments_BT: documents packed in a row, from 1; 0 is padding; by default each row is one document.
-        dropout_key: drops activations at rate `model.dropout`; None for none.
+        params: From `init`, or from `to_decode_params`, where layers are in lists and weights are `PackedWeight`.
+        tokens_BT: Token ids.
+        model: Config of the model.
+        cache: Cached earlier tokens, which `tokens_BT` follow; None for none.
+        positions_BT: Position of each token in its document, by default 0, 1, 2, ...
+        segments_BT: Document of each token in a packed row, from 1; 0 is padding. By default each row is one document.
+        dropout_key: Key for dropout at rate `model.dropout`; None for no dropout.
     """
     hidden_BTD, cache, _ = hidden_states(
         params,
@@ -122,9 +121,9 @@ def hidden_states(
     segments_BT: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache | None, LayerMetrics]:
-    """The residual stream (B, T, D) after the last norm, the cache, and the layer metrics averaged over blocks.
+    """Return hidden_BTD after the last norm, the cache, and the layer metrics.
 
-    The layer metric AUX_LOSS is the sum over the blocks. Arguments as those of `apply`.
+    Layer metrics are averaged over layers, except AUX_LOSS, which is summed. The arguments are those of `apply`.
     """
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
@@ -138,13 +137,13 @@ def hidden_states(
 def apply_with_intermediates(
     params: Params, tokens_BT: jax.Array, model: ModelConfig, context: BlockInputs, slots: intermediates.GradSlots
 ) -> tuple[jax.Array, LayerMetrics, intermediates.Intermediates]:
-    """logits_BTV, the layer metrics, and a measurement of the tensor at each site, in the places of the slots.
+    """Return logits_BTV, the layer metrics, and the statistics of the tensor at each hook point.
 
-    `slots` are those of `hook_points.grad_slots`; the gradient with respect to them is the stats of the gradients.
+    `slots` are from `hook_points.grad_slots`; the gradient with respect to them is the statistics of the gradients.
     """
-    hidden_BTD, _, layer_metrics, measured = _hidden_states(params, tokens_BT, model, None, context, slots)
-    logits_BTV, measured["logits"] = intermediates.probe(logits(params, hidden_BTD, model), slots["logits"])
-    return logits_BTV, layer_metrics, measured
+    hidden_BTD, _, layer_metrics, stats = _hidden_states(params, tokens_BT, model, None, context, slots)
+    logits_BTV, stats["logits"] = intermediates.probe(logits(params, hidden_BTD, model), slots["logits"])
+    return logits_BTV, layer_metrics, stats
 
 
 def _hidden_states(
@@ -155,11 +154,11 @@ def _hidden_states(
     context: BlockInputs,
     slots: intermediates.GradSlots | None,
 ) -> tuple[jax.Array, Cache | None, LayerMetrics, intermediates.Intermediates]:
-    measured: intermediates.Intermediates = {}
+    stats: intermediates.Intermediates = {}
 
-    def apply_with_intermediates(x_BTD: jax.Array, site: str) -> jax.Array:
+    def probe(x_BTD: jax.Array, site: str) -> jax.Array:
         if slots is not None:
-            x_BTD, measured[site] = intermediates.probe(x_BTD, slots[site])
+            x_BTD, stats[site] = intermediates.probe(x_BTD, slots[site])
         return x_BTD
 
     x_BTD = shard_activations(params["embedding"]["table"], "VD")[tokens_BT]
@@ -169,32 +168,34 @@ def _hidden_states(
     if (embed := _positions_embedding(model)) is not None:
         x_BTD = x_BTD + embed.apply({"params": params["positions"]}, context.positions_BT)
     x_BTD = dropout(x_BTD.astype(model.dtype), model.dropout, context, site=model.n_layers)
-    x_BTD = apply_with_intermediates(shard_activations(x_BTD, "BTD"), "embeddings")
-    of_blocks = None if slots is None else slots["blocks"]
-    x_BTD, cache, layer_metrics, measured["blocks"] = _run_blocks(
-        params["blocks"], x_BTD, model, context, cache, of_blocks
+    x_BTD = probe(shard_activations(x_BTD, "BTD"), "embeddings")
+    block_slots = None if slots is None else slots["blocks"]
+    x_BTD, cache, layer_metrics, stats["blocks"] = _run_blocks(
+        params["blocks"], x_BTD, model, context, cache, block_slots
     )
     if model.norm_placement != "post":
         x_BTD = _norm(model).apply({"params": params["norm"]}, x_BTD)
-    return apply_with_intermediates(x_BTD, "hidden"), cache, layer_metrics, measured
+    return probe(x_BTD, "hidden"), cache, layer_metrics, stats
 
 
 def logits(params: Params, hidden_BTD: jax.Array, model: ModelConfig) -> jax.Array:
-    """logits_BTV in float32, from an output layer where there is one, else from the embedding table."""
-    if "head" in params:
-        logits_BTV = unembed(hidden_BTD, params["head"]["kernel"], "DV", model)
-    else:
-        logits_BTV = unembed(hidden_BTD, params["embedding"]["table"], "VD", model)
+    """Return float32 logits_BTV, computed with the output layer or else the embedding table."""
+    weights, axes = (params["head"]["kernel"], "DV") if "head" in params else (params["embedding"]["table"], "VD")
+    logits_BTV = unembed(hidden_BTD, weights, axes, model)
     return softcap(logits_BTV, model.final_logit_softcap) if is_enabled(model.final_logit_softcap) else logits_BTV
 
 
 def remat_policy(name: str) -> Callable[..., Any]:
-    """What a backward pass finds in memory. Raises UserError if it is to lie where the devices can put nothing."""
+    """Return the rematerialization policy named in the config.
+
+    Raises:
+        UserError: The policy offloads arrays, and the devices have no memory to offload them to.
+    """
     device = jax.local_devices()[0]
     if name == "offload" and HOST_MEMORY not in {memory.kind for memory in device.addressable_memories()}:
         raise UserError(
-            f"config.model.remat='offload' needs devices that can keep arrays in {HOST_MEMORY} memory, and "
-            f"{device.platform} has none; 'dots_no_batch' keeps the same on the device, 'full' keeps less."
+            f"config.model.remat='offload' needs devices with {HOST_MEMORY} memory, and {device.platform} has none; "
+            "'dots_no_batch' saves the same arrays on the device, 'full' saves fewer."
         )
     return REMAT_POLICIES[name]
 
@@ -222,11 +223,11 @@ def _run_blocks(
     ):
         if pattern:
             run_pattern = partial(_run_pattern, keys=pattern, model=model, context=context)
-            of_pattern = [{key: tree[key] for key in pattern} for tree in trees]
-            x_BTD, output = _repeat(run_pattern, x_BTD, of_pattern, repeats, model, is_scanned)
-            outputs = [{**before, **new} for before, new in zip(outputs, output, strict=True)]
-    cache_after, metrics, measured = outputs
-    return x_BTD, None if cache is None else cache_after, _reduce_metrics(metrics), measured
+            pattern_trees = [{key: tree[key] for key in pattern} for tree in trees]
+            x_BTD, new = _repeat(run_pattern, x_BTD, pattern_trees, repeats, model, is_scanned)
+            outputs = [{**done, **more} for done, more in zip(outputs, new, strict=True)]
+    new_cache, metrics, stats = outputs
+    return x_BTD, None if cache is None else new_cache, _reduce_metrics(metrics), stats
 
 
 def _run_pattern(
@@ -254,16 +255,16 @@ def _run_pattern(
     outputs: list[dict[str, Any]] = [{}, {}, {}]
     for key in keys:
         group = groups[int(key)]
-        number = repeat * model.period + group.layers.start
-        layer = context.fold_in(number)
+        layer = repeat * model.period + group.layers.start
+        layer_inputs = context.fold_in(layer)
         if model.attention.scale_by_layer:
-            layer = layer._replace(layer=number)
-        (x_BTD, *output), measured = intermediates.apply_block(
-            Block(group.block), params[key], slots[key], x_BTD, layer, cache[key]
+            layer_inputs = layer_inputs._replace(layer=layer)
+        (x_BTD, *output), stats = intermediates.apply_block(
+            Block(group.block), params[key], slots[key], x_BTD, layer_inputs, cache[key]
         )
         x_BTD = shard_activations(x_BTD, "BTD")
-        for by_group, each in zip(outputs, (*output, measured), strict=True):
-            by_group[key] = each
+        for by_group, value in zip(outputs, (*output, stats), strict=True):
+            by_group[key] = value
     return x_BTD, outputs
 
 
@@ -288,13 +289,13 @@ def _repeat(
         x_BTD, outputs = run_pattern(x_BTD, (layers, repeat))
         results.append(outputs)
     caches, *others = zip(*results, strict=True)
-    in_lists = is_unrolled(trees[0])
-    after = {key: [cache[key] for cache in caches] for key in trees[0]} if in_lists else _stack(*caches)
-    return x_BTD, [after, *(_stack(*each) for each in others)]
+    has_lists = is_unrolled(trees[0])
+    cache = {key: [cache[key] for cache in caches] for key in trees[0]} if has_lists else _stack(*caches)
+    return x_BTD, [cache, *(_stack(*values) for values in others)]
 
 
 def _layer(group: Any, index: int) -> Any:
-    """One layer of a group, which is a list of layers or a tree of arrays with the layers as first axis."""
+    """Return one layer of a group, which is a list of layers or a tree of arrays whose first axis is the layers."""
     return group[index] if isinstance(group, list) else jax.tree.map(lambda leaf: leaf[index], group)
 
 
@@ -303,18 +304,18 @@ def _stack(*trees: Any) -> Any:
 
 
 def _reduce_metrics(metrics: dict[str, LayerMetrics]) -> LayerMetrics:
-    """The mean of each metric over the layers that have it; AUX_LOSS is summed."""
-    names = dict.fromkeys(name for of_group in metrics.values() for name in of_group)
-    values = {
-        name: jnp.concatenate([jnp.ravel(of_group[name]) for of_group in metrics.values() if name in of_group])
-        for name in names
-    }
-    return {name: jnp.sum(each) if name == AUX_LOSS else jnp.mean(each) for name, each in values.items()}
+    """Return the mean of each metric over the layers that have it, and the sum of AUX_LOSS."""
+    values: dict[str, list[jax.Array]] = {}
+    for group in metrics.values():
+        for name, value in group.items():
+            values.setdefault(name, []).append(jnp.ravel(value))
+    joined = {name: jnp.concatenate(arrays) for name, arrays in values.items()}
+    return {name: jnp.sum(array) if name == AUX_LOSS else jnp.mean(array) for name, array in joined.items()}
 
 
 def vocab_size(model: ModelConfig) -> int:
-    """Return the number of rows of the embedding table, which is set from the tokenizer."""
-    assert model.vocab_size is not None, "config.model.vocab_size is set from the tokenizer before a model is made"
+    """Return the number of rows of the embedding table."""
+    assert model.vocab_size is not None, "config.model.vocab_size must be set from the tokenizer first"
     return model.vocab_size
 
 

@@ -65,6 +65,6 @@ def apply_uncached_mixer(
     position_S = jnp.arange(cache.slots, dtype=jnp.int32)
     segments_BS = (position_S[None] <= last_position(context)[:, None]).astype(jnp.int32)
     positions_BS = jnp.broadcast_to(position_S[None], segments_BS.shape)
-    every = context._replace(positions_BT=positions_BS, segments_BT=segments_BS)
-    y_BSD = mixer(cache.buffers.astype(x_BTD.dtype), every)
+    whole = context._replace(positions_BT=positions_BS, segments_BT=segments_BS)
+    y_BSD = mixer(cache.buffers.astype(x_BTD.dtype), whole)
     return jnp.take_along_axis(y_BSD, context.positions_BT[..., None], axis=1, mode="clip"), cache
