@@ -301,7 +301,7 @@ def test_kernels_are_checked_on_full_rows_with_documents_and_padding() -> None:
         == cotangent_BTHC.shape
         == (2, block.context_length, block.attention.n_heads, block.head_width)
     )
-    assert set(np.unique(task.context.segments_BT[1])) == {0, 1, 2}
+    assert set(np.unique(task.block_inputs.segments_BT[1])) == {0, 1, 2}
     assert largest_difference("blockwise", task, cotangent_BTHC) <= TOLERANCES["float32"]
 
 

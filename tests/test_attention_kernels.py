@@ -105,7 +105,7 @@ def slopes_times_distance(queries_BT: jax.Array, keys_BS: jax.Array) -> jax.Arra
 
 def brute_force(task: AttentionInputs, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     """mixed (B, T, H, channels of values), one query of one head after another, in float64."""
-    positions, segments = (np.asarray(x) for x in task.context[:2])
+    positions, segments = (np.asarray(x) for x in task.block_inputs[:2])
     n_heads, groups = q.shape[2], q.shape[2] // k.shape[2]
     mixed = np.zeros((*q.shape[:3], v.shape[-1]))
     for b, t, h in np.ndindex(*q.shape[:3]):
@@ -130,7 +130,7 @@ def check_against_brute_force(
     rng = np.random.default_rng(1)
     exact = [np.asarray(x, np.float64) for x in task[:3]]
     expected = brute_force(task, *exact)
-    is_token = np.asarray(task.context.segments_BT)[:, :, None, None] > 0
+    is_token = np.asarray(task.block_inputs.segments_BT)[:, :, None, None] > 0
     weights = jnp.asarray(rng.standard_normal(expected.shape) * is_token, task.v_BSKC.dtype)
     directions = [rng.standard_normal(x.shape) for x in exact]
     slopes = []
@@ -496,10 +496,10 @@ def test_scores_are_a_hook_point_of_plain_only() -> None:
         name: plain_sites[name] for name in plain_sites if name not in scores
     }
     model = model_config(**{"attention.kernel": "blockwise"})
-    context = BlockInputs(jnp.zeros((2, 24), jnp.int32), jnp.ones((2, 24), jnp.int32))
+    inputs = BlockInputs(jnp.zeros((2, 24), jnp.int32), jnp.ones((2, 24), jnp.int32))
     slots = grad_slots(hook_points(model, 2, 24))
     _, _, measured = jax.eval_shape(
-        lambda params: transformer.apply_with_intermediates(params, tokens(), model, context, slots),
+        lambda params: transformer.apply_with_intermediates(params, tokens(), model, inputs, slots),
         random_params(model),
     )
     assert jax.tree.structure(measured) == jax.tree.structure(slots)
@@ -569,7 +569,7 @@ def too_large(task: AttentionInputs) -> jax.Array:
 
 def of_every_document(task: AttentionInputs) -> jax.Array:
     return reference_attention(
-        task._replace(context=task.context._replace(segments_BT=jnp.ones_like(task.context.segments_BT)))
+        task._replace(block_inputs=task.block_inputs._replace(segments_BT=jnp.ones_like(task.block_inputs.segments_BT)))
     )
 
 

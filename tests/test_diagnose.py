@@ -369,7 +369,7 @@ from rustgpt_jax.model.layers import Linear
 class Bomb(nn.Module):
     config: object
     @nn.compact
-    def __call__(self, x_BTD, context):
+    def __call__(self, x_BTD, inputs):
         fuse = self.param("fuse", nn.initializers.ones, (1,))
         inner_BTD = Linear(self.config, self.config.d_model, name="inner")(x_BTD)
         is_over = (fuse < self.config.get_extra("limit"))[None, None] & (jnp.arange(x_BTD.shape[1]) == 3)[None, :, None]

@@ -307,12 +307,12 @@ def test_gradients_are_isolated_per_document_under_vmap_and_remat(mixer: str) ->
 
 def test_rg_lru_gradient_is_finite_at_full_retention() -> None:
     mixer = RecurrentGatedLRU(model_config(bias=True).block(0))
-    context = BlockInputs(jnp.arange(8)[None], jnp.ones((1, 8), jnp.int32))
+    inputs = BlockInputs(jnp.arange(8)[None], jnp.ones((1, 8), jnp.int32))
     x_BTD = np.random.default_rng(0).standard_normal((1, 8, 16)).astype(np.float32)
-    shapes = jax.eval_shape(mixer.init, jax.random.key(0), x_BTD, context, None)["params"]
+    shapes = jax.eval_shape(mixer.init, jax.random.key(0), x_BTD, inputs, None)["params"]
     params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, np.float32), shapes)
     params["recurrence_gate"]["bias"] -= 1000
-    gradient = jax.jit(jax.grad(lambda params: jnp.sum(mixer.apply({"params": params}, x_BTD, context, None)[0])))
+    gradient = jax.jit(jax.grad(lambda params: jnp.sum(mixer.apply({"params": params}, x_BTD, inputs, None)[0])))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient(params)))
 
 
@@ -456,8 +456,8 @@ def test_convolution_continues_from_its_history(width: int) -> None:
 
 
 def test_new_convolution_preserves_the_variance() -> None:
-    context = BlockInputs(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
+    inputs = BlockInputs(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
     convolution = ShortConvolution(model_config(), 4000)
-    kernel = jax.jit(convolution.init)(jax.random.key(0), jnp.zeros((1, 1, 4000)), context, None)["params"]["kernel"]
+    kernel = jax.jit(convolution.init)(jax.random.key(0), jnp.zeros((1, 1, 4000)), inputs, None)["params"]["kernel"]
     assert kernel.shape == (4, 4000)
     assert abs(np.square(kernel).sum(axis=0).mean() - 1) < 0.05

@@ -38,8 +38,8 @@ def inputs(seed: int = 1) -> np.ndarray:
 
 @partial(jax.jit, static_argnames="model")
 def feed(params: Any, x_BTD: np.ndarray, model: ModelConfig) -> Any:
-    context = BlockInputs(np.broadcast_to(np.arange(LENGTH), SEGMENTS_BT.shape), SEGMENTS_BT)
-    return FEEDFORWARDS["moe"](model).apply({"params": params}, x_BTD, context)
+    inputs = BlockInputs(np.broadcast_to(np.arange(LENGTH), SEGMENTS_BT.shape), SEGMENTS_BT)
+    return FEEDFORWARDS["moe"](model).apply({"params": params}, x_BTD, inputs)
 
 
 def expert(x_D: np.ndarray, params: Any, index: int) -> np.ndarray:
@@ -120,8 +120,8 @@ def test_padding_uses_no_capacity() -> None:
     model, x_BTD = model_config(**{"moe.capacity_factor": 0.5}), inputs()
 
     def fed(x_BTD: np.ndarray, segments_BT: np.ndarray) -> np.ndarray:
-        context = BlockInputs(np.zeros_like(segments_BT), segments_BT)
-        return np.asarray(FEEDFORWARDS["moe"](model).apply({"params": parameters()}, jnp.asarray(x_BTD), context)[0])
+        inputs = BlockInputs(np.zeros_like(segments_BT), segments_BT)
+        return np.asarray(FEEDFORWARDS["moe"](model).apply({"params": parameters()}, jnp.asarray(x_BTD), inputs)[0])
 
     padded = fed(x_BTD, np.array([[1] * 6 + [0] * 4] * ROWS))
     np.testing.assert_allclose(padded[:, :6], fed(x_BTD[:, :6], np.ones((ROWS, 6), int)), rtol=1e-5, atol=1e-6)

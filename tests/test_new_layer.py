@@ -99,7 +99,7 @@ WRONG = """
 import flax.linen as nn
 class NoCache(nn.Module):
     config: object
-    def __call__(self, x_BTD, context, cache):
+    def __call__(self, x_BTD, inputs, cache):
         return x_BTD, cache
 class Plain(nn.Module):
     config: object
@@ -111,7 +111,7 @@ class Plain(nn.Module):
 @pytest.mark.parametrize(
     ("field", "name", "message"),
     [
-        ("mixers", "json:loads", "is not a mixer: a Flax module with __call__(x, context)"),
+        ("mixers", "json:loads", "is not a mixer: a Flax module with __call__(x, inputs)"),
         ("mixers", "wrong:NoCache", "is not a mixer"),
         ("mixers", "wrong:Plain", "is not a mixer"),
         ("feedforwards", "wrong:NoCache", "is not a feed-forward: a Flax module with __call__(x)"),
@@ -142,8 +142,8 @@ from rustgpt_jax.model.kv_cache import causal_mask
 class MeanOfDocument(nn.Module):
     config: object
     @nn.compact
-    def __call__(self, x_BTD, context):
-        weights_BTS = causal_mask(context) * 1.0
+    def __call__(self, x_BTD, inputs):
+        weights_BTS = causal_mask(inputs) * 1.0
         mean_BTD = weights_BTS @ x_BTD / jnp.maximum(weights_BTS.sum(axis=-1, keepdims=True), 1)
         return Linear(self.config, self.config.d_model, residual=True, name="output")(mean_BTD)
 class Plain(nn.Module):

@@ -244,8 +244,8 @@ from rustgpt_jax.model.layers import Linear
 class Stumbling(nn.Module):
     config: object
     @nn.compact
-    def __call__(self, x_BTD, context):
-        is_bad = jnp.any(context.segments_BT > 1)
+    def __call__(self, x_BTD, inputs):
+        is_bad = jnp.any(inputs.segments_BT > 1)
         return jnp.where(is_bad, jnp.inf, Linear(self.config, self.config.d_model, name="inner")(x_BTD)), {}
 """
 

@@ -107,9 +107,9 @@ def attention_task(block: ModelConfig) -> tuple[AttentionInputs, jax.Array]:
         jnp.asarray(rng.standard_normal((2, length, block.attention.n_heads, block.head_width)), block.dtype)
         for _ in range(4)
     )
-    context = BlockInputs(jnp.asarray(positions_BT), jnp.asarray(segments_BT))
-    cotangent_BTHC = jnp.where((context.segments_BT > 0)[:, :, None, None], cotangent_BTHC, 0)
-    return attention_inputs(block, (queries, keys, values), context, None, None), cotangent_BTHC
+    inputs = BlockInputs(jnp.asarray(positions_BT), jnp.asarray(segments_BT))
+    cotangent_BTHC = jnp.where((inputs.segments_BT > 0)[:, :, None, None], cotangent_BTHC, 0)
+    return attention_inputs(block, (queries, keys, values), inputs, None, None), cotangent_BTHC
 
 
 def training(size: str, batch: int, knobs: dict[str, Any], repeats: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> tuple[jax.Array, Any, LayerMetrics]:
+    def __call__(self, x_BTD: jax.Array, inputs: BlockInputs, cache: Any) -> tuple[jax.Array, Any, LayerMetrics]:
         config = self.config
         (mixer_name,), (feedforward_name,) = config.mixers, config.feedforwards
         mixer_config, mlp_config = config.mixer_config, config.feedforward_config
@@ -39,18 +39,18 @@ class Block(nn.Module):
         )
 
         mixer_input_BTD = self._norm("mixer_norm", x_BTD, BEFORE).astype(mixer_config.dtype)
-        y_BTD, cache = apply_mixer(mixer_input_BTD, context, cache)
-        x_BTD = self._add(x_BTD, y_BTD, "mixer", context, site=1)
+        y_BTD, cache = apply_mixer(mixer_input_BTD, inputs, cache)
+        x_BTD = self._add(x_BTD, y_BTD, "mixer", inputs, site=1)
         mlp_input_BTD = self._norm("feedforward_norm", x_BTD, BEFORE).astype(mlp_config.dtype)
         has_metrics = n_inputs(type(feedforward)) == 2
-        output = feedforward(mlp_input_BTD, context) if has_metrics else feedforward(mlp_input_BTD)
+        output = feedforward(mlp_input_BTD, inputs) if has_metrics else feedforward(mlp_input_BTD)
         y_BTD, metrics = output if isinstance(output, tuple) else (output, {})
-        return self._add(x_BTD, y_BTD, "feedforward", context, site=2), cache, metrics
+        return self._add(x_BTD, y_BTD, "feedforward", inputs, site=2), cache, metrics
 
-    def _add(self, x_BTD: jax.Array, y_BTD: jax.Array, name: str, context: BlockInputs, site: int) -> jax.Array:
+    def _add(self, x_BTD: jax.Array, y_BTD: jax.Array, name: str, inputs: BlockInputs, site: int) -> jax.Array:
         """Add the output of a sublayer to the residual stream, in the dtype of the stream."""
         y_BTD = self._norm(f"{name}_output_norm", y_BTD.astype(x_BTD.dtype), ON_OUTPUT)
-        x_BTD = Probe(name=f"{name}_sum")(x_BTD + dropout(y_BTD, self.config.dropout, context, site))
+        x_BTD = Probe(name=f"{name}_sum")(x_BTD + dropout(y_BTD, self.config.dropout, inputs, site))
         return self._norm(f"{name}_norm", x_BTD, AFTER_SUM)
 
     def _norm(self, name: str, x_BTD: jax.Array, placements: tuple[str, ...]) -> jax.Array:
@@ -95,9 +95,9 @@ def linear_layers(block: ModelConfig) -> dict[str, ModelConfig]:
         return call(*args, **kwargs)
 
     def forward() -> Any:
-        context = BlockInputs(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
+        inputs = BlockInputs(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
         x_BTD = jnp.zeros((1, 1, block.d_model), block.dtype)
-        return Block(block).init(jax.random.key(0), x_BTD, context, None)
+        return Block(block).init(jax.random.key(0), x_BTD, inputs, None)
 
     with nn.intercept_methods(record):
         jax.eval_shape(forward)

@@ -44,7 +44,7 @@ class BlockInputs(NamedTuple):
 class Mixer(Protocol):
     """A token mixer without a cache. Decoding recomputes it over the whole context for each token."""
 
-    def __call__(self, x_BTD: jax.Array, context: BlockInputs) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, inputs: BlockInputs) -> jax.Array:
         """Return y_BTD."""
 
 
@@ -56,7 +56,7 @@ class CachedMixer(Protocol):
     def init_cache(config: ModelConfig, batch: int, length: int) -> Any:
         """Return an empty cache for `length` tokens: any pytree of arrays whose first axis is B."""
 
-    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: jax.Array, inputs: BlockInputs, cache: Any) -> tuple[jax.Array, Any]:
         """Return y_BTD and the cache with the new tokens in it; the cache is None in training."""
 
 
@@ -70,7 +70,7 @@ class FeedForward(Protocol):
 class FeedForwardWithMetrics(Protocol):
     """A feed-forward that reads the block's inputs. It may return y_BTD alone."""
 
-    def __call__(self, x_BTD: jax.Array, context: BlockInputs) -> tuple[jax.Array, LayerMetrics]:
+    def __call__(self, x_BTD: jax.Array, inputs: BlockInputs) -> tuple[jax.Array, LayerMetrics]:
         """Return y_BTD and scalars to log; AUX_LOSS is added to the training loss."""
 
 
@@ -98,9 +98,9 @@ class PositionEncoding(NamedTuple):
 MIXER, FEEDFORWARD, NORM, POSITION = "a mixer", "a feed-forward", "a norm", "a position encoding"
 
 DESCRIPTIONS = {
-    MIXER: "a Flax module with __call__(x, context), or with __call__(x, context, cache) and "
+    MIXER: "a Flax module with __call__(x, inputs), or with __call__(x, inputs, cache) and "
     "init_cache(config, batch, length)",
-    FEEDFORWARD: "a Flax module with __call__(x) or __call__(x, context)",
+    FEEDFORWARD: "a Flax module with __call__(x) or __call__(x, inputs)",
     NORM: "a Flax module with __call__(x)",
     POSITION: "a PositionEncoding",
 }

@@ -29,12 +29,12 @@ class KVCache(NamedTuple):
         first = jax.tree.leaves(self.buffers)[0]
         return first.shape[_tokens_axis(first)]
 
-    def write(self, new: Any, context: BlockInputs) -> "KVCache":
+    def write(self, new: Any, inputs: BlockInputs) -> "KVCache":
         """Return the cache with new tokens in their slots; if there are more tokens than slots, the last ones."""
-        fits_BT = context.positions_BT > last_position(context)[:, None] - self.slots
-        is_written_BT = (context.segments_BT > 0) & fits_BT
+        fits_BT = inputs.positions_BT > last_position(inputs)[:, None] - self.slots
+        is_written_BT = (inputs.segments_BT > 0) & fits_BT
         # Writes to the slot after the last one are dropped.
-        slots_BT = jnp.where(is_written_BT, context.positions_BT % self.slots, self.slots)
+        slots_BT = jnp.where(is_written_BT, inputs.positions_BT % self.slots, self.slots)
         return KVCache(jax.tree.map(partial(_write_tokens, slots_BT=slots_BT), self.buffers, new))
 
     def positions(self, newest_B: jax.Array) -> jax.Array:
@@ -80,14 +80,14 @@ def attention_mask(
     return mask_BTS if window is None else mask_BTS & _window_mask(queries, keys.positions_BT, window)
 
 
-def causal_mask(context: BlockInputs, window: int | None = None) -> jax.Array:
+def causal_mask(inputs: BlockInputs, window: int | None = None) -> jax.Array:
     """Return mask_BTS: tokens attend to themselves and earlier tokens of their document, within the last `window`."""
-    order_T = jnp.arange(context.segments_BT.shape[1])
-    return attention_mask(context, order_T, context, order_T, window)
+    order_T = jnp.arange(inputs.segments_BT.shape[1])
+    return attention_mask(inputs, order_T, inputs, order_T, window)
 
 
 def update_kv_cache(
-    cache: KVCache | None, new: Any, context: BlockInputs, window: int | None = None
+    cache: KVCache | None, new: Any, inputs: BlockInputs, window: int | None = None
 ) -> tuple[AttentionContext, KVCache | None]:
     """Return the keys that the new tokens attend to, and the cache with the new tokens in it.
 
@@ -95,18 +95,18 @@ def update_kv_cache(
     cache, it attends to the earlier tokens of its document.
     """
     if cache is None:
-        return AttentionContext(new, context.positions_BT, causal_mask(context, window)), None
-    after = cache.write(new, context)
-    if window is None or context.positions_BT.shape[1] == 1:
+        return AttentionContext(new, inputs.positions_BT, causal_mask(inputs, window)), None
+    after = cache.write(new, inputs)
+    if window is None or inputs.positions_BT.shape[1] == 1:
         # Overwritten slots are outside every query's window.
-        positions_BS = after.positions(last_position(context))
-        mask_BTS = _filled_mask(context, positions_BS) & _window_mask(context, positions_BS, window)
+        positions_BS = after.positions(last_position(inputs))
+        mask_BTS = _filled_mask(inputs, positions_BS) & _window_mask(inputs, positions_BS, window)
         return AttentionContext(after.buffers, positions_BS, mask_BTS), after
-    before_BS = cache.positions(context.positions_BT[:, 0] - 1)
-    old_BTS = _filled_mask(context, before_BS) & _window_mask(context, before_BS, window)
+    before_BS = cache.positions(inputs.positions_BT[:, 0] - 1)
+    old_BTS = _filled_mask(inputs, before_BS) & _window_mask(inputs, before_BS, window)
     keys = jax.tree.map(lambda old, new: jnp.concatenate([old, new], _tokens_axis(old)), cache.buffers, new)
-    positions_BS = jnp.concatenate([before_BS, context.positions_BT], axis=1)
-    return AttentionContext(keys, positions_BS, jnp.concatenate([old_BTS, causal_mask(context, window)], axis=2)), after
+    positions_BS = jnp.concatenate([before_BS, inputs.positions_BT], axis=1)
+    return AttentionContext(keys, positions_BS, jnp.concatenate([old_BTS, causal_mask(inputs, window)], axis=2)), after
 
 
 def _tokens_axis(x: jax.Array) -> int:
@@ -123,20 +123,20 @@ def _write_tokens(buffer: jax.Array, new: jax.Array, slots_BT: jax.Array) -> jax
     return _write_tokens(flat, new.reshape(len(flat), *new.shape[2:]), slots_BT).reshape(buffer.shape)
 
 
-def last_position(context: BlockInputs) -> jax.Array:
+def last_position(inputs: BlockInputs) -> jax.Array:
     """Return the position of the last token in each row (B,).
 
     For a row of padding, it is the first position of the row, so that a softmax over the row is finite.
     """
-    is_token_BT = context.segments_BT > 0
-    return jnp.max(jnp.where(is_token_BT, context.positions_BT, context.positions_BT[:, :1]), axis=1)
+    is_token_BT = inputs.segments_BT > 0
+    return jnp.max(jnp.where(is_token_BT, inputs.positions_BT, inputs.positions_BT[:, :1]), axis=1)
 
 
-def _filled_mask(context: BlockInputs, positions_BS: jax.Array) -> jax.Array:
-    return (positions_BS[:, None, :] >= 0) & (positions_BS[:, None, :] <= context.positions_BT[:, :, None])
+def _filled_mask(inputs: BlockInputs, positions_BS: jax.Array) -> jax.Array:
+    return (positions_BS[:, None, :] >= 0) & (positions_BS[:, None, :] <= inputs.positions_BT[:, :, None])
 
 
-def _window_mask(context: BlockInputs, positions_BS: jax.Array, window: int | None) -> jax.Array:
+def _window_mask(inputs: BlockInputs, positions_BS: jax.Array, window: int | None) -> jax.Array:
     if window is None:
         return jnp.ones((), bool)[None, None, None]
-    return positions_BS[:, None, :] > context.positions_BT[:, :, None] - window
+    return positions_BS[:, None, :] > inputs.positions_BT[:, :, None] - window

@@ -61,14 +61,14 @@ def default_glu_width(d_model: int) -> int:
     return -(-8 * d_model // 3 // 8) * 8
 
 
-def dropout(x: jax.Array, rate: jax.Array | float, context: BlockInputs, site: int) -> jax.Array:
+def dropout(x: jax.Array, rate: jax.Array | float, inputs: BlockInputs, site: int) -> jax.Array:
     """Zero each element with probability `rate` and scale the others to keep the mean (arXiv 1207.0580).
 
     `site` selects the random numbers: each use in a block has its own.
     """
-    if context.dropout_key is None:
+    if inputs.dropout_key is None:
         return x
-    is_kept = jax.random.bernoulli(jax.random.fold_in(context.dropout_key, site), 1.0 - rate, x.shape)
+    is_kept = jax.random.bernoulli(jax.random.fold_in(inputs.dropout_key, site), 1.0 - rate, x.shape)
     return jnp.where(is_kept, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 

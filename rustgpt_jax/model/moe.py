@@ -48,7 +48,7 @@ class MixtureOfExperts(nn.Module):
         return config.moe.d_expert or config.d_ff or default_glu_width(config.d_model)
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: BlockInputs) -> tuple[jax.Array, LayerMetrics]:
+    def __call__(self, x_BTD: jax.Array, inputs: BlockInputs) -> tuple[jax.Array, LayerMetrics]:
         config = self.config
         n_experts, width = config.moe.n_experts, self.width(config)
         residual_std = config.init_std / (2 * config.n_layers) ** 0.5
@@ -62,27 +62,27 @@ class MixtureOfExperts(nn.Module):
 
         routing = route(to_float32(x_BTD) @ to_float32(router_DX), config)
         if config.moe.capacity_factor:
-            y_BTD, is_processed_BTX = self._apply_with_capacity(x_BTD, routing, context, gate_XDF, up_XDF, down_XFD)
+            y_BTD, is_processed_BTX = self._apply_with_capacity(x_BTD, routing, inputs, gate_XDF, up_XDF, down_XFD)
         else:
             activation = ACTIVATIONS[config.moe.expert_activation]
             hidden_BTXF = apply_activation(activation, jnp.einsum("BTD,XDF->BTXF", x_BTD, gate_XDF), config)
             hidden_BTXF = hidden_BTXF * jnp.einsum("BTD,XDF->BTXF", x_BTD, up_XDF)
             weighted_BTXF = hidden_BTXF * routing.weight_BTX[..., None].astype(hidden_BTXF.dtype)
             y_BTD, is_processed_BTX = jnp.einsum("BTXF,XFD->BTD", weighted_BTXF, down_XFD), routing.is_routed_BTX
-        return y_BTD, layer_metrics(routing, is_processed_BTX, context, config)
+        return y_BTD, layer_metrics(routing, is_processed_BTX, inputs, config)
 
     def _apply_with_capacity(
         self,
         x_BTD: jax.Array,
         routing: Routing,
-        context: BlockInputs,
+        inputs: BlockInputs,
         gate_XDF: jax.Array,
         up_XDF: jax.Array,
         down_XFD: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         """Return the output, and which experts processed which tokens. P counts the slots of an expert in a row."""
         moe, length = self.config.moe, x_BTD.shape[1]
-        is_token_BT = context.segments_BT > 0
+        is_token_BT = inputs.segments_BT > 0
         share = moe.capacity_factor * moe.experts_per_token / moe.n_experts
         n_slots = min(length, math.ceil(share * length))
         # Padding does not count towards the capacity.
@@ -138,7 +138,7 @@ def route(router_logits_BTX: jax.Array, config: ModelConfig) -> Routing:
 
 
 def layer_metrics(
-    routing: Routing, is_processed_BTX: jax.Array, context: BlockInputs, config: ModelConfig
+    routing: Routing, is_processed_BTX: jax.Array, inputs: BlockInputs, config: ModelConfig
 ) -> LayerMetrics:
     """Return statistics of expert use over all tokens that are not padding, and the auxiliary losses.
 
@@ -151,7 +151,7 @@ def layer_metrics(
         dropped: The share of assignments that exceed the experts' capacity.
     """
     moe = config.moe
-    is_token_BT1 = (context.segments_BT > 0)[..., None]
+    is_token_BT1 = (inputs.segments_BT > 0)[..., None]
     n_tokens = jnp.maximum(jnp.sum(is_token_BT1), 1)
 
     def mean_X(values_BTX: jax.Array) -> jax.Array:

@@ -37,14 +37,14 @@ def init(key: jax.Array, model: ModelConfig) -> Params:
     """Return initial float32 parameters; those of blocks are stacked over N, the layers of a group."""
     # Parameters do not depend on save_residuals, and resolving it would initialize the device.
     model = dataclasses.replace(model, save_residuals=False)
-    context = BlockInputs(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
+    inputs = BlockInputs(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
     x_BTD = jnp.zeros((1, 1, model.d_model), model.dtype)
     n_tokens = vocab_size(model)
     keys = dict(zip(("embedding", "positions", "norm", "head", "blocks"), jax.random.split(key, 5), strict=True))
 
     def init_group(index: int, group: LayerGroup) -> Params:
         block_keys_N = jax.random.split(jax.random.fold_in(keys["blocks"], index), len(group.layers))
-        return jax.vmap(lambda block_key: Block(group.block).init(block_key, x_BTD, context, None)["params"])(
+        return jax.vmap(lambda block_key: Block(group.block).init(block_key, x_BTD, inputs, None)["params"])(
             block_keys_N
         )
 
@@ -53,7 +53,7 @@ def init(key: jax.Array, model: ModelConfig) -> Params:
         "blocks": {str(index): init_group(index, group) for index, group in enumerate(layer_groups(model))},
     }
     if (embed := _positions_embedding(model)) is not None:
-        params["positions"] = embed.init(keys["positions"], context.positions_BT)["params"]
+        params["positions"] = embed.init(keys["positions"], inputs.positions_BT)["params"]
     if model.norm_placement != "post":
         params["norm"] = _norm(model).init(keys["norm"], x_BTD)["params"]
     if not model.tie_embeddings:
@@ -129,19 +129,19 @@ def hidden_states(
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     if segments_BT is None:
         segments_BT = jnp.ones_like(tokens_BT)
-    context = BlockInputs(positions_BT, segments_BT, dropout_key)
-    hidden_BTD, cache, layer_metrics, _ = _hidden_states(params, tokens_BT, model, cache, context, None)
+    inputs = BlockInputs(positions_BT, segments_BT, dropout_key)
+    hidden_BTD, cache, layer_metrics, _ = _hidden_states(params, tokens_BT, model, cache, inputs, None)
     return hidden_BTD, cache, layer_metrics
 
 
 def apply_with_intermediates(
-    params: Params, tokens_BT: jax.Array, model: ModelConfig, context: BlockInputs, slots: intermediates.GradSlots
+    params: Params, tokens_BT: jax.Array, model: ModelConfig, inputs: BlockInputs, slots: intermediates.GradSlots
 ) -> tuple[jax.Array, LayerMetrics, intermediates.Intermediates]:
     """Return logits_BTV, the layer metrics, and the statistics of the tensor at each hook point.
 
     `slots` are from `hook_points.grad_slots`; the gradient with respect to them is the statistics of the gradients.
     """
-    hidden_BTD, _, layer_metrics, stats = _hidden_states(params, tokens_BT, model, None, context, slots)
+    hidden_BTD, _, layer_metrics, stats = _hidden_states(params, tokens_BT, model, None, inputs, slots)
     logits_BTV, stats["logits"] = intermediates.probe(logits(params, hidden_BTD, model), slots["logits"])
     return logits_BTV, layer_metrics, stats
 
@@ -151,7 +151,7 @@ def _hidden_states(
     tokens_BT: jax.Array,
     model: ModelConfig,
     cache: Cache | None,
-    context: BlockInputs,
+    inputs: BlockInputs,
     slots: intermediates.GradSlots | None,
 ) -> tuple[jax.Array, Cache | None, LayerMetrics, intermediates.Intermediates]:
     stats: intermediates.Intermediates = {}
@@ -166,12 +166,12 @@ def _hidden_states(
         scale = model.d_model**0.5 if model.embedding_scale is None else model.embedding_scale
         x_BTD = x_BTD * jnp.asarray(scale, x_BTD.dtype)
     if (embed := _positions_embedding(model)) is not None:
-        x_BTD = x_BTD + embed.apply({"params": params["positions"]}, context.positions_BT)
-    x_BTD = dropout(x_BTD.astype(model.dtype), model.dropout, context, site=model.n_layers)
+        x_BTD = x_BTD + embed.apply({"params": params["positions"]}, inputs.positions_BT)
+    x_BTD = dropout(x_BTD.astype(model.dtype), model.dropout, inputs, site=model.n_layers)
     x_BTD = probe(shard_activations(x_BTD, "BTD"), "embeddings")
     block_slots = None if slots is None else slots["blocks"]
     x_BTD, cache, layer_metrics, stats["blocks"] = _run_blocks(
-        params["blocks"], x_BTD, model, context, cache, block_slots
+        params["blocks"], x_BTD, model, inputs, cache, block_slots
     )
     if model.norm_placement != "post":
         x_BTD = _norm(model).apply({"params": params["norm"]}, x_BTD)
@@ -204,7 +204,7 @@ def _run_blocks(
     blocks: Params,
     x_BTD: jax.Array,
     model: ModelConfig,
-    context: BlockInputs,
+    inputs: BlockInputs,
     cache: Cache | None,
     slots: intermediates.GradSlots | None,
 ) -> tuple[jax.Array, Cache | None, LayerMetrics, intermediates.Intermediates]:
@@ -222,7 +222,7 @@ def _run_blocks(
         (keys[n_repeated:], 1, False),
     ):
         if pattern:
-            run_pattern = partial(_run_pattern, keys=pattern, model=model, context=context)
+            run_pattern = partial(_run_pattern, keys=pattern, model=model, inputs=inputs)
             pattern_trees = [{key: tree[key] for key in pattern} for tree in trees]
             x_BTD, new = _repeat(run_pattern, x_BTD, pattern_trees, repeats, model, is_scanned)
             outputs = [{**done, **more} for done, more in zip(outputs, new, strict=True)]
@@ -236,7 +236,7 @@ def _run_pattern(
     *,
     keys: tuple[str, ...],
     model: ModelConfig,
-    context: BlockInputs,
+    inputs: BlockInputs,
 ) -> tuple[jax.Array, list[dict[str, Any]]]:
     """Run one layer of each group in `keys`, the body of the scan.
 
@@ -245,7 +245,7 @@ def _run_pattern(
         xs: The layers' parameters, caches and gradient slots, each a dict by group, and the index of the repeat.
         keys: Groups in the order of their layers.
         model: Config of the whole model.
-        context: Inputs of all blocks.
+        inputs: Inputs of all blocks.
 
     Returns:
         The residual stream, and the layers' caches, metrics and intermediates, each a dict by group.
@@ -256,7 +256,7 @@ def _run_pattern(
     for key in keys:
         group = groups[int(key)]
         layer = repeat * model.period + group.layers.start
-        layer_inputs = context.fold_in(layer)
+        layer_inputs = inputs.fold_in(layer)
         if model.attention.scale_by_layer:
             layer_inputs = layer_inputs._replace(layer=layer)
         (x_BTD, *output), stats = intermediates.apply_block(

@@ -282,9 +282,9 @@ def gradient(
         if slots is None:
             sums = loss_sums(params, part, config.model, dropout_key, config.training.loss_chunk_size)
         else:
-            context = BlockInputs(part.positions_BT, part.segments_BT, dropout_key)
+            inputs = BlockInputs(part.positions_BT, part.segments_BT, dropout_key)
             logits_BTV, layer_metrics, activations = transformer.apply_with_intermediates(
-                params, part.tokens_BT, config.model, context, slots
+                params, part.tokens_BT, config.model, inputs, slots
             )
             sums, losses_BT = cross_entropy_sums(logits_BTV, part, layer_metrics)
             inside = _MicrobatchIntermediates(losses_BT, activations)

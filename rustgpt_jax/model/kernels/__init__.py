@@ -83,7 +83,7 @@ class AttentionInputs(NamedTuple):
         q_BTHC: Queries.
         k_BSKC: Keys.
         v_BSKC: Values.
-        context: Positions and documents of the tokens, which are both queries and keys.
+        block_inputs: Positions and documents of the tokens, which are both queries and keys.
         window: A token attends to this many tokens of its document, itself included; None for all earlier ones.
         scale: Factor of the scores.
         softcap: Soft-cap of the scaled scores; 0 for none.
@@ -94,7 +94,7 @@ class AttentionInputs(NamedTuple):
     q_BTHC: jax.Array
     k_BSKC: jax.Array
     v_BSKC: jax.Array
-    context: BlockInputs
+    block_inputs: BlockInputs
     window: int | None
     scale: float
     softcap: Any = 0.0

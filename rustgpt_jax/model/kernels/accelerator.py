@@ -32,7 +32,7 @@ def call_sharded_kernel(name: str, attend: Attend, inputs: AttentionInputs) -> j
         return mixed_BTHC.reshape(*mixed_BTHC.shape[:2], k_BSKC.shape[2], -1, mixed_BTHC.shape[-1])
 
     arrays = (inputs.q_BTHC, inputs.k_BSKC, inputs.v_BSKC)
-    mask_BTS = _forbid_vmap(name, causal_mask(inputs.context, inputs.window), *arrays)
+    mask_BTS = _forbid_vmap(name, causal_mask(inputs.block_inputs, inputs.window), *arrays)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return grouped(*arrays, mask_BTS)

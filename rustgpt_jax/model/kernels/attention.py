@@ -76,7 +76,7 @@ def reference_attention(inputs: AttentionInputs) -> jax.Array:
     """Compute attention with all scores in memory: the reference for other kernels."""
     order_T = jnp.arange(inputs.q_BTHC.shape[1])
     k_BKSC, v_BKSC = jnp.swapaxes(inputs.k_BSKC, 1, 2), jnp.swapaxes(inputs.v_BSKC, 1, 2)
-    return _attend(inputs, inputs.q_BTHC, k_BKSC, v_BKSC, inputs.context, order_T, inputs.context, order_T)
+    return _attend(inputs, inputs.q_BTHC, k_BKSC, v_BKSC, inputs.block_inputs, order_T, inputs.block_inputs, order_T)
 
 
 def _attend(
@@ -132,12 +132,12 @@ def blockwise(inputs: AttentionInputs, block: int = BLOCK) -> jax.Array:
             return x_BS if n_keys == length else jax.lax.dynamic_slice_in_dim(x_BS, first, n_keys, axis=1)
 
         queries = BlockInputs(positions_BT, segments_BT)
-        keys = BlockInputs(visible(inputs.context.positions_BT), visible(inputs.context.segments_BT))
+        keys = BlockInputs(visible(inputs.block_inputs.positions_BT), visible(inputs.block_inputs.segments_BT))
         order_S = jnp.arange(length) if n_keys == length else first + jnp.arange(n_keys)
         k_BKSC, v_BKSC = jnp.swapaxes(visible(inputs.k_BSKC), 1, 2), jnp.swapaxes(visible(inputs.v_BSKC), 1, 2)
         return _attend(inputs, q_BTHC, k_BKSC, v_BKSC, queries, order_T, keys, order_S)
 
-    queries = (inputs.q_BTHC, inputs.context.positions_BT, inputs.context.segments_BT)
+    queries = (inputs.q_BTHC, inputs.block_inputs.positions_BT, inputs.block_inputs.segments_BT)
     mixed = jax.lax.map(lambda xs: attend_block(*xs), (jnp.arange(n_blocks), *map(split, queries)))
     return jnp.moveaxis(mixed, 0, 1).reshape(batch, n_blocks * block, *mixed.shape[3:])[:, :length]
 
@@ -153,7 +153,7 @@ def triangular(inputs: AttentionInputs, n_blocks: int = N_BLOCKS) -> jax.Array:
     """Compute attention for a few blocks of queries, each with only the keys that it can attend to."""
     length = inputs.q_BTHC.shape[1]
     k_BKSC, v_BKSC = jnp.swapaxes(inputs.k_BSKC, 1, 2), jnp.swapaxes(inputs.v_BSKC, 1, 2)
-    positions_BT, segments_BT = inputs.context.positions_BT, inputs.context.segments_BT
+    positions_BT, segments_BT = inputs.block_inputs.positions_BT, inputs.block_inputs.segments_BT
 
     def attend_block(start: int, stop: int) -> jax.Array:
         first = 0 if inputs.window is None else max(0, start + 1 - inputs.window)
@@ -246,7 +246,7 @@ def attention(
     v_BTKC: jax.Array,
     spec: AttentionSpec,
     config: ModelConfig,
-    context: BlockInputs,
+    inputs: BlockInputs,
     cache: KVCache | None = None,
     sinks_H: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
@@ -258,7 +258,7 @@ def attention(
         v_BTKC: Values.
         spec: From `attention_spec`.
         config: Config of the block.
-        context: Positions and documents of the tokens, and the dropout key.
+        inputs: Positions and documents of the tokens, and the dropout key.
         cache: Earlier keys and values; None in training.
         sinks_H: Logits of attention sinks.
 
@@ -267,11 +267,11 @@ def attention(
     """
     kernel = select_kernel(config.attention.kernel, spec).kernel
     if kernel != "plain":
-        inputs = attention_inputs(config, (q_BTHC, k_BTKC, v_BTKC), context, spec.window, sinks_H)
-        return KERNELS[kernel].attend(inputs), cache
+        kernel_inputs = attention_inputs(config, (q_BTHC, k_BTKC, v_BTKC), inputs, spec.window, sinks_H)
+        return KERNELS[kernel].attend(kernel_inputs), cache
     by_heads = (jnp.swapaxes(k_BTKC, 1, 2), jnp.swapaxes(v_BTKC, 1, 2))
-    attended, cache = update_kv_cache(cache, by_heads, context, spec.window)
-    weights = partial(attention_weights, attended=attended, sinks_H=sinks_H, context=context, config=config)
+    attended, cache = update_kv_cache(cache, by_heads, inputs, spec.window)
+    weights = partial(attention_weights, attended=attended, sinks_H=sinks_H, inputs=inputs, config=config)
     scale = attention_scale(config, q_BTHC.shape[-1])
     k_BKSC, v_BKSC = attended.keys
     return dot_product_attention(q_BTHC, k_BKSC, v_BKSC, scale, weights), cache
@@ -287,16 +287,16 @@ def attention_weights(
     scores_BHTS: jax.Array,
     attended: AttentionContext,
     sinks_H: jax.Array | None,
-    context: BlockInputs,
+    inputs: BlockInputs,
     config: ModelConfig,
 ) -> jax.Array:
     """Turn scaled scores into attention weights with dropout; the scores are a hook point."""
     scores_BHTS = Probe(name="scores")(scores_BHTS)
-    positions = (context.positions_BT, attended.positions_BS)
+    positions = (inputs.positions_BT, attended.positions_BS)
     att_BHTS = softmax_weights(
         scores_BHTS, attended.mask_BTS, positions, config.attention.logit_softcap, positional_bias(config), sinks_H
     )
-    return dropout(att_BHTS, config.dropout, context, site=0)
+    return dropout(att_BHTS, config.dropout, inputs, site=0)
 
 
 def positional_bias(config: ModelConfig) -> Bias | None:
@@ -357,7 +357,7 @@ def attention_spec(
 def attention_inputs(
     config: ModelConfig,
     arrays: tuple[jax.Array, ...],
-    context: BlockInputs,
+    inputs: BlockInputs,
     window: int | None,
     sinks_H: jax.Array | None,
 ) -> AttentionInputs:
@@ -365,5 +365,5 @@ def attention_inputs(
     q_BTHC, k_BSKC, v_BSKC = arrays
     scale = attention_scale(config, q_BTHC.shape[-1])
     return AttentionInputs(
-        q_BTHC, k_BSKC, v_BSKC, context, window, scale, config.attention.logit_softcap, positional_bias(config), sinks_H
+        q_BTHC, k_BSKC, v_BSKC, inputs, window, scale, config.attention.logit_softcap, positional_bias(config), sinks_H
     )

@@ -98,7 +98,7 @@ def largest_difference(kernel: str, inputs: AttentionInputs, cotangent_BTHC: jax
         The largest difference as a share of the largest magnitude of each array, without padding; NaN if one is NaN.
     """
     arrays = (inputs.q_BTHC, inputs.k_BSKC, inputs.v_BSKC)
-    is_token_BT11 = (inputs.context.segments_BT > 0)[:, :, None, None]
+    is_token_BT11 = (inputs.block_inputs.segments_BT > 0)[:, :, None, None]
 
     def compute(name: str, arrays: tuple[jax.Array, ...], cotangent_BTHC: jax.Array) -> list[np.ndarray]:
         def attend(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array) -> jax.Array:
@@ -162,9 +162,9 @@ def _random_inputs(mixer: Any, block: ModelConfig, length: int) -> tuple[Attenti
     segments_BT, positions_BT = np.ones((2, length), np.int32), np.tile(np.arange(length, dtype=np.int32), (2, 1))
     segments_BT[1, first:end], segments_BT[1, end:] = 2, 0
     positions_BT[1, first:] -= first
-    context = BlockInputs(jnp.asarray(positions_BT), jnp.asarray(segments_BT))
+    inputs = BlockInputs(jnp.asarray(positions_BT), jnp.asarray(segments_BT))
     sinks_H = jnp.asarray(rng.standard_normal(spec.n_heads), jnp.float32) if spec.sinks else None
     queries, keys = random(spec.n_heads, spec.head_width), random(spec.n_kv_heads, spec.head_width)
     values = random(spec.n_kv_heads, spec.value_width)
-    cotangent_BTHC = jnp.where((context.segments_BT > 0)[:, :, None, None], random(spec.n_heads, spec.value_width), 0)
-    return attention_inputs(block, (queries, keys, values), context, spec.window, sinks_H), cotangent_BTHC
+    cotangent_BTHC = jnp.where((inputs.segments_BT > 0)[:, :, None, None], random(spec.n_heads, spec.value_width), 0)
+    return attention_inputs(block, (queries, keys, values), inputs, spec.window, sinks_H), cotangent_BTHC

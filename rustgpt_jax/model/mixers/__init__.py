@@ -3,7 +3,7 @@
 A mixer is a Flax module made from the config of its block, with the interface `Mixer` or `CachedMixer` of
 interfaces.py.
 
-Without a cache, a row may contain several documents (`context.segments_BT`) that do not see each other. With a cache,
+Without a cache, a row may contain several documents (`inputs.segments_BT`) that do not see each other. With a cache,
 it contains the part of one document that follows the cached tokens. Padding comes after the tokens of a row and does
 not change the cache.
 """
@@ -46,25 +46,25 @@ def init_mixer_cache(config: ModelConfig, batch: int, length: int) -> Any:
 
 
 def apply_uncached_mixer(
-    mixer: nn.Module, x_BTD: jax.Array, context: BlockInputs, cache: KVCache | None
+    mixer: nn.Module, x_BTD: jax.Array, inputs: BlockInputs, cache: KVCache | None
 ) -> tuple[jax.Array, KVCache | None]:
     """Apply a mixer without a cache, recomputing the whole context if there are cached inputs.
 
     Args:
-        mixer: Bound Flax module with __call__(x_BTD, context).
+        mixer: Bound Flax module with __call__(x_BTD, inputs).
         x_BTD: Inputs of the new tokens.
-        context: Positions and documents of the new tokens.
+        inputs: Positions and documents of the new tokens.
         cache: The mixer's inputs at earlier positions; None in training.
 
     Returns:
         y_BTD of the new tokens, and the cache with their inputs.
     """
     if cache is None:
-        return mixer(x_BTD, context), None
-    cache = cache.write(x_BTD.astype(cache.buffers.dtype), context)
+        return mixer(x_BTD, inputs), None
+    cache = cache.write(x_BTD.astype(cache.buffers.dtype), inputs)
     position_S = jnp.arange(cache.slots, dtype=jnp.int32)
-    segments_BS = (position_S[None] <= last_position(context)[:, None]).astype(jnp.int32)
+    segments_BS = (position_S[None] <= last_position(inputs)[:, None]).astype(jnp.int32)
     positions_BS = jnp.broadcast_to(position_S[None], segments_BS.shape)
-    whole = context._replace(positions_BT=positions_BS, segments_BT=segments_BS)
+    whole = inputs._replace(positions_BT=positions_BS, segments_BT=segments_BS)
     y_BSD = mixer(cache.buffers.astype(x_BTD.dtype), whole)
-    return jnp.take_along_axis(y_BSD, context.positions_BT[..., None], axis=1, mode="clip"), cache
+    return jnp.take_along_axis(y_BSD, inputs.positions_BT[..., None], axis=1, mode="clip"), cache

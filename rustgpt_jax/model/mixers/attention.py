@@ -44,7 +44,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, context: BlockInputs, cache: KVCache | None
+        self, x_BTD: jax.Array, inputs: BlockInputs, cache: KVCache | None
     ) -> tuple[jax.Array, KVCache | None]:
         config = self.config
         n_heads, n_kv_heads, channels = config.attention.n_heads, config.attention.kv_heads, config.head_width
@@ -60,7 +60,7 @@ class Attention(nn.Module):
             if name == "value":
                 return split
             split = normalize(split, f"{name}_norm", "head")
-            return rotate(split, context.positions_BT, config) if rotate else split
+            return rotate(split, inputs.positions_BT, config) if rotate else split
 
         def normalize(x: jax.Array, name: str, where: str) -> jax.Array:
             if config.attention.qk_norm != where:
@@ -70,14 +70,14 @@ class Attention(nn.Module):
         # Queries may be sharded along the sequence; keys and values are not, for every query reads all earlier ones.
         q_BTHC = shard_activations(project("query", n_heads), "BTHC")
         if config.attention.scale_by_layer:
-            layer = 0 if context.layer is None else context.layer
+            layer = 0 if inputs.layer is None else inputs.layer
             q_BTHC = q_BTHC / jnp.asarray(layer + 1, q_BTHC.dtype)
         k_BTKC, v_BTKC = (shard_activations(project(name, n_kv_heads), "B.KC") for name in ("key", "value"))
         sinks_H = self.param("sinks", nn.initializers.zeros, (n_heads,)) if config.attention.sinks else None
         is_cached = cache is not None or self.is_initializing()
-        has_dropout = context.dropout_key is not None
+        has_dropout = inputs.dropout_key is not None
         spec = self.attention_spec(config, length, is_cached=is_cached, has_dropout=has_dropout)
-        mixed_BTKGC, cache = attention(q_BTHC, k_BTKC, v_BTKC, spec, config, context, cache, sinks_H)
+        mixed_BTKGC, cache = attention(q_BTHC, k_BTKC, v_BTKC, spec, config, inputs, cache, sinks_H)
         output = Linear(config, config.d_model, residual=True, has_bias=config.has_attention_output_bias, name="output")
         return output(mixed_BTKGC.reshape(batch, length, n_heads * channels)), cache
 

@@ -120,7 +120,7 @@ class GatedDeltaNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, context: BlockInputs, cache: DeltaCache | None
+        self, x_BTD: jax.Array, inputs: BlockInputs, cache: DeltaCache | None
     ) -> tuple[jax.Array, DeltaCache | None]:
         config, n_heads, channels = self.config, self.config.attention.n_heads, self.config.head_width
         batch, length = x_BTD.shape[:2]
@@ -129,11 +129,11 @@ class GatedDeltaNet(nn.Module):
         def project(name: str) -> jax.Array:
             x_BTR = Linear(config, n_heads * channels, has_bias=config.has_qkv_bias, name=name)(x_BTD)
             convolution = ShortConvolution(config, n_heads * channels, name=f"{name}_convolution")
-            x_BTR, histories[name] = convolution(x_BTR, context, histories[name])
+            x_BTR, histories[name] = convolution(x_BTR, inputs, histories[name])
             return to_float32(jax.nn.silu(x_BTR)).reshape(batch, length, n_heads, channels)
 
         q_BTHC, k_BTHC, v_BTHE = (project(name) for name in STREAMS)
-        is_token_BT1 = (context.segments_BT > 0)[..., None]
+        is_token_BT1 = (inputs.segments_BT > 0)[..., None]
         rate_H = jnp.exp(self.param("decay_rate", initial_decay_rate, (n_heads,)))
         bias_H = self.param("decay_bias", initial_decay_bias, (n_heads,))
         forget_BTH = to_float32(Linear(config, n_heads, has_bias=False, name="forget")(x_BTD)) + bias_H[None, None]
@@ -147,7 +147,7 @@ class GatedDeltaNet(nn.Module):
             v_BTHE,
             beta_BTH,
             g_BTH,
-            document_numbers(context),
+            document_numbers(inputs),
             _initial_state(config, batch) if cache is None else cache.state_BHCE,
         )
         norm = lookup(NORMS, config.norm, "config.model.norm")(config, name="output_norm")

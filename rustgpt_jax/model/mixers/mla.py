@@ -58,7 +58,7 @@ class LatentAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, context: BlockInputs, cache: KVCache | None
+        self, x_BTD: jax.Array, inputs: BlockInputs, cache: KVCache | None
     ) -> tuple[jax.Array, KVCache | None]:
         config = self.config
         n_heads, channels = config.attention.n_heads, config.head_width
@@ -73,7 +73,7 @@ class LatentAttention(nn.Module):
             return norm(linear(name, features))
 
         def apply_rope(x_BTHE: jax.Array) -> jax.Array:
-            return rotate(x_BTHE, context.positions_BT, config) if rotate else x_BTHE
+            return rotate(x_BTHE, inputs.positions_BT, config) if rotate else x_BTHE
 
         source_BTD = latent("query_latent", config.mla.q_lora_rank) if config.mla.q_lora_rank else x_BTD
         query = linear("query", n_heads * (channels + shared_width), source_BTD)
@@ -90,18 +90,18 @@ class LatentAttention(nn.Module):
             q_BTHX = jnp.concatenate([q_BTHC, q_BTHE], axis=-1)
             k_BTHX = jnp.concatenate([jnp.einsum("BTR,RHC->BTHC", latent_BTR, key_RHC), shared_BTHE], axis=-1)
             v_BTHC = jnp.einsum("BTR,RHC->BTHC", latent_BTR, value_RHC)
-            is_cached, has_dropout = self.is_initializing(), context.dropout_key is not None
+            is_cached, has_dropout = self.is_initializing(), inputs.dropout_key is not None
             spec = self.attention_spec(config, x_BTD.shape[1], is_cached=is_cached, has_dropout=has_dropout)
-            mixed, _ = attention(q_BTHX, k_BTHX, v_BTHC, spec, config, context, None, sinks_H)
+            mixed, _ = attention(q_BTHX, k_BTHX, v_BTHC, spec, config, inputs, None, sinks_H)
         else:
             # W_k and W_v are applied to the queries and to the weighted mean instead of to the latents.
-            attended, cache = update_kv_cache(cache, (latent_BTR, shared_BTE), context)
+            attended, cache = update_kv_cache(cache, (latent_BTR, shared_BTE), inputs)
             latent_BSR, shared_BSE = attended.keys
             q_BTHR = jnp.einsum("BTHC,RHC->BTHR", q_BTHC, key_RHC)
             scores_BHTS = _scores("BTHR,BSR->BHTS", q_BTHR, latent_BSR)
             scores_BHTS = scores_BHTS + _scores("BTHE,BSE->BHTS", q_BTHE, shared_BSE)
             scale = attention_scale(config, channels + shared_width)
-            att_BHTS = attention_weights(scale * scores_BHTS, attended, sinks_H, context, config)
+            att_BHTS = attention_weights(scale * scores_BHTS, attended, sinks_H, inputs, config)
             mixed_BTHR = jnp.einsum("BHTS,BSR->BTHR", att_BHTS.astype(latent_BSR.dtype), latent_BSR)
             mixed = jnp.einsum("BTHR,RHC->BTHC", mixed_BTHR, value_RHC)
         output = Linear(config, config.d_model, residual=True, has_bias=config.has_attention_output_bias, name="output")

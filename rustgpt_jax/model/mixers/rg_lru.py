@@ -52,13 +52,13 @@ class RecurrentGatedLRU(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, context: BlockInputs, cache: RecurrentCache | None
+        self, x_BTD: jax.Array, inputs: BlockInputs, cache: RecurrentCache | None
     ) -> tuple[jax.Array, RecurrentCache | None]:
         config, width = self.config, self.width(self.config)
         gate_BTR = jax.nn.gelu(Linear(config, width, name="gate")(x_BTD))
         state_BR, history = (None, None) if cache is None else cache
         convolution = ShortConvolution(config, width, name="convolution")
-        x_BTR, history = convolution(Linear(config, width, name="input")(x_BTD), context, history)
+        x_BTR, history = convolution(Linear(config, width, name="input")(x_BTD), inputs, history)
 
         gate = Linear if config.recurrent.blocks is None else BlockDiagonalLinear
         r_BTR = jax.nn.sigmoid(to_float32(gate(config, width, name="recurrence_gate")(x_BTR)))
@@ -68,10 +68,10 @@ class RecurrentGatedLRU(nn.Module):
         # The smallest normal number, for the derivative of the square root at 0 is infinite.
         variance_BTR = jnp.maximum(-jnp.expm1(2 * log_a_BTR), jnp.finfo(log_a_BTR.dtype).tiny)
         if not config.recurrent.scale_first_token:
-            variance_BTR = jnp.where(context.positions_BT[..., None] == 0, 1, variance_BTR)
+            variance_BTR = jnp.where(inputs.positions_BT[..., None] == 0, 1, variance_BTR)
         new_BTR = jnp.sqrt(variance_BTR) * i_BTR * to_float32(x_BTR)
 
-        is_token_BT1, starts_BT1 = (context.segments_BT > 0)[..., None], document_starts(context)[..., None]
+        is_token_BT1, starts_BT1 = (inputs.segments_BT > 0)[..., None], document_starts(inputs)[..., None]
         kept_BTR = jnp.where(is_token_BT1, jnp.where(starts_BT1, 0, jnp.exp(log_a_BTR)), 1)
         h_BTR = linear_recurrence(kept_BTR, jnp.where(is_token_BT1, new_BTR, 0), state_BR)
         y_BTD = Linear(config, config.d_model, residual=True, name="output")(gate_BTR * h_BTR.astype(gate_BTR.dtype))

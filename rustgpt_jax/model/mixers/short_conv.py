@@ -10,18 +10,18 @@ from rustgpt_jax.model.layers import broadcast_channels, normal_init
 from rustgpt_jax.model.matmul import to_float32
 
 
-def document_starts(context: BlockInputs) -> jax.Array:
+def document_starts(inputs: BlockInputs) -> jax.Array:
     """Return whether a token begins a document within the row (B, T).
 
     The first token of a row is not counted, for it may continue a cached document.
     """
-    before, now = context.segments_BT[:, :-1], context.segments_BT[:, 1:]
+    before, now = inputs.segments_BT[:, :-1], inputs.segments_BT[:, 1:]
     return jnp.pad((now != before) & (now > 0), ((0, 0), (1, 0)))
 
 
-def document_numbers(context: BlockInputs) -> jax.Array:
+def document_numbers(inputs: BlockInputs) -> jax.Array:
     """Return document_BT, the index of each token's document in its row; padding has that of the tokens before it."""
-    return jnp.cumsum(document_starts(context), axis=1)
+    return jnp.cumsum(document_starts(inputs), axis=1)
 
 
 class ShortConvolution(nn.Module):
@@ -41,14 +41,14 @@ class ShortConvolution(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTR: jax.Array, context: BlockInputs, history: jax.Array | None
+        self, x_BTR: jax.Array, inputs: BlockInputs, history: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
         """Return y_BTR, and the last conv_width - 1 inputs of each row without padding (None without a history)."""
         width, (batch, length, _) = self.config.recurrent.conv_width, x_BTR.shape
         kernel_WR = self.param("kernel", normal_init(width**-0.5), (width, self.channels))
         earlier = self.init_history(self.config, batch, self.channels) if history is None else history
         all_BSR = jnp.concatenate([earlier.astype(x_BTR.dtype), x_BTR], axis=1)
-        document_BT = document_numbers(context)
+        document_BT = document_numbers(inputs)
         document_BS = jnp.pad(document_BT, ((0, 0), (width - 1, 0)))
 
         def weighted(row: int) -> jax.Array:
@@ -60,7 +60,7 @@ class ShortConvolution(nn.Module):
         if self.config.bias:
             y_BTR = y_BTR + broadcast_channels(self.param("bias", nn.initializers.zeros, (self.channels,)), y_BTR)
         if history is not None:
-            n_tokens_B = jnp.sum(context.segments_BT > 0, axis=1)
+            n_tokens_B = jnp.sum(inputs.segments_BT > 0, axis=1)
             last_BW = n_tokens_B[:, None] + jnp.arange(width - 1)[None]
             history = jnp.take_along_axis(all_BSR, last_BW[..., None], axis=1).astype(history.dtype)
         return y_BTR.astype(x_BTR.dtype), history
