@@ -1,4 +1,4 @@
-"""Write tests/golden: a tiny random model of every family as `transformers` saves it, with what it answers.
+"""Write tests/golden: a tiny random model of every family, saved by `transformers`, with its outputs.
 
 python -m tests.make_golden
 
@@ -17,12 +17,12 @@ from experiments.benchmarks.family_logits import CASES, TOKENS, random_reference
 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPT, GREEDY = 9, 32
-# A logit is this far above the next, lest rounding decide, and so many tokens are not the same.
+# Minimum gap between the two largest logits, so that rounding does not decide, and minimum number of distinct tokens.
 LEAST_MARGIN, LEAST_DISTINCT = 1e-3, 6
 
 
 def greedy_tokens(model: Any, prompt: list[int], count: int) -> list[int] | None:
-    """The likeliest token, `count` times, by whole forwards without a cache; None where they tell little."""
+    """Return `count` greedy tokens by forward passes without a cache; None if they discriminate too little."""
     tokens = list(prompt)
     for _ in range(count):
         logits_V = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
@@ -35,7 +35,7 @@ def greedy_tokens(model: Any, prompt: list[int], count: int) -> list[int] | None
 
 
 def write(name: str, folder: Path) -> None:
-    """The golden files of one family."""
+    """Write the golden files of one family."""
     model = random_reference(CASES[name], seed=1)
     rng = np.random.default_rng(1)
     greedy = None
@@ -56,7 +56,7 @@ def write(name: str, folder: Path) -> None:
 
 
 def main() -> None:
-    """All families."""
+    """Write the golden files of all families."""
     shutil.rmtree(GOLDEN, ignore_errors=True)
     for name in CASES:
         write(name, GOLDEN / name)

@@ -1,4 +1,4 @@
-"""The benchmark of accelerators: its arithmetic, its search, its PyTorch model, and all of it with tiny models."""
+"""The accelerator benchmark: its arithmetic, batch search and PyTorch model, and a whole run with tiny models."""
 
 import json
 import os
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 PARAMETERS = {"124m": 124_475_904, "350m": 354_871_296, "1.5b": 1_557_686_400}
 
 
-# Shares, by hand.
+# Shares of peak, computed by hand.
 
 
 @pytest.mark.parametrize("size", PARAMETERS)
@@ -127,7 +127,7 @@ SAVINGS: tuple[Knobs, ...] = ({}, {"remat": "some"}, {"remat": "full"})
 def test_batch_search_finds_the_best_that_fits(
     room: float, half: float, first: int, cost_of: tuple[float, float]
 ) -> None:
-    """A device with room for so many rows (savings need half and a quarter each), half as fast as ever at `half`."""
+    """A device with memory for `room` rows (savings need 1/2 and 1/4 of it) and half its peak rate at `half` rows."""
     tried: list[tuple[int, int]] = []
 
     def rate(batch: int, knobs: Knobs) -> float:
@@ -148,7 +148,7 @@ def test_batch_search_finds_the_best_that_fits(
     fitting = [(batch, saving) for batch, saving in tried if batch / 2**saving <= room]
     assert found.rate == max(speed(*each) for each in fitting)
     assert len(set(tried)) == len(tried)
-    # Without savings, one more doubling would not have fitted, or gained too little, or was too many.
+    # Without savings, another doubling would not fit, gain too little, or exceed the limit.
     plain = [batch for batch, saving in fitting if saving == 0]
     if plain:
         last = max(plain)
@@ -190,7 +190,7 @@ def test_failed_process_reports_the_reason_and_leaves_a_log(tmp_path: Path) -> N
         measured("gpt2_torch", {"what": "cook"}, 0.01, tmp_path / "log.txt")
 
 
-# The same model in PyTorch.
+# The PyTorch model.
 
 
 def smoke(**knobs: Any) -> Config:
@@ -198,7 +198,7 @@ def smoke(**knobs: Any) -> Config:
 
 
 def load(layers: Any, params: Any) -> None:
-    """Our parameters in the layers of the PyTorch model."""
+    """Copies our parameters to the PyTorch model."""
     import torch
 
     def fill(layer: Any, **arrays: Any) -> None:
@@ -256,7 +256,7 @@ def test_the_pytorch_model_has_the_same_logits() -> None:
 
 @pytest.mark.oracle
 def test_the_pytorch_model_trains_identically() -> None:
-    """Losses over steps of training: gradients, clipping, AdamW and which parameters decay."""
+    """Losses of several steps cover gradients, clipping, AdamW and weight-decay groups."""
     torch = pytest.importorskip("torch")
     from experiments.benchmarks.gpt2_torch import gpt2, stepper
 
@@ -279,7 +279,7 @@ def test_the_pytorch_model_trains_identically() -> None:
 
 @pytest.mark.oracle
 def test_the_pytorch_model_compiles_to_one_graph() -> None:
-    """What torch.compile makes of the forward is not broken up, with checkpoints or without."""
+    """torch.compile has no graph breaks, with or without checkpointing."""
     torch = pytest.importorskip("torch")
     from experiments.benchmarks.gpt2_torch import gpt2, loss_of
 
@@ -290,7 +290,7 @@ def test_the_pytorch_model_compiles_to_one_graph() -> None:
         torch.compile(loss, backend="eager", fullgraph=True)(tokens_BT, tokens_BT).backward()
 
 
-# The checks of kernels.
+# Checks of kernels.
 
 
 def test_kernels_are_checked_on_full_rows_with_documents_and_padding() -> None:
@@ -305,7 +305,7 @@ def test_kernels_are_checked_on_full_rows_with_documents_and_padding() -> None:
     assert largest_difference("blockwise", task, cotangent_BTHC) <= TOLERANCES["float32"]
 
 
-# All of it.
+# The whole benchmark.
 
 
 def command(out: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -340,7 +340,7 @@ def test_benchmark_runs_with_tiny_models(tmp_path: Path) -> None:
     if "absent" not in found["torch"]:
         assert "our tokens a second over PyTorch's" in page
 
-    # More is added to it; a PyTorch that cannot be imported is told.
+    # Results are appended, and a PyTorch that cannot be imported is reported.
     (tmp_path / "stub").mkdir()
     (tmp_path / "stub" / "torch.py").write_text("raise ImportError('not here')")
     done = command(out, "--smoke", "--add", "--only=torch", PYTHONPATH=str(tmp_path / "stub"))

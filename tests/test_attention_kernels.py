@@ -1,4 +1,4 @@
-"""Attention kernels against a brute force in float64, and how one is chosen, refused and checked."""
+"""Attention kernels against brute force in float64; their selection, and the check before training."""
 
 import importlib
 import math
@@ -73,7 +73,7 @@ def attention_inputs(
     packed: bool = False,
     dtype: Any = jnp.float32,
 ) -> AttentionInputs:
-    """Random arrays; packed rows have two documents, and padding after them."""
+    """Random arrays; packed rows have two documents followed by padding."""
     rng = np.random.default_rng(0)
     segments_BT = np.ones((ROWS, length), np.int32)
     positions_BT = np.tile(np.arange(length, dtype=np.int32), (ROWS, 1))
@@ -104,7 +104,7 @@ def slopes_times_distance(queries_BT: jax.Array, keys_BS: jax.Array) -> jax.Arra
 
 
 def brute_force(task: AttentionInputs, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """mixed (B, T, H, channels of values), one query of one head after another, in float64."""
+    """Attention in float64, one query of one head at a time: mixed (B, T, H, channels of values)."""
     positions, segments = (np.asarray(x) for x in task.block_inputs[:2])
     n_heads, groups = q.shape[2], q.shape[2] // k.shape[2]
     mixed = np.zeros((*q.shape[:3], v.shape[-1]))
@@ -126,7 +126,7 @@ def brute_force(task: AttentionInputs, q: np.ndarray, k: np.ndarray, v: np.ndarr
 def check_against_brute_force(
     task: AttentionInputs, tolerance: float, *kernels: Callable[[AttentionInputs], jax.Array]
 ) -> None:
-    """In value, and in gradient along a random direction of each of queries, keys and values."""
+    """Compares values, and gradients along random directions of the queries, keys and values."""
     rng = np.random.default_rng(1)
     exact = [np.asarray(x, np.float64) for x in task[:3]]
     expected = brute_force(task, *exact)
@@ -156,7 +156,7 @@ def check_against_brute_force(
         np.testing.assert_allclose(values, expected, atol=tolerance, err_msg=str(attend))
         found = [np.sum(np.asarray(each, np.float64) * of) for each, of in zip(gradients, directions, strict=True)]
         sizes = [np.sqrt(np.sum(np.asarray(each, np.float64) ** 2)) for each in gradients]
-        # No assertion of NumPy's, which takes NaN for less than any bound.
+        # NaN must fail, so no assertion of numpy.testing.
         assert np.all(np.abs(np.subtract(found, slopes)) < tolerance * np.add(1, sizes)), (attend, found, slopes)
 
 
@@ -195,7 +195,7 @@ def test_bfloat16_kernels_are_close_to_brute_force() -> None:
 
 
 def largest_array(function: Callable[..., Any], *arguments: Any) -> int:
-    """The elements of the largest array that a traced program makes, in its inner programs too."""
+    """Number of elements of the largest array in a traced program and its inner programs."""
 
     def largest(program: Any) -> int:
         sizes = [math.prod(variable.aval.shape) for eqn in program.eqns for variable in eqn.outvars]
@@ -234,7 +234,7 @@ def test_blockwise_supports_vmap() -> None:
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), together, one_by_one)
 
 
-# Calls of libraries. What they compute is theirs: here JAX's own attention stands in for them.
+# Kernels of libraries, which are replaced by JAX's own attention here.
 
 
 def by_xla(*arrays: jax.Array, **named: Any) -> jax.Array:
@@ -247,7 +247,7 @@ FOR_LIBRARIES = {name: case for name, case in CASES.items() if not {"softcap", "
 
 @pytest.fixture
 def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuDNN and tokamax as they would be, were this device one of theirs."""
+    """Makes cuDNN and tokamax available on this device."""
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
     monkeypatch.setitem(sys.modules, "tokamax", SimpleNamespace(dot_product_attention=by_xla))  # type: ignore[arg-type]
     monkeypatch.setattr(accelerator, "IMPLEMENTATIONS", {"cpu": ("xla",), "gpu": ("xla",)})
@@ -287,7 +287,7 @@ def test_library_kernels_reject_vmap(attend: Callable[[AttentionInputs], jax.Arr
 
 
 def lowered_for(platform: str, attend: Callable[[AttentionInputs], jax.Array], task: AttentionInputs) -> str:
-    """The program of value and gradient as it would be compiled for a platform that is not here."""
+    """The program of value and gradient, lowered for another platform."""
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return attend(task._replace(q_BTHC=q, k_BSKC=k, v_BSKC=v)).astype(jnp.float32).sum()
@@ -319,7 +319,7 @@ def test_tokamax_is_lowered_for_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.count("tpu_custom_call") == 2
 
 
-# Which kernel is chosen.
+# Selection.
 
 CPU, TPU, H100, A100, V100 = (
     Device("cpu"),
@@ -371,7 +371,7 @@ def test_kernel_selection(changes: dict[str, Any], kernel: str, monkeypatch: pyt
     assert (
         select_kernel("portable", request).kernel == select_kernel("auto", request._replace(device=ANY_DEVICE)).kernel
     )
-    # A named kernel is never another one, but for what is cached.
+    # A named kernel is used or rejected, except for cached keys.
     for name, each in KERNELS.items():
         if request.cached:
             assert select_kernel(name, request).kernel == "plain"
@@ -506,7 +506,7 @@ def test_scores_are_a_hook_point_of_plain_only() -> None:
     assert all(leaf.shape[-1] == intermediates.N_STATS for leaf in jax.tree.leaves(measured))
 
 
-# The check before training.
+# The check of kernels before training.
 
 
 @pytest.fixture

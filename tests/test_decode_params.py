@@ -1,4 +1,4 @@
-"""The form for decoding is the trained model: the same logits, caches and tokens, and what int8 loses is bounded."""
+"""Parameters for decoding give the same logits, caches and tokens; the error of int8 weights is bounded."""
 
 import dataclasses
 from io import StringIO
@@ -36,9 +36,8 @@ from rustgpt_jax.model.positions import POSITIONS
 from rustgpt_jax.model.presets import FAMILIES
 from rustgpt_jax.training.load_model import load_model
 
-# Families that differ in all that decoding does; `pytest -m long` asks the others.
+# Families that cover everything in decoding; `pytest -m long` tests the others.
 SOME = ("gpt2", "gemma3", "qwen3_moe")
-MODELS = [pytest.param(name, marks=[] if name in SOME else pytest.mark.long) for name in FAMILIES]
 
 pytestmark = pytest.mark.usefixtures("quick_codegen")
 
@@ -52,16 +51,18 @@ def model(**changes: Any) -> ModelConfig:
     return for_inference(small_config(**{f"model.{name}": value for name, value in changes.items()}).model)
 
 
-def in_turn(table: dict[str, Any], first: int, count: int) -> tuple[str, ...]:
+def cycle_names(table: dict[str, Any], first: int, count: int) -> tuple[str, ...]:
     names = list(table)
     return tuple(names[(first + place) % len(names)] for place in range(count))
 
 
-def all_parts(first: int) -> ModelConfig:
-    """Every mixer with feed-forwards and positions of the tables from a place on, and two layers left over."""
+def all_components(first: int) -> ModelConfig:
+    """All mixers, with feed-forwards and positions from an index of their tables on, and one remaining layer."""
     parts = {"mixers": MIXERS, "feedforwards": FEEDFORWARDS, "positions": POSITIONS}
-    patterns = {name: in_turn(table, first if name != "mixers" else 0, len(MIXERS)) for name, table in parts.items()}
-    return model(**patterns, n_layers=len(MIXERS) + 2, **{"attention.local_window": 4}, tie_embeddings=first == 0)
+    patterns = {
+        name: cycle_names(table, first if name != "mixers" else 0, len(MIXERS)) for name, table in parts.items()
+    }
+    return model(**patterns, n_layers=len(MIXERS) + 1, **{"attention.local_window": 4}, tie_embeddings=first == 0)
 
 
 def family(name: str) -> ModelConfig:
@@ -71,7 +72,7 @@ def family(name: str) -> ModelConfig:
     return for_inference(resolve(tree).model)
 
 
-def by_layer(cache: Any, model: ModelConfig) -> Any:
+def unstack(cache: Any, model: ModelConfig) -> Any:
     """A stacked cache as lists of layers."""
     return {
         key: [
@@ -81,7 +82,7 @@ def by_layer(cache: Any, model: ModelConfig) -> Any:
     }
 
 
-def read_in_two_calls(params: Any, tokens_BT: jax.Array, model: ModelConfig) -> Any:
+def decode_in_two_calls(params: Any, tokens_BT: jax.Array, model: ModelConfig) -> Any:
     """Logits of a prompt and of a token after it, and the cache."""
     cache = transformer.init_cache(model, 2, 9, unstacked=transformer.is_unrolled(params["blocks"]))
     before, cache = transformer.apply(params, tokens_BT[:, :8], model, cache)
@@ -89,35 +90,33 @@ def read_in_two_calls(params: Any, tokens_BT: jax.Array, model: ModelConfig) -> 
     return before, after, cache
 
 
-def assert_same(asked: ModelConfig) -> None:
-    params = random_params(asked)
+def check_decode_params(config: ModelConfig) -> None:
+    params = random_params(config)
     assert not transformer.is_unrolled(params["blocks"])
-    decode_params = to_decode_params(params, asked, PLAIN)
+    decode_params = to_decode_params(params, config, PLAIN)
     assert transformer.is_unrolled(decode_params["blocks"])
-    compiled = jax.jit(read_in_two_calls, static_argnums=2)
-    *trained, cache = compiled(params, TOKENS_BT, asked)
-    *decoded, other_cache = compiled(decode_params, TOKENS_BT, asked)
+    compiled = jax.jit(decode_in_two_calls, static_argnums=2)
+    *trained, cache = compiled(params, TOKENS_BT, config)
+    *decoded, other_cache = compiled(decode_params, TOKENS_BT, config)
     for expected, found in zip(trained, decoded, strict=True):
         np.testing.assert_allclose(found, expected, rtol=0, atol=5e-6 * np.abs(expected).max())
     jax.tree.map(
-        lambda e, f: np.testing.assert_allclose(f, e, rtol=1e-5, atol=5e-5), by_layer(cache, asked), other_cache
+        lambda e, f: np.testing.assert_allclose(f, e, rtol=1e-5, atol=5e-5), unstack(cache, config), other_cache
     )
 
 
-# The same model.
+# Equivalence.
 
 
 @pytest.mark.parametrize("first", [0, len(FEEDFORWARDS) - len(MIXERS)])
 def test_every_component_decodes_identically_with_decode_params(first: int) -> None:
-    assert_same(all_parts(first))
+    check_decode_params(all_components(first))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in SOME else pytest.mark.long) for name in FAMILIES]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in SOME else pytest.mark.long) for n in FAMILIES])
 def test_every_family_decodes_identically_with_decode_params(name: str) -> None:
-    assert_same(family(name))
+    check_decode_params(family(name))
 
 
 @pytest.mark.parametrize(
@@ -125,8 +124,8 @@ def test_every_family_decodes_identically_with_decode_params(name: str) -> None:
     [{}, {"dtype": "bfloat16"}, {"precision.matmul_dtype": "bfloat16"}, {"precision.mixer_dtype": "bfloat16"}],
 )
 def test_matrices_have_the_operand_dtype(changes: dict[str, Any]) -> None:
-    asked = model(**changes)
-    decode_params = to_decode_params(random_params(asked), asked, PLAIN)
+    config = model(**changes)
+    decode_params = to_decode_params(random_params(config), config, PLAIN)
     kernels = {name: decode_params["blocks"]["0"][1][name] for name in ("mixer", "feedforward")}
     types = {
         "mixer": kernels["mixer"]["query"]["kernel"],
@@ -146,11 +145,11 @@ def test_matrices_have_the_operand_dtype(changes: dict[str, Any]) -> None:
 
 
 def test_bfloat16_decode_params_are_as_accurate_as_the_trained_ones() -> None:
-    asked = model(dtype="bfloat16", tie_embeddings=False)
-    params = random_params(asked)
-    trained, _ = forward(params, TOKENS_BT, asked)
-    decoded, _ = forward(to_decode_params(params, asked, PLAIN), TOKENS_BT, asked)
-    exact, _ = forward(params, TOKENS_BT, dataclasses.replace(asked, dtype="float32"))
+    config = model(dtype="bfloat16", tie_embeddings=False)
+    params = random_params(config)
+    trained, _ = forward(params, TOKENS_BT, config)
+    decoded, _ = forward(to_decode_params(params, config, PLAIN), TOKENS_BT, config)
+    exact, _ = forward(params, TOKENS_BT, dataclasses.replace(config, dtype="float32"))
     assert np.abs(decoded - exact).max() < 1.5 * np.abs(trained - exact).max()
 
 
@@ -158,74 +157,74 @@ def test_linear_layers_are_found_by_type_not_by_name() -> None:
     (block,) = {model(mixers=("rg_lru",)).block(0)}
     found = set(linear_layers(block))
     assert "mixer/recurrence_gate/kernel" in found
-    # Each channel is convolved by itself, in float32.
+    # Its channels are convolved separately, in float32.
     assert "mixer/convolution/kernel" not in found
 
 
 @pytest.mark.parametrize("changes", [{}, {"mixers": ("attention", "rg_lru"), "n_layers": 3}, {"tie_embeddings": False}])
 def test_greedy_tokens_match_the_trained_params(changes: dict[str, Any]) -> None:
-    asked = model(**changes)
-    params = random_params(asked)
+    config = model(**changes)
+    params = random_params(config)
 
-    def drawn(params: Any) -> Any:
+    def generate_tokens(params: Any) -> Any:
         prompts = [[1, 2, 3], [7], [5] * 17]
-        return generate(params, prompts, asked, samplers=(Greedy(),), key=jax.random.key(0), max_tokens=10)
+        return generate(params, prompts, config, samplers=(Greedy(),), key=jax.random.key(0), max_tokens=10)
 
-    assert drawn(to_decode_params(params, asked, PLAIN)) == drawn(params)
+    assert generate_tokens(to_decode_params(params, config, PLAIN)) == generate_tokens(params)
 
 
-# Programs.
+# Compiled programs.
 
 
 @pytest.mark.parametrize("mixer", ["attention", "local_attention", "latent_attention"])
 def test_cpu_caches_are_float32(mixer: str) -> None:
-    asked = model(dtype="bfloat16", mixers=(mixer,), **{"attention.local_window": 4})
-    params = random_params(asked)
+    config = model(dtype="bfloat16", mixers=(mixer,), **{"attention.local_window": 4})
+    params = random_params(config)
 
-    def kept(params: Any) -> list[jax.Array]:
-        return jax.tree.leaves(start_generation(params, [[1, 2, 3]], asked, 4).cache)
+    def cache_arrays(params: Any) -> list[jax.Array]:
+        return jax.tree.leaves(start_generation(params, [[1, 2, 3]], config, 4).cache)
 
-    trained, wide = kept(params), kept(to_decode_params(params, asked, PLAIN))
+    trained, wide = cache_arrays(params), cache_arrays(to_decode_params(params, config, PLAIN))
     assert {str(each.dtype) for each in trained} == {"bfloat16"} and {str(each.dtype) for each in wide} == {"float32"}
     assert all(np.array_equal(each, np.asarray(each).astype(jnp.bfloat16).astype(np.float32)) for each in wide)
 
 
-def program(params: Any, asked: ModelConfig, rows: int) -> Any:
-    """The compiled loop over tokens of some rows, as it is compiled for use."""
-    generation = start_generation(params, [[1, 2, 3]] * rows, asked, 200)
+def program(params: Any, config: ModelConfig, rows: int) -> Any:
+    """The optimized program of the decoding loop for some rows."""
+    generation = start_generation(params, [[1, 2, 3]] * rows, config, 200)
     jax.config.update("jax_disable_most_optimizations", False)
     lowered = decode_steps.lower(
-        params, generation, np.int32(3), (Greedy(),), jax.random.key(0), pad_stop_ids([]), model=asked
+        params, generation, np.int32(3), (Greedy(),), jax.random.key(0), pad_stop_ids([]), model=config
     )
     return lowered.compile()
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_decode_loop_copies_neither_caches_nor_weights(rows: int) -> None:
-    asked = model(context_length=256, scan_layers=True, d_model=64)
-    params = random_params(asked)
-    decode_params = to_decode_params(params, asked, PLAIN)
-    # The keys of all layers, or of one.
+    config = model(context_length=256, scan_layers=True, d_model=64)
+    params = random_params(config)
+    decode_params = to_decode_params(params, config, PLAIN)
+    # Keys of all layers, and of one layer.
     of_stacked, of_layer = f"f32[2,{rows},4,256,16]", f"f32[{rows},4,256,16]"
 
     def copies(compiled: Any, shape: str) -> list[str]:
         lines = compiled.as_text().splitlines()
         return [line for line in lines if f"= {shape}" in line and (" copy(" in line or " transpose(" in line)]
 
-    decoding = program(decode_params, asked, rows)
+    decoding = program(decode_params, config, rows)
     assert of_layer in decoding.as_text()
     assert copies(decoding, of_layer) == []
-    assert copies(program(params, asked, rows), of_stacked) != []
+    assert copies(program(params, config, rows), of_stacked) != []
     a_layer = decode_params["blocks"]["0"][0]
     assert decoding.memory_analysis().temp_size_in_bytes < total_bytes(a_layer)
 
 
 def test_new_lengths_do_not_recompile() -> None:
-    asked = model()
-    decode_params = to_decode_params(random_params(asked), asked, PLAIN)
+    config = model()
+    decode_params = to_decode_params(random_params(config), config, PLAIN)
 
     def drawn(prompt: list[int], max_tokens: int) -> None:
-        generate(decode_params, [prompt], asked, samplers=(Greedy(),), key=jax.random.key(0), max_tokens=max_tokens)
+        generate(decode_params, [prompt], config, samplers=(Greedy(),), key=jax.random.key(0), max_tokens=max_tokens)
 
     drawn([1, 2], 6)
     before = decode_steps._cache_size()
@@ -233,7 +232,7 @@ def test_new_lengths_do_not_recompile() -> None:
     assert decode_steps._cache_size() == before
 
 
-# Narrower weights.
+# Narrow weights.
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (64, 7), (128, 16)])
@@ -241,7 +240,7 @@ def test_int8_quantization_error_is_bounded(shape: tuple[int, int]) -> None:
     weights = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
     weights[:, 1] = 0
     values_OI, scales_O = (np.asarray(each) for each in quantize_int8(weights))
-    # By the definition: 127 stands for the largest weight of each output.
+    # 127 represents the largest weight of each output.
     expected_O = np.where(np.arange(shape[1]) == 1, 1, np.abs(weights).max(0) / 127)
     np.testing.assert_allclose(scales_O, expected_O, rtol=1e-6)
     assert values_OI.dtype == np.int8
@@ -249,18 +248,18 @@ def test_int8_quantization_error_is_bounded(shape: tuple[int, int]) -> None:
     np.testing.assert_array_equal(round_weights(weights, "int8"), (values_OI * scales_O[:, None]).T)
 
 
-def kept_narrow(weights: Any, dtype: str) -> PackedWeight:
+def pack_row_major(weights: Any, dtype: str) -> PackedWeight:
     return to_row_major(weights, dtype, "plain")
 
 
-def kept_wide(weights: Any, dtype: str) -> PackedWeight:
+def pack_upcast(weights: Any, dtype: str) -> PackedWeight:
     return UpcastWeight(round_weights(weights, dtype), dtype)
 
 
 @pytest.mark.parametrize("rows", [1, 20])
 @pytest.mark.parametrize("shape", [(64, 7), (50, 33)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("kind", [kept_narrow, kept_wide])
+@pytest.mark.parametrize("kind", [pack_row_major, pack_upcast])
 def test_packed_weight_products_match_rounded_weights(kind: Any, dtype: str, shape: tuple[int, int], rows: int) -> None:
     rng = np.random.default_rng(rows)
     weights, x = (rng.standard_normal(size).astype(np.float32) for size in (shape, (2, rows, shape[0])))
@@ -275,9 +274,9 @@ def test_packed_weight_products_match_rounded_weights(kind: Any, dtype: str, sha
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 def test_narrow_weight_logits_match_rounded_weights(weights: str) -> None:
-    asked = model(mixers=("attention", "rg_lru"), n_layers=3)
-    params = random_params(asked)
-    layers = {str(index): linear_layers(asked.block(index)) for index in (0, 1, 2)}
+    config = model(mixers=("attention", "rg_lru"), n_layers=2)
+    params = random_params(config)
+    layers = {str(index): linear_layers(config.block(index)) for index in (0, 1)}
 
     def narrowed(path: Any, leaf: Any) -> Any:
         _, index, *names = (str(part.key) for part in path)
@@ -286,23 +285,23 @@ def test_narrow_weight_logits_match_rounded_weights(weights: str) -> None:
     blocks = jax.tree_util.tree_map_with_path(narrowed, {"blocks": params["blocks"]})["blocks"]
     head = {"kernel": np.asarray(round_weights(params["embedding"]["table"].T, weights))}
     # In float32, which rounds no activations.
-    by_definition, _ = forward(params | {"blocks": blocks, "head": head}, TOKENS_BT, asked)
-    found, _ = forward(to_decode_params(params, asked, WeightLayout(weights, "plain", "cpu")), TOKENS_BT, asked)
-    exact, _ = forward(params, TOKENS_BT, asked)
+    by_definition, _ = forward(params | {"blocks": blocks, "head": head}, TOKENS_BT, config)
+    found, _ = forward(to_decode_params(params, config, WeightLayout(weights, "plain", "cpu")), TOKENS_BT, config)
+    exact, _ = forward(params, TOKENS_BT, config)
     lost = np.abs(by_definition - exact).max()
     assert lost > 1e-3
     assert np.abs(found - by_definition).max() < (2e-5 if weights == "int8" else 3 * lost)
 
 
 def test_sharded_params_are_rounded_in_place() -> None:
-    asked = model()
-    params = jax.tree.map(jnp.asarray, random_params(asked))
-    on_one, _ = forward(to_decode_params(params, asked, INT8), TOKENS_BT, asked)
+    config = model()
+    params = jax.tree.map(jnp.asarray, random_params(config))
+    on_one, _ = forward(to_decode_params(params, config, INT8), TOKENS_BT, config)
     with jax.set_mesh(jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))):
-        assert to_decode_params(params, asked, PLAIN) is params
-        narrow = to_decode_params(params, asked, INT8)
+        assert to_decode_params(params, config, PLAIN) is params
+        narrow = to_decode_params(params, config, INT8)
         assert not transformer.is_unrolled(narrow["blocks"])
-        on_mesh, _ = forward(narrow, TOKENS_BT, asked)
+        on_mesh, _ = forward(narrow, TOKENS_BT, config)
     np.testing.assert_allclose(on_mesh, on_one, rtol=0, atol=2e-5)
 
 

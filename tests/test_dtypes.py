@@ -1,4 +1,4 @@
-"""Precision: which product runs in which type, 8-bit products against NumPy, and the types of optimizer state."""
+"""Dtypes of matrix products, float8 products against NumPy, and dtypes of optimizer state."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -36,17 +36,17 @@ def tokens_of(rows: int = 2) -> np.ndarray:
 
 
 def batch_of(rows: int = 4) -> Batch:
-    """Windows of one document, of which every token is learned."""
+    """Sequences of one document, all of whose tokens count in the loss."""
     tokens = tokens_of(rows)
     places = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
     return Batch(tokens, np.roll(tokens, -1, 1), np.ones(tokens.shape, np.float32), np.ones_like(tokens), places)
 
 
-# Types of the parts of a model.
+# Dtypes of mixers and feed-forwards.
 
 
 def products(program: Any, scope: str = "") -> Iterator[tuple[str, tuple[str, str, str]]]:
-    """The scope of every matrix product of a program, and the types of its operands and of its result."""
+    """Scope of every matrix product of a program, and the dtypes of its operands and result."""
     for equation in program.eqns:
         inside = f"{scope}/{equation.source_info.name_stack}"
         if equation.primitive.name == "dot_general":
@@ -56,7 +56,7 @@ def products(program: Any, scope: str = "") -> Iterator[tuple[str, tuple[str, st
 
 
 def operand_types(model: ModelConfig) -> dict[str, set[str]]:
-    """The types that each part of a model multiplies in."""
+    """Dtypes in which each part of a model multiplies."""
     shapes = parameter_shapes(model)
     program = jax.make_jaxpr(lambda params: transformer.apply(params, tokens_of(), model)[0])(shapes)
     found: dict[str, set[str]] = {"mixer": set(), "feedforward": set(), "logits": set()}
@@ -133,17 +133,17 @@ def test_cache_has_the_mixer_dtype(mixer: str) -> None:
     assert jax.tree.map(lambda leaf: leaf.dtype, cache) == jax.tree.map(lambda leaf: leaf.dtype, empty)
 
 
-# 8 bits.
+# Float8.
 
 
 def rounded(x: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.float32]:
-    """A tensor in 8 bits, as float64, and its scale."""
+    """A tensor rounded to 8 bits, as float64, and its scale."""
     scale = np.float32(max(np.max(np.abs(x)) / np.float32(ml_dtypes.finfo(dtype).max), np.finfo(np.float32).tiny))
     return (x / scale).astype(dtype).astype(np.float64), scale
 
 
 def arrays(shape: tuple[int, ...], size: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x, W and a gradient of x W, of the same order of magnitude in all but the outliers that each has."""
+    """x, W and a gradient of x W, each with elements of similar magnitude and an outlier."""
     rng = np.random.default_rng(len(shape))
     three = [rng.standard_normal(each).astype(np.float32) for each in (shape, (shape[-1], 5), (*shape[:-1], 5))]
     for array in three:
@@ -256,7 +256,7 @@ def knobs(**changes: Any) -> OptimizerConfig:
 
 
 def stacked_params(seed: int = 0) -> Any:
-    """Parameters with the names and axes of a model's."""
+    """Parameters with the names and axes of a model."""
     rng = np.random.default_rng(seed)
     shapes = {"embedding": {"table": (7, 4)}, "blocks": {"0": {"up": {"kernel": (2, 4, 10), "bias": (2, 10)}}}}
     return jax.tree.map(

@@ -1,4 +1,4 @@
-"""Generation is the naive loop made fast: no cache, cut, batch, padding or bucket changes a token."""
+"""Generation gives the tokens of an uncached loop, whatever the batch, the padding and the split into calls."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -53,7 +53,7 @@ GREEDY = make_samplers(small_config(**{"sampling.temperature": 0.0}).sampling)
 WARM = make_samplers(small_config(**{"sampling.temperature": 1.5, "sampling.top_p": 0.9}).sampling)
 
 
-def drawn(
+def generate_tokens(
     prompts: Sequence[Sequence[int]] = PROMPTS,
     samplers: Any = WARM,
     seed: int = 0,
@@ -75,8 +75,8 @@ def drawn(
 forward = jax.jit(transformer.apply, static_argnames="model")
 
 
-def naive(prompt: Sequence[int], max_tokens: int, name: str = "rope") -> list[int]:
-    """The likeliest token again and again, the whole text read anew for each."""
+def uncached(prompt: Sequence[int], max_tokens: int, name: str = "rope") -> list[int]:
+    """Greedy tokens, each from a forward pass over the whole text."""
     text = list(prompt)
     while len(text) < min(CONTEXT, len(prompt) + max_tokens):
         padded_BT = np.zeros((1, CONTEXT), np.int32)
@@ -86,30 +86,30 @@ def naive(prompt: Sequence[int], max_tokens: int, name: str = "rope") -> list[in
     return text[len(prompt) :]
 
 
-# The tokens.
+# Tokens.
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens_match_the_uncached_loop(name: str) -> None:
-    expected = [naive(prompt, 12, name) for prompt in PROMPTS]
-    assert drawn(samplers=GREEDY, name=name) == expected
+    expected = [uncached(prompt, 12, name) for prompt in PROMPTS]
+    assert generate_tokens(samplers=GREEDY, name=name) == expected
     assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS)
     assert min(len(set(tokens)) for tokens in expected) > 2
 
 
 def test_full_context_ends_only_its_row() -> None:
     prompts = [PROMPTS[0], [*PROMPTS[2], *PROMPTS[2]], [5] * (CONTEXT - 1), PROMPTS[1]]
-    assert drawn(prompts, GREEDY, max_tokens=36) == [naive(prompt, 36) for prompt in prompts]
-    assert [len(tokens) for tokens in drawn(prompts, max_tokens=36)] == [36, 12, 1, 36]
+    assert generate_tokens(prompts, GREEDY, max_tokens=36) == [uncached(prompt, 36) for prompt in prompts]
+    assert [len(tokens) for tokens in generate_tokens(prompts, max_tokens=36)] == [36, 12, 1, 36]
 
 
-def naive_slide(prompt: Sequence[int], max_tokens: int, name: str) -> list[int]:
-    """`naive`, which goes on from the last half of a full context."""
+def uncached_slide(prompt: Sequence[int], max_tokens: int, name: str) -> list[int]:
+    """`uncached`, continued from the last half of a full context."""
     window, drawn = list(prompt), list[int]()
     while len(drawn) < max_tokens:
         if len(window) >= CONTEXT:
             window = window[-(CONTEXT // 2) :]
-        new = naive(window, max_tokens - len(drawn), name)
+        new = uncached(window, max_tokens - len(drawn), name)
         window, drawn = window + new, drawn + new
     return drawn
 
@@ -118,7 +118,7 @@ def naive_slide(prompt: Sequence[int], max_tokens: int, name: str) -> list[int]:
 def test_sliding_past_the_context_matches_the_uncached_loop(name: str) -> None:
     prompts = [PROMPTS[0], [5] * (CONTEXT - 1), [*range(61)]]
     options: dict[str, Any] = {"samplers": GREEDY, "key": jax.random.key(0), "max_tokens": 70, "slide": True}
-    expected = [naive_slide(prompt, 70, name) for prompt in prompts]
+    expected = [uncached_slide(prompt, 70, name) for prompt in prompts]
     assert generate(PARAMS[name], prompts, MODELS[name], **options) == expected
 
 
@@ -131,10 +131,10 @@ def test_sliding_does_not_depend_on_batch_streaming_or_stops() -> None:
     end = alone.index(stop_ids[0])
     stopped = generate(PARAMS["rope"], PROMPTS, MODEL, **options, stop_ids=stop_ids)
     assert stopped[0] == alone[:end]
-    looks = list(stream_tokens(PARAMS["rope"], PROMPTS[0], MODEL, **options, stop_ids=stop_ids, tokens_per_call=8))
-    assert looks[-1] == (alone[:end], "stop")
-    assert all(ending is None and alone[: len(tokens)] == tokens for tokens, ending in looks[:-1])
-    # Tokens after the context was read anew are not drawn with the keys of those before.
+    calls = list(stream_tokens(PARAMS["rope"], PROMPTS[0], MODEL, **options, stop_ids=stop_ids, tokens_per_call=8))
+    assert calls[-1] == (alone[:end], "stop")
+    assert all(ending is None and alone[: len(tokens)] == tokens for tokens, ending in calls[:-1])
+    # After sliding, tokens are sampled with other keys.
     assert alone[CONTEXT // 2 :][:20] != alone[CONTEXT:][:20]
 
 
@@ -143,36 +143,37 @@ def test_sliding_does_not_depend_on_batch_streaming_or_stops() -> None:
 )
 def test_finish_reason_is_reported(max_tokens: int, slide: bool, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sampling = text_sampling(max_tokens=max_tokens, past_context="slide" if slide else "stop")
-    _, found = writer("byte")
-    said = list[str]()
-    prompt = found.encode_prompt("rain")
+    _, generator = text_generator("byte")
+    warnings = list[str]()
+    prompt = generator.encode_prompt("rain")
     options: dict[str, Any] = {"samplers": GREEDY, "key": jax.random.key(0), "max_tokens": max_tokens, "slide": slide}
-    looks = stream_tokens(TEXT_PARAMS, prompt, TEXT_MODEL, **options, tokens_per_call=8)
-    assert [last for _, last in looks][-1] == ending
+    calls = stream_tokens(TEXT_PARAMS, prompt, TEXT_MODEL, **options, tokens_per_call=8)
+    assert [last for _, last in calls][-1] == ending
     monkeypatch.setattr(TextGenerator, "stop_ids", [])
-    text = "".join(stream_text(found, prompt, sampling, said.append))
-    assert text == generate_text(found, [prompt], sampling)[0]
-    assert len(said) == (ending == "context")
-    if said:
+    text = "".join(stream_text(generator, prompt, sampling, warnings.append))
+    assert text == generate_text(generator, [prompt], sampling)[0]
+    assert len(warnings) == (ending == "context")
+    if warnings:
         room = TEXT_MODEL.context_length - len(prompt)
-        assert said[0].startswith(f"The text ends after {room} of 99 tokens because the model's context of 64 is full")
+        expected = f"The text ends after {room} of 99 tokens because the model's context of 64 is full"
+        assert warnings[0].startswith(expected)
 
 
 @pytest.mark.parametrize("samplers", [GREEDY, WARM])
 def test_tokens_do_not_depend_on_the_batch(samplers: Any) -> None:
-    together = drawn(samplers=samplers)
-    assert drawn(PROMPTS[:1], samplers)[0] == together[0]
+    together = generate_tokens(samplers=samplers)
+    assert generate_tokens(PROMPTS[:1], samplers)[0] == together[0]
     if samplers is GREEDY:
-        assert [drawn([prompt], samplers)[0] for prompt in PROMPTS] == together
+        assert [generate_tokens([prompt], samplers)[0] for prompt in PROMPTS] == together
     else:
         others = [PROMPTS[0], *[[7] * 33] * 3]
-        assert drawn(others, samplers, max_tokens=7)[0] == together[0][:7]
+        assert generate_tokens(others, samplers, max_tokens=7)[0] == together[0][:7]
 
 
 @given(st.lists(st.integers(0, 13), max_size=6))
 @settings(max_examples=15)
 def test_tokens_do_not_depend_on_splitting_the_loop(counts: list[int]) -> None:
-    expected = drawn(stop_ids=[17])
+    expected = generate_tokens(stop_ids=[17])
     generation = start_generation(PARAMS["rope"], PROMPTS, MODEL, 12)
     left = 12
     for count in [*counts, 12]:
@@ -185,32 +186,29 @@ def test_tokens_do_not_depend_on_splitting_the_loop(counts: list[int]) -> None:
 
 
 def test_seed_and_row_determine_the_tokens() -> None:
-    assert drawn(seed=3) == drawn(seed=3)
-    assert all(first != second for first, second in zip(drawn(seed=3), drawn(seed=4), strict=True))
-    same_prompt = drawn([PROMPTS[3]] * 4)
+    assert generate_tokens(max_tokens=3) == [tokens[:3] for tokens in generate_tokens()]
+    assert generate_tokens(seed=3) == generate_tokens(seed=3)
+    assert all(first != second for first, second in zip(generate_tokens(seed=3), generate_tokens(seed=4), strict=True))
+    same_prompt = generate_tokens([PROMPTS[3]] * 4)
     assert len({tuple(tokens) for tokens in same_prompt}) == 4
-    assert drawn(seed=3, samplers=GREEDY) == drawn(seed=4, samplers=GREEDY)
+    assert generate_tokens(seed=3, samplers=GREEDY) == generate_tokens(seed=4, samplers=GREEDY)
 
 
 def test_repetition_penalty_covers_the_prompt() -> None:
     penalty = make_samplers(small_config(**{"sampling.temperature": 0.0, "sampling.repetition_penalty": 1e6}).sampling)
-    for prompt, tokens in zip(PROMPTS, drawn(samplers=penalty), strict=True):
+    for prompt, tokens in zip(PROMPTS, generate_tokens(samplers=penalty), strict=True):
         assert len({*prompt, *tokens}) == len({*prompt}) + len(tokens)
 
 
-@pytest.mark.parametrize("n_stops", [1, 8, 9, 61])
+@pytest.mark.parametrize("n_stops", [1, 9, 61])
 def test_stop_token_ends_its_row_and_is_omitted(n_stops: int) -> None:
-    free = drawn()
+    free = generate_tokens()
     stop_ids = [free[0][5], *[token for token in range(61) if token not in {*free[0]}]][:n_stops]
     if n_stops == 61:
         stop_ids = list(range(61))
     ends = [next((place for place, token in enumerate(tokens) if token in stop_ids), 12) for tokens in free]
-    assert drawn(stop_ids=stop_ids) == [tokens[:end] for tokens, end in zip(free, ends, strict=True)]
+    assert generate_tokens(stop_ids=stop_ids) == [tokens[:end] for tokens, end in zip(free, ends, strict=True)]
     assert ends[0] <= 5
-
-
-def test_max_tokens_is_a_prefix() -> None:
-    assert drawn(max_tokens=3) == [tokens[:3] for tokens in drawn()]
 
 
 def test_decode_state_holds_the_whole_text() -> None:
@@ -219,16 +217,16 @@ def test_decode_state_holds_the_whole_text() -> None:
         PARAMS["rope"], generation, np.int32(12), GREEDY, jax.random.key(0), pad_stop_ids([]), model=MODEL
     )
     for row, prompt in enumerate(PROMPTS):
-        text = [*prompt, *naive(prompt, 12)]
+        text = [*prompt, *uncached(prompt, 12)]
         assert generation.lengths_B[row] == len(text)
         assert np.asarray(generation.tokens_BS)[row, : len(text)].tolist() == text
         assert np.flatnonzero(generation.seen_BV[row]).tolist() == sorted({*text})
 
 
-# Programs.
+# Compiled programs.
 
 
-def programs() -> tuple[int, int]:
+def n_programs() -> tuple[int, int]:
     return prefill._cache_size(), decode_steps._cache_size()
 
 
@@ -246,17 +244,17 @@ def programs() -> tuple[int, int]:
     ids=lambda changes: str(*changes),
 )
 def test_varying_arguments_do_not_recompile(changes: dict[str, Any]) -> None:
-    drawn()
-    before = programs()
-    drawn(**changes)
-    assert programs() == before
+    generate_tokens()
+    before = n_programs()
+    generate_tokens(**changes)
+    assert n_programs() == before
 
 
 def test_another_bucket_compiles_one_program() -> None:
-    drawn()
-    prefills, extensions = programs()
-    drawn([[1]] * 4, max_tokens=4)
-    assert programs() == (prefills + 1, extensions + 1)
+    generate_tokens()
+    prefills, extensions = n_programs()
+    generate_tokens([[1]] * 4, max_tokens=4)
+    assert n_programs() == (prefills + 1, extensions + 1)
 
 
 @given(st.integers(1, 10_000), st.integers(2, 10_000))
@@ -267,11 +265,11 @@ def test_buckets_are_large_enough_and_few(length: int, largest: int) -> None:
     assert size in (largest, 16) or (size < 2 * length and size & (size - 1) == 0)
 
 
-# Mistakes.
+# Invalid prompts.
 
 
 @pytest.mark.parametrize(
-    ("prompts", "said"),
+    ("prompts", "message"),
     [
         ([[1], []], "at least one token"),
         ([[1] * CONTEXT], f"{CONTEXT} tokens.*context of {CONTEXT}.*config.model.context_length"),
@@ -279,9 +277,9 @@ def test_buckets_are_large_enough_and_few(length: int, largest: int) -> None:
     ],
     ids=["empty", "full", "too long"],
 )
-def test_empty_and_overlong_prompts_are_user_errors(prompts: list[list[int]], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        drawn(prompts)
+def test_empty_and_overlong_prompts_are_user_errors(prompts: list[list[int]], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        generate_tokens(prompts)
 
 
 # Text.
@@ -289,7 +287,7 @@ def test_empty_and_overlong_prompts_are_user_errors(prompts: list[list[int]], sa
 TEXTS = ['She said: "the rain (and the wind) fell," naïvely. €100 🙂', "Yes, no! It's the well-known rain."]
 
 
-def writer(name: str, is_dialogue: bool = False) -> tuple[Tokenizer, TextGenerator]:
+def text_generator(name: str, is_dialogue: bool = False) -> tuple[Tokenizer, TextGenerator]:
     tokenizer = train_tokenizer(TokenizerConfig(name, 300 if name == "bpe" else None), TEXTS)
     return tokenizer, TextGenerator(TEXT_PARAMS, TEXT_MODEL, tokenizer, is_dialogue)
 
@@ -305,21 +303,25 @@ def text_sampling(**changes: Any) -> SamplingConfig:
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_streamed_text_matches_generated_text(name: str) -> None:
-    _, found = writer(name)
-    prompt = found.encode_prompt(TEXTS[1][:4])
-    for seed in range(10):
+    _, generator = text_generator(name)
+    prompt = generator.encode_prompt(TEXTS[1][:4])
+    for seed in range(5):
         sampling = text_sampling(seed=seed)
-        pieces = list(stream_text(found, prompt, sampling))
-        assert "".join(pieces) == generate_text(found, [prompt], sampling)[0]
+        pieces = list(stream_text(generator, prompt, sampling))
+        assert "".join(pieces) == generate_text(generator, [prompt], sampling)[0]
         assert len(pieces) > 1
 
 
 def test_prompts_of_dialogues_and_texts() -> None:
-    tokenizer, teller = writer("word")
-    _, answerer = writer("word", is_dialogue=True)
+    tokenizer, of_texts = text_generator("word")
+    _, of_dialogues = text_generator("word", is_dialogue=True)
     word = tokenizer.token_to_id("rain")
-    names = [tokenizer.id_to_token(token) for token in answerer.encode_prompt("rain")]
-    assert teller.encode_prompt("rain") == [teller.stop_ids[0], word]
+    names = [tokenizer.id_to_token(token) for token in of_dialogues.encode_prompt("rain")]
+    assert of_texts.encode_prompt("rain") == [of_texts.stop_ids[0], word]
     assert names == ["<|endoftext|>", "<|user|>", "rain", "<|assistant|>"]
-    assert answerer.encode_prompt("rain") == answerer.encode_messages([Message("user", "rain")])
-    assert [tokenizer.id_to_token(token) for token in teller.stop_ids] == ["<|endoftext|>", "<|user|>", "<|system|>"]
+    assert of_dialogues.encode_prompt("rain") == of_dialogues.encode_messages([Message("user", "rain")])
+    assert [tokenizer.id_to_token(token) for token in of_texts.stop_ids] == [
+        "<|endoftext|>",
+        "<|user|>",
+        "<|system|>",
+    ]

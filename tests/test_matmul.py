@@ -1,4 +1,4 @@
-"""Products and activations: values and gradients in every form against NumPy in float64, and under what JAX makes."""
+"""Values and gradients of products and activations, with and without saved residuals, against NumPy in float64."""
 
 import dataclasses
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from rustgpt_jax.model.transformer import REMAT_POLICIES
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 FORMS = (False, True)
-# What is kept on the device of a policy that offloads is kept here too: this one has no other memory.
+# This device has no memory to offload to; dots_no_batch saves the same arrays.
 POLICIES = ("none", *(name for name in REMAT_POLICIES if name != "offload"))
 
 
@@ -44,12 +44,12 @@ def arrays(shape: tuple[int, ...], outputs: int, seed: int = 0) -> tuple[np.ndar
 
 
 def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
-    """The nearest numbers of a type, in float64."""
+    """The nearest numbers of a dtype, in float64."""
     return x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).astype(np.float64)
 
 
 def in_numpy(x: np.ndarray, kernel: np.ndarray, gradient: np.ndarray, dtype: str) -> list[np.ndarray]:
-    """x W and the gradients of x and W, of factors that are rounded to a type."""
+    """x W and the gradients of x and W, from factors rounded to a dtype."""
     x, kernel, gradient = (rounded(each, dtype) for each in (x, kernel, gradient))
     rows_ND, rows_NF = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
     return [x @ kernel, gradient @ kernel.T, rows_ND.T @ rows_NF]
@@ -61,7 +61,7 @@ def in_jax(function: Callable[..., jax.Array], x: Any, kernel: Any, gradient: An
 
 
 def near(found: Any, exact: Any, share: float) -> None:
-    """Each array within a share of its largest number."""
+    """Asserts that each array is within a share of its largest number."""
     for one, other in zip(found, exact, strict=True):
         np.testing.assert_allclose(np.asarray(one, np.float64), other, rtol=0, atol=share * np.max(np.abs(other)))
 
@@ -148,7 +148,7 @@ def test_unembed_and_gradients_match_numpy(
 
 
 def types_of_products(program: Any) -> list[tuple[str, ...]]:
-    """The types of the factors and of the result of each matrix product in a program."""
+    """Dtypes of the factors and of the result of each matrix product in a program."""
     found = [
         tuple(str(each.aval.dtype) for each in (*equation.invars, *equation.outvars))
         for equation in program.eqns
@@ -164,7 +164,7 @@ def types_of_products(program: Any) -> list[tuple[str, ...]]:
 
 
 def in_float64(activation: Any, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The value and the slope of an activation, as they are written in textbooks."""
+    """Value and derivative of an activation by textbook formulas."""
     x = x.astype(np.float64)
     if activation is jax.nn.silu:
         gate = 1 / (1 + np.exp(-x))
@@ -200,7 +200,7 @@ def test_activations_preserve_dtype(activation: Any) -> None:
 
 
 def gradients(model: ModelConfig, params: Any = None) -> Any:
-    """The gradient of a sum of a model's logits that weighs each of them, with respect to all parameters."""
+    """Gradient of a weighted sum of a model's logits with respect to all parameters."""
     tokens_BT = np.random.default_rng(0).integers(0, 31, (2, 8), np.int32)
     weights_BTV = np.random.default_rng(1).standard_normal((2, 8, 31)).astype(np.float32)
 
@@ -244,11 +244,11 @@ def test_vmapped_models_have_their_own_gradients() -> None:
         alike(jax.tree.map(lambda leaf, index=index: leaf[index], together), alone(params))
 
 
-# Which form.
+# The default.
 
 
 def barriers(model: ModelConfig) -> int:
-    """The arrays that a training step keeps from the compiler."""
+    """Number of optimization barriers in a training step."""
     params = jax.eval_shape(lambda: random_params(model))
     return str(jax.make_jaxpr(lambda params: gradients(model, params))(params)).count("optimization_barrier")
 
@@ -261,7 +261,7 @@ def test_residuals_are_saved_by_default_on_cpus_only(
     wanted = barriers(dataclasses.replace(model, save_residuals=form))
     monkeypatch.setattr(matmul_module, "current_device", lambda: Device(platform))
     assert barriers(dataclasses.replace(model, save_residuals=None)) == wanted
-    # At least two for each of four products of attention and three of the feed-forward, and one for its activation.
+    # At least two for each of four products of attention and three of the feed-forward, and one for the activation.
     assert wanted >= 15 if form else wanted == 0
 
 

@@ -1,4 +1,4 @@
-"""Latent attention and the recurrent mixers against independent loops, and the properties that each must have."""
+"""Latent attention and the recurrent mixers against NumPy references: isolation, caches, parameters."""
 
 import dataclasses
 import math
@@ -58,7 +58,7 @@ CASES: dict[str, dict[str, Any]] = {
         "bias": True,
     },
 }
-# By case before by test: tests of a case share compiled programs.
+# Ordered by case, so that tests of a case share compiled programs.
 over_cases = pytest.mark.parametrize("case", list(CASES), scope="module")
 over_mixers = pytest.mark.parametrize("mixer", ["latent_attention", "rg_lru", "deltanet"], scope="module")
 
@@ -78,7 +78,7 @@ forward = jax.jit(transformer.apply, static_argnames="model")
 def logits_of(
     params: Any, tokens_BT: np.ndarray, model: ModelConfig, positions_BT: Any = None, segments_BT: Any = None
 ) -> np.ndarray:
-    """The logits of rows of LENGTH tokens, always by the one program."""
+    """Logits of rows of LENGTH tokens, always computed by the same program."""
     if positions_BT is None:
         positions_BT = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens_BT.shape)
     if segments_BT is None:
@@ -86,7 +86,7 @@ def logits_of(
     return np.asarray(forward(params, tokens_BT, model, positions_BT=positions_BT, segments_BT=segments_BT)[0])
 
 
-# The same in NumPy, with float64 and a loop over the tokens of one document, from the papers.
+# References in NumPy, with float64 and a loop over the tokens of one document, written from the papers.
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -125,7 +125,7 @@ def convolution(x_TR: np.ndarray, params: Any) -> np.ndarray:
 
 
 def turned(x_C: np.ndarray, position: int, base: float) -> np.ndarray:
-    """Channels c and c + C/2 as a complex number, turned by position * base^(-2c/C)."""
+    """Rotates channels c and c + C/2 as a complex number by position * theta^(-2c/C)."""
     half = len(x_C) // 2
     number = (x_C[:half] + 1j * x_C[half:]) * np.exp(1j * position * base ** (-np.arange(half) / half))
     return np.concatenate([number.real, number.imag])
@@ -243,7 +243,7 @@ def test_delta_rule_continues_from_a_state_and_returns_the_last() -> None:
     np.testing.assert_allclose(state_BHCE, np.swapaxes(states, -1, -2), rtol=1e-5, atol=1e-5)
 
 
-# Who sees whom.
+# Isolation of documents.
 
 
 @over_cases
@@ -321,14 +321,14 @@ def test_rg_lru_gradient_is_finite_at_full_retention() -> None:
 
 @over_cases
 def test_cached_logits_match_uncached_for_any_split(case: str) -> None:
-    """Rows read prefixes of their own at once, then pieces, then one token each; rows that are through read padding."""
+    """Each row reads a prefix at once, then pieces, then one token at a time; finished rows read padding."""
     model = model_config(**CASES[case])
     ends = np.array([[1, 2, 4, CHUNK, CHUNK + 1, LENGTH], [2, 40, 39, 37, 69, 70], [45, 43, 62, 70, 70, 70]], np.int32)
     params, tokens_BT = random_params(model), random_tokens(3)
     expected_BTV = logits_of(params, tokens_BT, model)
 
     def read(cache: Any, starts_B: np.ndarray, ends_B: np.ndarray, length: int, filler: int = 7) -> Any:
-        """The cache after the tokens from starts to ends of each row, whose logits are checked."""
+        """Reads the tokens from starts to ends of each row, checks their logits, and returns the cache."""
         positions_BT = starts_B[:, None] + np.arange(length, dtype=np.int32)
         is_read_BT = positions_BT < ends_B[:, None]
         places_BT = np.minimum(positions_BT, LENGTH - 1)
@@ -439,7 +439,7 @@ def test_convolution_continues_from_its_history(width: int) -> None:
     kernel_WR, x_BTR = (np.random.default_rng(width).standard_normal(shape) for shape in ((width, 2), (2, 9, 2)))
     expected_BTR = np.stack([convolution(x_TR, {"kernel": kernel_WR}) for x_TR in x_BTR])
     history, first = module.init_history(module.config, 2, 2), np.zeros(2, int)
-    # Both rows read; one alone; none; the rest.
+    # Both rows read tokens, then one, none, and the rest.
     for ends in ([1, 3], [1, 6], [1, 6], [9, 9]):
         places_BT = first[:, None] + np.arange(8)
         is_read_BT = places_BT < np.array(ends)[:, None]

@@ -1,4 +1,4 @@
-"""The model against an independent one, and the properties that training and decoding stand on, over the tables."""
+"""The model against a NumPy reference, and its properties for all components: causality, caches, dropout, cost."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("quick_codegen")
 LENGTH = 12
 PLACES_T = np.arange(LENGTH, dtype=np.int32)
 
-# A covering set: every option on and off, in combinations that families of models have and some that none has.
+# A covering set: every option on and off, in combinations that model families use and a few that none uses.
 CASES: dict[str, dict[str, Any]] = {
     "gpt2": {
         "norm": "layernorm",
@@ -118,7 +118,7 @@ CASES: dict[str, dict[str, Any]] = {
         "feedforwards": ("gelu",),
     },
 }
-# By case before by test: tests of a case share compiled programs.
+# Ordered by case, so that tests of a case share compiled programs.
 over_cases = pytest.mark.parametrize("case", list(CASES), scope="module")
 over_float32_cases = pytest.mark.parametrize("case", [case for case in CASES if case != "bfloat16"], scope="module")
 
@@ -141,7 +141,7 @@ def logits_of(
     positions_BT: Any = None,
     segments_BT: Any = None,
 ) -> np.ndarray:
-    """The logits of LENGTH rows, always by the one program."""
+    """Logits of LENGTH rows, always computed by the same program."""
     if positions_BT is None:
         positions_BT = np.broadcast_to(PLACES_T, tokens_BT.shape)
     if segments_BT is None:
@@ -153,7 +153,7 @@ def logits_of(
 def pullback(
     params: transformer.Params, tokens_T: np.ndarray, model: ModelConfig, hidden_TD: np.ndarray, logits_TV: np.ndarray
 ) -> transformer.Params:
-    """The gradient of a weighted sum of the hidden states and logits of one text, by its weights."""
+    """Gradient of a weighted sum of the hidden states and logits of one text, given the weights."""
 
     def weighted_sum(params: transformer.Params) -> jax.Array:
         hidden_BTD, _, _ = transformer.hidden_states(params, tokens_T[None], model)
@@ -167,7 +167,7 @@ def tolerance(model: ModelConfig) -> dict[str, float]:
     return {"rtol": 5e-5, "atol": 5e-5} if model.dtype == "float32" else {"rtol": 0.05, "atol": 0.1}
 
 
-# The same model in NumPy, with float64 and loops, from the papers and the documentation in config/schema.py.
+# A reference in NumPy, with float64 and loops, written from the papers and the documentation in config/schema.py.
 
 
 def reference_norm(x: np.ndarray, params: dict[str, np.ndarray], model: ModelConfig) -> np.ndarray:
@@ -182,7 +182,7 @@ def reference_linear(x: np.ndarray, params: dict[str, np.ndarray]) -> np.ndarray
 
 
 def reference_rope(x_TC: np.ndarray, position: str, model: ModelConfig) -> np.ndarray:
-    """Channels c and c + C/2 as a complex number, turned by position * base^(-2c/C), scaled as the model says."""
+    """Rotates channels c and c + C/2 as a complex number by position * theta^(-2c/C), scaled as in the config."""
     length, channels = len(x_TC), int(x_TC.shape[1] * model.rope.fraction)
     half, scaling = channels // 2, model.rope.scaling if position == "rope" else "none"
     speed_C = (model.rope.theta if position == "rope" else model.rope.local_theta) ** (-2 * np.arange(half) / channels)
@@ -354,7 +354,7 @@ def test_gradients_match_finite_differences_of_the_reference_model(case: str) ->
         assert abs(slope - np.vdot(found, direction)) < 1e-3 * scale + 1e-4, path
 
 
-# Who sees whom.
+# Masks.
 
 
 @over_float32_cases
@@ -403,13 +403,13 @@ def test_packed_documents_and_padding_are_isolated(case: str) -> None:
 
 @over_cases
 def test_cached_logits_match_uncached_for_any_split(case: str) -> None:
-    """Row k reads k + 1 tokens at once, then the rest at once or one by one; rows that are through read padding."""
+    """Row k reads k + 1 tokens at once, then the rest at once or one by one; finished rows read padding."""
     model = model_config(**CASES[case])
     params, tokens_BT = random_params(model), random_tokens(3)
     expected_BTV = logits_of(params, tokens_BT, model)
 
     def read(cache: Any, starts_B: np.ndarray, ends_B: np.ndarray, length: int) -> Any:
-        """The cache after the tokens from starts to ends of each row, whose logits are checked."""
+        """Reads the tokens from starts to ends of each row, checks their logits, and returns the cache."""
         positions_BT = starts_B[:, None] + np.arange(length, dtype=np.int32)
         is_read_BT = positions_BT < ends_B[:, None]
         places_BT = np.minimum(positions_BT, LENGTH - 1)
@@ -452,7 +452,7 @@ def test_ring_cache_holds_the_last_tokens_and_their_positions() -> None:
     segments_BT = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
     written = jax.jit(KVCache.write)(ring, positions_BT.astype(np.float32), BlockInputs(positions_BT, segments_BT))
     np.testing.assert_array_equal(written.buffers, [[6, 7, 8], [0, 4, 5]])
-    # What is older than the slots is not written at all: which of two writes to a slot wins is nobody's promise.
+    # Tokens older than the slots are not written, because the order of two writes to one slot is undefined.
     turned = BlockInputs(positions_BT[:, ::-1], np.ones((2, 5), int))
     again = jax.jit(KVCache.write)(ring, positions_BT[:, ::-1].astype(np.float32), turned)
     np.testing.assert_array_equal(again.buffers, [[6, 7, 8], [6, 7, 8]])
@@ -460,7 +460,7 @@ def test_ring_cache_holds_the_last_tokens_and_their_positions() -> None:
     np.testing.assert_array_equal(written.positions(np.array([0, -1])), [[0, -2, -1], [-3, -2, -1]])
 
 
-# How the layers are run.
+# Scan, unrolling and remat.
 
 
 def loss_and_gradient(model: ModelConfig, params: transformer.Params, tokens_BT: np.ndarray) -> tuple[Any, Any]:
@@ -543,13 +543,13 @@ def test_traced_hyperparameters_do_not_recompile() -> None:
 
 
 def attention_widths(model: ModelConfig) -> tuple[int, int]:
-    """Channels of all queries, and of all keys."""
+    """Channels of all queries and of all keys."""
     head = model.attention.head_dim or model.d_model // model.attention.n_heads
     return model.attention.n_heads * head, (model.attention.kv_heads) * head
 
 
 def feedforward_of(model: ModelConfig, layer: int) -> tuple[str, int, bool]:
-    """The kind of a layer's feed-forward, its hidden width, and whether it is gated."""
+    """Kind of a layer's feed-forward, its hidden width, and whether it is gated."""
     kind = model.feedforwards[layer % len(model.feedforwards)]
     gated = kind in ("swiglu", "geglu", "geglu_exact", "reglu", "relu_squared_glu", "moe")
     width = math.ceil(model.d_model * 8 / 3 / 8) * 8 if gated else 4 * model.d_model
@@ -642,14 +642,14 @@ def compiled_dropped_hidden(params: transformer.Params, rate: Any, key: jax.Arra
 
 
 def silent_params() -> transformer.Params:
-    """Parameters that are all 0 but for the last norm."""
+    """Parameters that are all 0 except for the last norm."""
     params = jax.tree.map(np.zeros_like, random_params(DROPPING))
     params["norm"]["scale"][:] = 1
     return params
 
 
 def test_dropout_is_independent_per_sublayer_and_layer() -> None:
-    """Blocks that add 1 in the mixer and 3 in the feed-forward: the sum tells how often each was kept."""
+    """With blocks that add 1 in the mixer and 3 in the feed-forward, the sum counts how often each was kept."""
     params = silent_params()
     params["blocks"]["0"]["mixer"]["output"]["bias"][:] = 1
     params["blocks"]["0"]["feedforward"]["down"]["bias"][:] = 3
@@ -687,7 +687,7 @@ def test_dropout_applies_to_embeddings() -> None:
 
 
 def test_dropout_applies_to_attention_weights() -> None:
-    """One layer copies its values. The first token sees itself alone, so each of its heads is dropped whole or not."""
+    """One layer copies its values. The first token attends only to itself, so each of its heads is dropped or kept."""
     params = silent_params()
     mixer = params["blocks"]["0"]["mixer"]
     mixer["value"]["bias"][0] = 1

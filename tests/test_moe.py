@@ -1,4 +1,4 @@
-"""Mixtures of experts: with a capacity, against a loop over the tokens; what they report, against its definition."""
+"""Mixture of experts against a loop over tokens, its capacity, and its metrics and losses."""
 
 import math
 from functools import partial
@@ -16,7 +16,7 @@ from rustgpt_jax.model.interfaces import BlockInputs
 from rustgpt_jax.model.mlps import FEEDFORWARDS
 
 ROWS, LENGTH, EXPERTS, WIDTH, HIDDEN = 3, 10, 4, 8, 6
-# The last row is two documents, the second one ends in padding.
+# The last row has two documents and ends in padding.
 SEGMENTS_BT = np.array([[1] * 10, [1] * 7 + [0] * 3, [1] * 4 + [2] * 6], np.int32)
 
 
@@ -62,7 +62,7 @@ def in_a_loop(params: Any, x_BTD: np.ndarray, model: ModelConfig) -> tuple[np.nd
             odds = np.exp(logits) / np.exp(logits).sum()
             best = np.argsort(-odds)[: model.moe.experts_per_token]
             if SEGMENTS_BT[row, t] == 0:
-                # Nobody reads what padding gives, and with a capacity it takes no place.
+                # The output of padding is not read, and padding uses no capacity.
                 y_BTD[row, t] = np.nan
                 continue
             n_tokens += 1

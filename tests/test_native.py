@@ -1,4 +1,4 @@
-"""The native kernel computes what the plain path does, is built by many at once, and is never needed."""
+"""The native kernel: numerics, concurrent builds, and the fallback without a compiler."""
 
 import os
 import stat
@@ -35,12 +35,12 @@ def has_compiler() -> bool:
     return True
 
 
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler")
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 
 
 @pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache in which nothing is built yet, and a process that has not asked for the kernel."""
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache, in a process that has not loaded the kernel."""
     monkeypatch.setenv("RUSTGPT_JAX_CACHE", str(tmp_path / "cache"))
     matvec.ffi_target.cache_clear()
     yield tmp_path / "cache"
@@ -51,16 +51,16 @@ def libraries(cache: Path) -> list[Path]:
     return sorted((cache / "native").rglob("*.so"))
 
 
-# What it computes.
+# Numerics.
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", matvec.DTYPES)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 19])
+@pytest.mark.parametrize("rows", [1, 2, 4, 7, 8, 19])
 def test_matvec_matches_numpy(dtype: str, rows: int) -> None:
     rng = np.random.default_rng(rows)
-    # Fewer inputs than lanes, an odd end, more than a thread's work; fewer outputs than a tile, and an odd end.
-    for inputs, outputs in ((1, 1), (5, 3), (64, 8), (77, 2), (40, 1001), (3072, 50)):
+    # Fewer inputs than lanes, a remainder, several chunks; fewer outputs than a tile, and a remainder.
+    for inputs, outputs in ((1, 1), (5, 3), (77, 2), (40, 1001), (3072, 50)):
         x_BI = rng.standard_normal((rows, inputs)).astype(np.float32)
         weights_OI = jnp.asarray(rng.integers(-127, 128, (outputs, inputs))).astype(dtype)
         if dtype != "int8":
@@ -99,7 +99,7 @@ def test_concurrent_calls_in_a_loop_are_deterministic() -> None:
     @jax.jit
     def looped(x_BI: jax.Array) -> jax.Array:
         def step(_: jax.Array, x_BI: jax.Array) -> jax.Array:
-            # These have no order, and may run at once.
+            # The calls are independent and may run concurrently.
             return jnp.tanh(sum(matvec.matvec(x_BI, kernel) for kernel in kernels))
 
         return jax.lax.fori_loop(0, 200, step, x_BI)
@@ -130,26 +130,25 @@ def test_native_and_plain_products_agree(dtype: str, rows: int) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("weights", [None, "int8"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "weights"), [("float32", "int8"), ("bfloat16", None)])
 def test_generated_tokens_match_the_plain_kernel(dtype: str, weights: str | None) -> None:
     model = for_inference(small_config(**{"model.dtype": dtype}).model)
     params = random_params(model)
 
-    def drawn(kernel: str) -> list[list[int]]:
+    def generate_with(kernel: str) -> list[list[int]]:
         decode_params = to_decode_params(params, model, WeightLayout(weights, kernel, "cpu"))
         prompts = [[1, 2, 3], [7]]
         return generate(decode_params, prompts, model, samplers=(Greedy(),), key=jax.random.key(0), max_tokens=10)
 
-    assert drawn("native") == drawn("plain")
+    assert generate_with("native") == generate_with("plain")
 
 
-# How it is built.
+# Building.
 
 
 @needs_compiler
 def test_library_is_built_once_per_source_and_compiler(
-    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "small.cc"
     source.write_text("int one() { return 1; }\n")
@@ -161,7 +160,7 @@ def test_library_is_built_once_per_source_and_compiler(
     assert build_library(source) != library
     monkeypatch.setattr(matvec, "FLAGS", (*matvec.FLAGS, "-DOTHER"))
     build_library(source)
-    assert len(libraries(own_cache)) == 3
+    assert len(libraries(empty_cache)) == 3
 
 
 BUILDER = """
@@ -174,19 +173,19 @@ print(build_library(Path(sys.argv[1])))
 
 @pytest.mark.slow
 @needs_compiler
-def test_concurrent_builds_give_one_library(own_cache: Path, tmp_path: Path) -> None:
+def test_concurrent_builds_give_one_library(empty_cache: Path, tmp_path: Path) -> None:
     source = tmp_path / "small.cc"
     source.write_text('extern "C" int one() { return 1; }\n')
     command = [sys.executable, "-c", BUILDER, str(source)]
     processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    shown = {process.communicate()[0].strip() for process in processes}
+    paths = {process.communicate()[0].strip() for process in processes}
     assert [process.returncode for process in processes] == [0] * 4
-    assert [str(path) for path in libraries(own_cache)] == list(shown)
+    assert [str(path) for path in libraries(empty_cache)] == list(paths)
 
 
 @needs_compiler
 @pytest.mark.parametrize("harm", [lambda data: data[:1000], lambda data: data[:-1] + b"?", lambda data: b""])
-def test_damaged_library_is_rebuilt(harm: Any, own_cache: Path, tmp_path: Path) -> None:
+def test_damaged_library_is_rebuilt(harm: Any, empty_cache: Path, tmp_path: Path) -> None:
     source = tmp_path / "small.cc"
     source.write_text('extern "C" int one() { return 1; }\n')
     library = build_library(source)
@@ -194,13 +193,13 @@ def test_damaged_library_is_rebuilt(harm: Any, own_cache: Path, tmp_path: Path) 
     library.write_bytes(harm(whole))
     assert build_library(source) == library
     assert library.read_bytes() == whole
-    assert libraries(own_cache) == [library]
+    assert libraries(empty_cache) == [library]
 
 
-# Where it cannot be.
+# Fallback.
 
 
-def broken(path: Path, script: str) -> str:
+def write_script(path: Path, script: str) -> str:
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return str(path)
@@ -216,40 +215,39 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_compiler_falls_back_to_plain_with_one_warning(
-    name: str, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script, said = BROKEN[name]
-    monkeypatch.setenv("CXX", broken(tmp_path / "compiler", script) if script else "no-such-compiler")
+    script, reason = BROKEN[name]
+    monkeypatch.setenv("CXX", write_script(tmp_path / "compiler", script) if script else "no-such-compiler")
     sampling = small_config(**{"sampling.matmul_impl": "native"}).sampling
     assert select_weight_layout(sampling) == select_weight_layout(sampling) == WeightLayout(None, "plain", "cpu")
-    shown = capsys.readouterr().err
-    assert shown.startswith("The native kernel is not used, because ")
-    assert shown.count("\n") == 1
-    assert said in shown
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="whoever may write anywhere sees no such folder")
-def test_unwritable_cache_falls_back_with_a_warning(own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    own_cache.mkdir(mode=0o500)
-    assert matvec.ffi_target() is None
-    assert "cannot be used" in capsys.readouterr().err
+    output = capsys.readouterr().err
+    assert output.startswith("The native kernel is not used, because ")
+    assert output.count("\n") == 1
+    assert reason in output
 
 
 @needs_compiler
-def test_file_in_place_of_the_cache_falls_back_with_a_warning(
-    own_cache: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("is_file", [True, False])
+def test_unusable_cache_falls_back_with_a_warning(
+    is_file: bool, empty_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own_cache.write_text("")
+    if is_file:
+        empty_cache.write_text("")
+    elif os.name != "posix" or os.geteuid() == 0:
+        pytest.skip("this user may write to every folder")
+    else:
+        empty_cache.mkdir(mode=0o500)
     assert matvec.ffi_target() is None
     assert "cannot be used" in capsys.readouterr().err
 
 
 def test_native_kernel_is_built_only_if_configured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matvec, "ffi_target", lambda: pytest.fail("the kernel was asked for"))
+    monkeypatch.setattr(matvec, "ffi_target", lambda: pytest.fail("the kernel was loaded"))
     assert select_weight_layout(small_config().sampling).matmul_impl == "plain"
 
 
-# In the cache of compiled programs.
+# JAX's compilation cache.
 
 IN_A_PROCESS = """
 import sys
@@ -265,12 +263,12 @@ print(float(jax.jit(lambda x, w: matvec.matvec(x, w).sum())(jnp.ones((1, 8)), jn
 @pytest.mark.slow
 @needs_compiler
 def test_cached_program_finds_the_kernel(tmp_path: Path) -> None:
-    def ran() -> str:
+    def run() -> str:
         command = [sys.executable, "-c", IN_A_PROCESS, str(tmp_path)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
-    assert ran() == "32.0\n"
-    kept = sorted(path.name for path in tmp_path.iterdir() if path.name.endswith("-cache"))
-    assert ran() == "32.0\n"
-    assert kept
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name.endswith("-cache")) == kept
+    assert run() == "32.0\n"
+    cached = sorted(path.name for path in tmp_path.iterdir() if path.name.endswith("-cache"))
+    assert run() == "32.0\n"
+    assert cached
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.endswith("-cache")) == cached

@@ -1,4 +1,4 @@
-"""Samplers: each is its brute-force self, in the documented order, and what is drawn has the probabilities left."""
+"""Samplers match brute force in the documented order, and samples follow the filtered distribution."""
 
 import dataclasses
 from collections.abc import Callable
@@ -30,11 +30,11 @@ def sampling(**changes: Any) -> SamplingConfig:
     return dataclasses.replace(BASE, **NEUTRAL | changes)
 
 
-# One row of logits at a time, in float64. Cuts that rounding decides are not tried.
+# References for one row of logits, in float64. Examples whose result depends on rounding are skipped.
 
 
 def only_where(condition: bool) -> None:
-    """An example that does not hold this is not tried; a fixed one must hold it."""
+    """Skip an example of hypothesis that does not satisfy the condition; other examples must satisfy it."""
     if currently_in_test_context():
         assume(condition)
     assert condition
@@ -68,9 +68,9 @@ def top_k(logits_V: np.ndarray, seen_V: np.ndarray, k: float) -> np.ndarray:
 
 def top_p(logits_V: np.ndarray, seen_V: np.ndarray, p: float) -> np.ndarray:
     kept, total = np.zeros(len(logits_V), bool), 0.0
-    for place, token in enumerate(np.argsort(-without_near_ties(logits_V))):
-        only_where(place == 0 or abs(total - p) > 1e-5)
-        if place == 0 or total < p:
+    for rank, token in enumerate(np.argsort(-without_near_ties(logits_V))):
+        only_where(rank == 0 or abs(total - p) > 1e-5)
+        if rank == 0 or total < p:
             kept |= logits_V == logits_V[token]
         total += probabilities(logits_V)[token]
     return np.where(kept, logits_V, -np.inf)
@@ -115,8 +115,8 @@ def expected_through(numbers: dict[str, float], logits_BV: np.ndarray, seen_BV: 
 @given(data=st.data(), logits_BV=some_logits, seen_BV=some_seen)
 def test_samplers_match_brute_force(name: str, data: Any, logits_BV: np.ndarray, seen_BV: np.ndarray) -> None:
     number = data.draw(EXPECTED[name][1])
-    found = through(make_samplers(sampling(**{name: number})), logits_BV, seen_BV)
-    np.testing.assert_allclose(found, expected_through({name: number}, logits_BV, seen_BV), rtol=1e-5)
+    actual = through(make_samplers(sampling(**{name: number})), logits_BV, seen_BV)
+    np.testing.assert_allclose(actual, expected_through({name: number}, logits_BV, seen_BV), rtol=1e-5)
 
 
 @settings(max_examples=50)
@@ -129,8 +129,8 @@ def test_samplers_are_applied_in_the_documented_order(
     numbers: dict[str, float], logits_BV: np.ndarray, seen_BV: np.ndarray
 ) -> None:
     assume(all(numbers[name] != NEUTRAL[name] for name in ORDER))
-    found = through(make_samplers(sampling(**numbers)), logits_BV, seen_BV)
-    np.testing.assert_allclose(found, expected_through(numbers, logits_BV, seen_BV), rtol=1e-5)
+    actual = through(make_samplers(sampling(**numbers)), logits_BV, seen_BV)
+    np.testing.assert_allclose(actual, expected_through(numbers, logits_BV, seen_BV), rtol=1e-5)
 
 
 @settings(max_examples=50)
@@ -163,7 +163,7 @@ def test_sampler_settings_do_not_recompile() -> None:
     assert through._cache_size() == 1
 
 
-# Drawing.
+# Sampling.
 
 compiled_sample = jax.jit(sample)
 
@@ -203,9 +203,9 @@ def test_samples_follow_the_filtered_distribution(name: str) -> None:
     logits_V = np.random.default_rng(2).normal(0, 1.5, VOCABULARY).astype(np.float32)
     logits_BV, seen_BV = np.tile(logits_V, (count, 1)), np.tile(np.arange(VOCABULARY) % 3 == 0, (count, 1))
     keys_B = jax.random.split(jax.random.key(5), count)
-    drawn_B = compiled_sample(keys_B, logits_BV, seen_BV, make_samplers(sampling(**CHAINS[name])))
+    sampled_B = compiled_sample(keys_B, logits_BV, seen_BV, make_samplers(sampling(**CHAINS[name])))
     expected_V = probabilities(expected_through(CHAINS[name], logits_BV[:1], seen_BV[:1])[0])
-    counts_V = np.bincount(drawn_B, minlength=VOCABULARY)
+    counts_V = np.bincount(sampled_B, minlength=VOCABULARY)
     possible_V = expected_V > 0
     assert 2 < possible_V.sum() <= (VOCABULARY if name in ("all tokens", "hot") else VOCABULARY - 2)
     assert counts_V[~possible_V].sum() == 0
@@ -215,6 +215,6 @@ def test_samples_follow_the_filtered_distribution(name: str) -> None:
 def test_a_row_depends_only_on_its_key() -> None:
     keys_B = jax.random.split(jax.random.key(0), 50)
     zeros_BV = np.zeros((50, VOCABULARY), np.float32)
-    drawn_B = np.asarray(compiled_sample(keys_B, zeros_BV, zeros_BV > 0, ()))
-    assert len(set(drawn_B.tolist())) == VOCABULARY
-    np.testing.assert_array_equal(compiled_sample(keys_B[::-1], zeros_BV, zeros_BV > 0, ()), drawn_B[::-1])
+    sampled_B = np.asarray(compiled_sample(keys_B, zeros_BV, zeros_BV > 0, ()))
+    assert len(set(sampled_B.tolist())) == VOCABULARY
+    np.testing.assert_array_equal(compiled_sample(keys_B[::-1], zeros_BV, zeros_BV > 0, ()), sampled_B[::-1])
