@@ -16,7 +16,7 @@ PACKAGE = "rustgpt_jax"
 # From the bottom up: a package imports only from the packages before it.
 LAYERS = (
     *("jax_internals", "errors", "atomic_io", "cache_dir", "process_setup", "registry", "pytrees", "fingerprints"),
-    *("native", "config", "tokenizers", "data", "model", "sharding", "distributed", "workdir", "tracking"),
+    *("config", "tokenizers", "data", "model", "sharding", "distributed", "workdir", "tracking"),
     *(
         "inference",
         "evaluation",

@@ -131,9 +131,9 @@ def test_sliding_does_not_depend_on_batch_streaming_or_stops() -> None:
     end = alone.index(stop_ids[0])
     stopped = generate(PARAMS["rope"], PROMPTS, MODEL, **options, stop_ids=stop_ids)
     assert stopped[0] == alone[:end]
-    calls = list(stream_tokens(PARAMS["rope"], PROMPTS[0], MODEL, **options, stop_ids=stop_ids, tokens_per_call=8))
-    assert calls[-1] == (alone[:end], "stop")
-    assert all(ending is None and alone[: len(tokens)] == tokens for tokens, ending in calls[:-1])
+    calls = list(stream_tokens(PARAMS["rope"], PROMPTS[:1], MODEL, **options, stop_ids=stop_ids, tokens_per_call=8))
+    assert calls[-1] == ([alone[:end]], ["stop"])
+    assert all(ending is None and alone[: len(tokens)] == tokens for [tokens], [ending] in calls[:-1])
     # After sliding, tokens are sampled with other keys.
     assert alone[CONTEXT // 2 :][:20] != alone[CONTEXT:][:20]
 
@@ -147,8 +147,8 @@ def test_finish_reason_is_reported(max_tokens: int, slide: bool, ending: str, mo
     warnings = list[str]()
     prompt = generator.encode_prompt("rain")
     options: dict[str, Any] = {"samplers": GREEDY, "key": jax.random.key(0), "max_tokens": max_tokens, "slide": slide}
-    calls = stream_tokens(TEXT_PARAMS, prompt, TEXT_MODEL, **options, tokens_per_call=8)
-    assert [last for _, last in calls][-1] == ending
+    calls = stream_tokens(TEXT_PARAMS, [prompt], TEXT_MODEL, **options, tokens_per_call=8)
+    assert [last for _, [last] in calls][-1] == ending
     monkeypatch.setattr(TextGenerator, "stop_ids", [])
     text = "".join(stream_text(generator, prompt, sampling, warnings.append))
     assert text == generate_text(generator, [prompt], sampling)[0]

@@ -18,9 +18,9 @@ from rustgpt_jax.config.schema import for_inference
 from rustgpt_jax.inference.decode_params import WeightLayout, select_weight_layout, to_decode_params
 from rustgpt_jax.inference.generate import generate
 from rustgpt_jax.inference.sampling import Greedy
+from rustgpt_jax.model.kernels import matvec
+from rustgpt_jax.model.kernels.matvec import BuildError, build_library
 from rustgpt_jax.model.matmul import MAX_NATIVE_ROWS, to_row_major
-from rustgpt_jax.native import matvec
-from rustgpt_jax.native.matvec import BuildError, build_library
 
 pytestmark = pytest.mark.usefixtures("quick_codegen")
 
@@ -166,7 +166,7 @@ def test_library_is_built_once_per_source_and_compiler(
 BUILDER = """
 import sys
 from pathlib import Path
-from rustgpt_jax.native.matvec import build_library
+from rustgpt_jax.model.kernels.matvec import build_library
 print(build_library(Path(sys.argv[1])))
 """
 
@@ -255,7 +255,7 @@ import jax, jax.numpy as jnp
 jax.config.update("jax_compilation_cache_dir", sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-from rustgpt_jax.native import matvec
+from rustgpt_jax.model.kernels import matvec
 print(float(jax.jit(lambda x, w: matvec.matvec(x, w).sum())(jnp.ones((1, 8)), jnp.ones((4, 8)))))
 """
 

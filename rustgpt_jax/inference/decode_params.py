@@ -13,8 +13,8 @@ import jax
 from rustgpt_jax.config.schema import ModelConfig, SamplingConfig
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block import layer_groups, linear_layers
+from rustgpt_jax.model.kernels import matvec
 from rustgpt_jax.model.matmul import UpcastWeight, round_weights, to_row_major
-from rustgpt_jax.native import matvec
 from rustgpt_jax.pytrees import format_path
 
 

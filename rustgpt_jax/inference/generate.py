@@ -8,7 +8,7 @@ import functools
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -183,6 +183,16 @@ def start_generation(
 
 
 def generate(
+    params: transformer.Params, prompts: Sequence[Sequence[int]], model: ModelConfig, *, max_tokens: int, **options: Any
+) -> list[list[int]]:
+    """Return the tokens generated after each prompt, without the stop token; `options` are those of `stream_tokens`."""
+    *_, (outputs, _) = stream_tokens(
+        params, prompts, model, max_tokens=max_tokens, tokens_per_call=max_tokens, **options
+    )
+    return outputs
+
+
+def stream_tokens(
     params: transformer.Params,
     prompts: Sequence[Sequence[int]],
     model: ModelConfig,
@@ -190,75 +200,51 @@ def generate(
     samplers: tuple[Sampler, ...],
     key: jax.Array,
     max_tokens: int,
+    tokens_per_call: int,
     stop_ids: Sequence[int] = (),
     slide: bool = False,
-) -> list[list[int]]:
-    """Return the tokens generated after each prompt, without the stop token.
+) -> Iterator[tuple[list[list[int]], list[FinishReason | None]]]:
+    """Generate tokens after prompts, in calls of the compiled loop for `tokens_per_call` tokens each.
 
-    Generation ends when the context is full, unless `slide` is True: then it continues from the last half of the
-    context, which is processed again from position 0.
+    A row ends when its context is full, unless `slide` is True: then it continues from the last half of the context,
+    which is processed again from position 0.
+
+    Yields:
+        After each call, the tokens of each row so far, without the stop token, and the reasons why rows have ended.
 
     Raises:
         UserError: A prompt is empty or leaves no room in the model's context.
     """
     contexts = [_slide(prompt, model) if slide else list(prompt) for prompt in prompts]
     outputs: list[list[int]] = [[] for _ in prompts]
-    unfinished, n_slides = set(range(len(prompts))), 0
-    while unfinished:
+    reasons: list[FinishReason | None] = [None for _ in prompts]
+    n_slides = 0
+    while None in reasons:
+        unfinished = [row for row, reason in enumerate(reasons) if reason is None]
         count = max_tokens - min(len(outputs[row]) for row in unfinished)
         state = start_generation(params, contexts, model, count)
         call_key = jax.random.fold_in(key, n_slides) if n_slides else key
-        state = decode_steps(params, state, np.int32(count), samplers, call_key, pad_stop_ids(stop_ids), model=model)
-        new = generated_tokens(state, [len(context) for context in contexts], stop_ids)
-        lengths_B = jax.device_get(state.lengths_B)
-        for row in sorted(unfinished):
-            has_stopped = lengths_B[row] > len(contexts[row]) + len(new[row])
-            outputs[row] += new[row][: max_tokens - len(outputs[row])]
-            if has_stopped or not slide or len(outputs[row]) == max_tokens:
-                unfinished.discard(row)
+        earlier = list(outputs)
+        new: list[list[int]] = []
+        for start in range(0, count, tokens_per_call):
+            steps = np.int32(min(tokens_per_call, count - start))
+            state = decode_steps(params, state, steps, samplers, call_key, pad_stop_ids(stop_ids), model=model)
+            new = generated_tokens(state, [len(context) for context in contexts], stop_ids)
+            lengths_B, is_done_B = jax.device_get((state.lengths_B, state.is_done_B))
+            for row in unfinished:
+                length = len(contexts[row]) + len(new[row])
+                outputs[row] = [*earlier[row], *new[row][: max_tokens - len(earlier[row])]]
+                if lengths_B[row] > length:
+                    reasons[row] = "stop"
+                elif len(outputs[row]) == max_tokens:
+                    reasons[row] = "max_tokens"
+                elif length == model.context_length and not slide:
+                    reasons[row] = "context"
+            yield list(outputs), list(reasons)
+            if is_done_B.all() or None not in reasons:
+                break
+        for row in unfinished:
             contexts[row] = _slide([*contexts[row], *new[row]], model)
-        n_slides += 1
-    return outputs
-
-
-def stream_tokens(
-    params: transformer.Params,
-    prompt: Sequence[int],
-    model: ModelConfig,
-    *,
-    samplers: tuple[Sampler, ...],
-    key: jax.Array,
-    max_tokens: int,
-    stop_ids: Sequence[int] = (),
-    slide: bool = False,
-    tokens_per_call: int,
-) -> Iterator[tuple[list[int], FinishReason | None]]:
-    """Yield, after each call of the loop, all tokens that `generate` returns for one prompt so far.
-
-    The second value is the reason why generation ended, None before that.
-    """
-    context, output, n_slides = _slide(prompt, model) if slide else list(prompt), list[int](), 0
-    while True:
-        state = start_generation(params, [context], model, max_tokens - len(output))
-        call_key = jax.random.fold_in(key, n_slides) if n_slides else key
-        room = min(max_tokens - len(output), model.context_length - len(context))
-        new: list[int] = []
-        for start in range(0, room, tokens_per_call):
-            count = np.int32(min(tokens_per_call, room - start))
-            state = decode_steps(params, state, count, samplers, call_key, pad_stop_ids(stop_ids), model=model)
-            new = generated_tokens(state, [len(context)], stop_ids)[0]
-            reason: FinishReason | None = None
-            if int(state.lengths_B[0]) > len(context) + len(new):
-                reason = "stop"
-            elif len(output) + len(new) == max_tokens:
-                reason = "max_tokens"
-            elif len(new) == room and not slide:
-                reason = "context"
-            yield [*output, *new], reason
-            if reason is not None:
-                return
-        output += new
-        context = _slide([*context, *new], model)
         n_slides += 1
 
 

@@ -76,7 +76,7 @@ def stream_text(
     """
     options = _generate_options(generator, sampling) | {"tokens_per_call": STREAM_TOKENS_PER_CALL}
     shown = ""
-    for tokens, finish_reason in stream_tokens(generator.params, prompt, generator.model, **options):
+    for [tokens], [finish_reason] in stream_tokens(generator.params, [prompt], generator.model, **options):
         is_last = finish_reason is not None
         text = generator.decode(prompt, tokens) if is_last else _stable_prefix(generator, prompt, tokens)
         if text.startswith(shown):

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.activation_sharding import shard_activations
-from rustgpt_jax.model.kernels import current_device
-from rustgpt_jax.native import matvec
+from rustgpt_jax.model.kernels import current_device, matvec
 from rustgpt_jax.pytrees import pytree_dataclass
 
 
@@ -256,7 +255,7 @@ class RowMajorWeight(PackedWeight):
     Attributes:
         values: The values by outputs, in an array of the matrix's shape (inputs, outputs): float32, bfloat16 or int8.
         scales: Scale of each output (outputs,) for int8; None for other dtypes.
-        matmul_impl: native (`native.matvec`, for few rows) or plain (XLA).
+        matmul_impl: native (`kernels.matvec`, for few rows) or plain (XLA).
     """
 
     values: jax.Array

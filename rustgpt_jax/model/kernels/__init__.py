@@ -1,4 +1,4 @@
-"""Attention kernels, and their interface: the static spec, the arrays, and the device."""
+"""Compute kernels: attention with its interface (static spec, arrays, device), and matrix-vector products on CPUs."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,1 +1,0 @@
-"""Optional C++ kernels for CPUs, compiled on first use."""
