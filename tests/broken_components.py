@@ -17,9 +17,8 @@ from tokenizers import Tokenizer, normalizers
 from rustgpt_jax.config.schema import DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig
 from rustgpt_jax.conformance.components import Scope
 from rustgpt_jax.model.interfaces import BlockInputs, PositionEncoding
-from rustgpt_jax.model.linear import Linear, broadcast_channels, dropout
+from rustgpt_jax.model.layers import Linear, RMSNorm, broadcast_channels, dropout
 from rustgpt_jax.model.matmul import accum_dtype, to_float32
-from rustgpt_jax.model.norms import RMSNorm
 from rustgpt_jax.model.positions import LearnedPositions, Rope, apply_rope
 from rustgpt_jax.tokenizers import TOKENIZERS, Document, plain_document
 
@@ -73,20 +72,20 @@ class Attention(nn.Module):
         return y_BTD
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> Result:
+    def __call__(self, x_BTD: jax.Array, inputs: BlockInputs, cache: Any) -> Result:
         q, k, v = (Linear(self.config, self.config.d_model, name=name)(x_BTD) for name in ("query", "key", "value"))
-        k, mask_BTS = self.keys(k), self.mask(context)
+        k, mask_BTS = self.keys(k), self.mask(inputs)
         if cache is not None:
-            slots_BT = self.slots(context, cache["keys"].shape[1])
+            slots_BT = self.slots(inputs, cache["keys"].shape[1])
             rows_B1 = jnp.arange(len(slots_BT))[:, None]
             new = {"keys": k, "values": v}
             cache = {name: cache[name].at[rows_B1, slots_BT].set(new[name], mode="drop") for name in cache}
-            k, v, mask_BTS = cache["keys"], cache["values"], self.cached_mask(context, cache["keys"].shape[1])
+            k, v, mask_BTS = cache["keys"], cache["values"], self.cached_mask(inputs, cache["keys"].shape[1])
         scores_BTS = jnp.einsum("BTD,BSD->BTS", q, k, preferred_element_type=accum_dtype(q, k))
         scores_BTS = jnp.where(mask_BTS, scores_BTS * self.config.d_model**-0.5, -jnp.inf)
         y_BTD = jnp.einsum("BTS,BSD->BTD", self.weights(scores_BTS).astype(v.dtype), v)
         y_BTD = Linear(self.config, self.config.d_model, residual=True, name="output")(y_BTD)
-        return self.result(y_BTD, context), cache
+        return self.result(y_BTD, inputs), cache
 
 
 class Recurrence(nn.Module):
@@ -113,7 +112,7 @@ class Recurrence(nn.Module):
         return h_BD
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> Result:
+    def __call__(self, x_BTD: jax.Array, inputs: BlockInputs, cache: Any) -> Result:
         config = self.config
         decay_D = jax.nn.sigmoid(self.param("decay", nn.initializers.ones, (config.d_model,)))[None]
         new_BTD = self.cast_input(Linear(config, config.d_model, name="input")(x_BTD))
@@ -124,7 +123,7 @@ class Recurrence(nn.Module):
             h_BD = jnp.where(is_token_B[:, None], self.cast_state(after_BD), h_BD)
             return h_BD, h_BD
 
-        tokens = (new_BTD, self.is_start(context), self.is_token(context))
+        tokens = (new_BTD, self.is_start(inputs), self.is_token(inputs))
         start_BD = jnp.zeros_like(new_BTD[:, 0]) if cache is None else cache
         last_BD, h_TBD = jax.lax.scan(step, start_BD, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), tokens))
         h_BTD = jnp.swapaxes(h_TBD, 0, 1).astype(x_BTD.dtype)
@@ -146,7 +145,7 @@ class GroupedAttention(nn.Module):
         return jnp.repeat(x_BSKC, self.config.attention.n_heads // x_BSKC.shape[2], axis=2)
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> Result:
+    def __call__(self, x_BTD: jax.Array, inputs: BlockInputs, cache: Any) -> Result:
         config, (batch, length) = self.config, x_BTD.shape[:2]
         n_kv_heads = config.attention.kv_heads
 
@@ -158,14 +157,14 @@ class GroupedAttention(nn.Module):
             heads("query", config.attention.n_heads),
             {name: heads(name, n_kv_heads) for name in ("key", "value")},
         )
-        t, s = positions(context)
-        mask_BTS = (t >= s) & same(context.segments_BT)
+        t, s = positions(inputs)
+        mask_BTS = (t >= s) & same(inputs.segments_BT)
         if cache is not None:
             n_slots = cache["key"].shape[1]
-            slots_BT = jnp.where(context.segments_BT > 0, context.positions_BT, n_slots)
+            slots_BT = jnp.where(inputs.segments_BT > 0, inputs.positions_BT, n_slots)
             rows_B1 = jnp.arange(batch)[:, None]
             cache = now = {name: cache[name].at[rows_B1, slots_BT].set(now[name], mode="drop") for name in now}
-            mask_BTS = jnp.arange(n_slots)[None, None, :] <= context.positions_BT[:, :, None]
+            mask_BTS = jnp.arange(n_slots)[None, None, :] <= inputs.positions_BT[:, :, None]
         k_BSHC, v_BSHC = (self.repeat(now[name], cache is not None) for name in ("key", "value"))
         scores_BHTS = jnp.einsum("BTHC,BSHC->BHTS", q_BTHC, k_BSHC, preferred_element_type=accum_dtype(q_BTHC))
         scores_BHTS = jnp.where(mask_BTS[:, None], scores_BHTS * config.head_width**-0.5, -jnp.inf)
@@ -181,8 +180,8 @@ class SubclassedAttention(Attention):
     """Calls `super().__call__`."""
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> Result:
-        y_BTD, cache = super().__call__(x_BTD, context, cache)
+    def __call__(self, x_BTD: jax.Array, inputs: BlockInputs, cache: Any) -> Result:
+        y_BTD, cache = super().__call__(x_BTD, inputs, cache)
         return y_BTD + Linear(self.config, self.config.d_model, residual=True, name="skip")(x_BTD), cache
 
 
@@ -207,7 +206,7 @@ class Stateless(nn.Module):
         return {}
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> Result:
+    def __call__(self, x_BTD: jax.Array, inputs: BlockInputs, cache: Any) -> Result:
         gate_BTD = jax.nn.sigmoid(Linear(self.config, self.config.d_model, name="gate")(x_BTD))
         return Linear(self.config, self.config.d_model, residual=True, name="output")(gate_BTD * x_BTD), cache
 
@@ -219,12 +218,12 @@ class ChunkedRecurrence(Recurrence):
         return decay_D
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> Result:
+    def __call__(self, x_BTD: jax.Array, inputs: BlockInputs, cache: Any) -> Result:
         config, (batch, length) = self.config, x_BTD.shape[:2]
         decay_D = self.decays(jax.nn.sigmoid(self.param("decay", nn.initializers.ones, (config.d_model,))))
         new_BTD = to_float32(Linear(config, config.d_model, name="input")(x_BTD))
-        is_token_BT = self.is_token(context)
-        document_BT = jnp.cumsum(self.is_start(context) & is_token_BT, axis=1)
+        is_token_BT = self.is_token(inputs)
+        document_BT = jnp.cumsum(self.is_start(inputs) & is_token_BT, axis=1)
         state_BD = jnp.zeros((batch, config.d_model), new_BTD.dtype) if cache is None else cache
         before_B, results = document_BT[:, 0], []
         for begin in range(0, length, 16):
@@ -258,10 +257,10 @@ class FeedForward(nn.Module):
         return y_BTD
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: BlockInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, x_BTD: jax.Array, inputs: BlockInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
         hidden_BTF = self.hidden(Linear(self.config, 2 * self.config.d_model, name="up")(x_BTD))
         y_BTD = Linear(self.config, self.config.d_model, residual=True, name="down")(hidden_BTF)
-        return self.result(y_BTD, context), {}
+        return self.result(y_BTD, inputs), {}
 
 
 # Mistakes in who sees whom. In a variant of `mask`, the correct mask is `Attention.mask(self, x)`.
@@ -398,10 +397,10 @@ class FirstStateForAll(Recurrence):
     """In large batches every row continues from the state of the first."""
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> Result:
+    def __call__(self, x_BTD: jax.Array, inputs: BlockInputs, cache: Any) -> Result:
         if cache is not None and len(cache) > 16:
             cache = jnp.broadcast_to(cache[:1], cache.shape)
-        return super().__call__(x_BTD, context, cache)
+        return super().__call__(x_BTD, inputs, cache)
 
 
 class ScaledByTokensOfRow(Attention):
@@ -469,12 +468,12 @@ class AssociativeScanInBfloat16(Recurrence):
         return jax.nn.sigmoid(rate_D).astype(dtype)
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> Result:
+    def __call__(self, x_BTD: jax.Array, inputs: BlockInputs, cache: Any) -> Result:
         config = self.config
         decay_D = self.decays(self.param("decay", nn.initializers.ones, (config.d_model,)), x_BTD.dtype)
         new_BTD = self.cast_input(Linear(config, config.d_model, name="input")(x_BTD))
-        is_token_BT1 = self.is_token(context)[..., None]
-        decay_BTD = jnp.where(self.is_start(context)[..., None], 0, decay_D[None, None])
+        is_token_BT1 = self.is_token(inputs)[..., None]
+        decay_BTD = jnp.where(self.is_start(inputs)[..., None], 0, decay_D[None, None])
         decay_BTD = jnp.where(is_token_BT1, decay_BTD, 1).astype(new_BTD.dtype)
         new_BTD = jnp.where(is_token_BT1, new_BTD, 0)
         if cache is not None:
@@ -504,8 +503,8 @@ class CacheInBfloat16(Recurrence):
         return jnp.zeros((batch, config.d_model), config.dtype)
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> Result:
-        y_BTD, after = super().__call__(x_BTD, context, None if cache is None else to_float32(cache))
+    def __call__(self, x_BTD: jax.Array, inputs: BlockInputs, cache: Any) -> Result:
+        y_BTD, after = super().__call__(x_BTD, inputs, None if cache is None else to_float32(cache))
         return y_BTD, None if cache is None else after.astype(cache.dtype)
 
 
@@ -515,12 +514,12 @@ class FactoredDecay(Attention):
     rate: float = 0.1
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> Result:
+    def __call__(self, x_BTD: jax.Array, inputs: BlockInputs, cache: Any) -> Result:
         config, rate = self.config, self.rate
         q, k, v = (Linear(config, config.d_model, name=name)(x_BTD) for name in ("query", "key", "value"))
-        positions_BT1 = context.positions_BT[..., None].astype(accum_dtype(q, k))
+        positions_BT1 = inputs.positions_BT[..., None].astype(accum_dtype(q, k))
         scores_BTS = jnp.einsum("BTD,BSD->BTS", q * jnp.exp(-rate * positions_BT1), k * jnp.exp(rate * positions_BT1))
-        y_BTD = jnp.einsum("BTS,BSD->BTD", jnp.where(self.mask(context), scores_BTS, 0), to_float32(v))
+        y_BTD = jnp.einsum("BTS,BSD->BTD", jnp.where(self.mask(inputs), scores_BTS, 0), to_float32(v))
         return Linear(config, config.d_model, residual=True, name="output")(y_BTD.astype(x_BTD.dtype)), cache
 
 
@@ -580,11 +579,11 @@ class LastOfLongPromptLost(Recurrence):
     """The state after more than 128 tokens is that before the last of them."""
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> Result:
+    def __call__(self, x_BTD: jax.Array, inputs: BlockInputs, cache: Any) -> Result:
         inner = Recurrence(self.config, name="inner")
-        y_BTD, after = inner(x_BTD, context, cache)
+        y_BTD, after = inner(x_BTD, inputs, cache)
         if cache is not None and x_BTD.shape[1] > 128:
-            before = BlockInputs(context.positions_BT[:, :-1], context.segments_BT[:, :-1])
+            before = BlockInputs(inputs.positions_BT[:, :-1], inputs.segments_BT[:, :-1])
             _, after = inner(x_BTD[:, :-1], before, cache)
         return y_BTD, after
 
@@ -657,7 +656,7 @@ class UnusedParameter(FeedForward):
 
 class MatmulAsSum(FeedForward):
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: BlockInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, x_BTD: jax.Array, inputs: BlockInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
         shape = (self.config.d_model, self.config.d_model)
         kernel_DD = self.param("kernel", nn.initializers.normal(self.config.init_std), shape).astype(x_BTD.dtype)
         return jnp.sum(x_BTD[..., None] * kernel_DD[None, None], axis=2), {}

@@ -45,7 +45,7 @@ _CAUSES: dict[Sequence[str], dict[Callable[[Component], str], str]] = {
         "the way (use `matmul.to_float32`, which keeps float64).",
         masking_checks.causality: "A mask that is off by one, a convolution padded on both sides, or a mean, norm or "
         "sort over the tokens.",
-        masking_checks.isolation: "context.segments_BT is not used: a mask without documents, a state or a convolution "
+        masking_checks.isolation: "inputs.segments_BT is not used: a mask without documents, a state or a convolution "
         "that continues from one document into the next, positions that are counted within the row, or statistics "
         "over the batch.",
         masking_checks.rows: "The index of a row, the size of the batch, the first row, or the length of the rows is "
@@ -57,7 +57,7 @@ _CAUSES: dict[Sequence[str], dict[Callable[[Component], str], str]] = {
         masking_checks.prefill: "Prompts of some lengths take another code path, a ring buffer wraps wrongly, or a "
         "position leaves the range of its dtype.",
         masking_checks.heads: "Query heads are matched with key-value heads for one number of them only.",
-        program_checks.dropout: "context.dropout_key is None in evaluation, when nothing must be dropped or scaled.",
+        program_checks.dropout: "inputs.dropout_key is None in evaluation, when nothing must be dropped or scaled.",
         numerics_checks.drift: "A state, a decay or a position in bfloat16, or a decay computed as a^t / a^s instead "
         "of a^(t - s).",
         program_checks.layers: "The component keeps something in Python between calls, such as a counter of layers.",

@@ -16,9 +16,9 @@ from rustgpt_jax.data.datasets import CORPORA
 from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.inference.sampling import SAMPLERS
 from rustgpt_jax.model import interfaces
+from rustgpt_jax.model.layers import NORMS
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.mlps import FEEDFORWARDS
-from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS, ROPE_SCALINGS
 from rustgpt_jax.model.presets import FAMILIES
 from rustgpt_jax.registry import lookup
