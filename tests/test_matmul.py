@@ -210,15 +210,15 @@ def gradients(model: ModelConfig, params: Any = None) -> Any:
     return jax.jit(jax.grad(total))(random_params(model) if params is None else params)
 
 
-def alike(found: Any, expected: Any) -> None:
+def assert_close(found: Any, expected: Any) -> None:
     noise = 1e-4 * max(float(np.max(np.abs(leaf))) for leaf in jax.tree.leaves(expected))
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=noise), found, expected)
 
 
 def test_feedforward_gradients_match_jax() -> None:
-    model = model_of(feedforwards=("gelu", "geglu", "moe"), bias=True)
+    model = model_of(n_layers=2, feedforwards=("geglu", "moe"), bias=True)
     plain, kept = (gradients(dataclasses.replace(model, save_residuals=form)) for form in FORMS)
-    alike(kept, plain)
+    assert_close(kept, plain)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_feedforward_gradients_match_jax() -> None:
 def test_remat_preserves_gradients(remat: str, scan_layers: bool) -> None:
     model = model_of(n_layers=2, feedforwards=("gelu",))
     kept = dataclasses.replace(model, save_residuals=True, remat=remat, scan_layers=scan_layers)
-    alike(gradients(kept), plain_gradients(model))
+    assert_close(gradients(kept), plain_gradients(model))
 
 
 @cache
@@ -241,7 +241,7 @@ def test_vmapped_models_have_their_own_gradients() -> None:
     alone = jax.jit(lambda params: gradients(model, params))
     together = jax.jit(jax.vmap(alone))(jax.tree.map(lambda *each: np.stack(each), *several))
     for index, params in enumerate(several):
-        alike(jax.tree.map(lambda leaf, index=index: leaf[index], together), alone(params))
+        assert_close(jax.tree.map(lambda leaf, index=index: leaf[index], together), alone(params))
 
 
 # The default.
