@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_params, small_config
+from model_forward import CachedReader, forward, logits_of
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model import flops, transformer
@@ -72,20 +73,6 @@ def random_tokens(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 61, (ROWS, LENGTH)).astype(np.int32)
 
 
-forward = jax.jit(transformer.apply, static_argnames="model")
-
-
-def logits_of(
-    params: Any, tokens_BT: np.ndarray, model: ModelConfig, positions_BT: Any = None, segments_BT: Any = None
-) -> np.ndarray:
-    """Logits of rows of LENGTH tokens, always computed by the same program."""
-    if positions_BT is None:
-        positions_BT = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens_BT.shape)
-    if segments_BT is None:
-        segments_BT = np.ones_like(tokens_BT)
-    return np.asarray(forward(params, tokens_BT, model, positions_BT=positions_BT, segments_BT=segments_BT)[0])
-
-
 # References in NumPy, with float64 and a loop over the tokens of one document, written from the papers.
 
 
@@ -124,7 +111,7 @@ def convolution(x_TR: np.ndarray, params: Any) -> np.ndarray:
     return y_TR + params.get("bias", 0.0)
 
 
-def turned(x_C: np.ndarray, position: int, base: float) -> np.ndarray:
+def reference_rope(x_C: np.ndarray, position: int, base: float) -> np.ndarray:
     """Rotates channels c and c + C/2 as a complex number by position * theta^(-2c/C)."""
     half = len(x_C) // 2
     number = (x_C[:half] + 1j * x_C[half:]) * np.exp(1j * position * base ** (-np.arange(half) / half))
@@ -135,7 +122,7 @@ def latent_attention(x_TD: np.ndarray, params: Any, model: ModelConfig) -> np.nd
     n_heads, width = model.attention.n_heads, model.head_width
     shared = model.mla.qk_rope_head_dim or {8: 4}[width]
     scale = model.attention.scale or 1 / math.sqrt(width + shared)
-    turn = (lambda x, t: turned(x, t, model.rope.theta)) if model.positions == ("rope",) else (lambda x, t: x)
+    turn = (lambda x, t: reference_rope(x, t, model.rope.theta)) if model.positions == ("rope",) else (lambda x, t: x)
     latents = norm(linear(x_TD, params["latent"]), params["latent_norm"], model)
     queries = x_TD
     if model.mla.q_lora_rank:
@@ -325,24 +312,7 @@ def test_cached_logits_match_uncached_for_any_split(case: str) -> None:
     model = model_config(**CASES[case])
     ends = np.array([[1, 2, 4, CHUNK, CHUNK + 1, LENGTH], [2, 40, 39, 37, 69, 70], [45, 43, 62, 70, 70, 70]], np.int32)
     params, tokens_BT = random_params(model), random_tokens(3)
-    expected_BTV = logits_of(params, tokens_BT, model)
-
-    def read(cache: Any, starts_B: np.ndarray, ends_B: np.ndarray, length: int, filler: int = 7) -> Any:
-        """Reads the tokens from starts to ends of each row, checks their logits, and returns the cache."""
-        positions_BT = starts_B[:, None] + np.arange(length, dtype=np.int32)
-        is_read_BT = positions_BT < ends_B[:, None]
-        places_BT = np.minimum(positions_BT, LENGTH - 1)
-        logits_BTV, cache = forward(
-            params,
-            np.where(is_read_BT, np.take_along_axis(tokens_BT, places_BT, axis=1), filler),
-            model,
-            cache,
-            positions_BT=positions_BT,
-            segments_BT=is_read_BT.astype(np.int32),
-        )
-        found, expected = np.asarray(logits_BTV), np.take_along_axis(expected_BTV, places_BT[..., None], axis=1)
-        np.testing.assert_allclose(found[is_read_BT], expected[is_read_BT], rtol=1e-5, atol=1e-5 * expected.std())
-        return cache
+    read = CachedReader(params, tokens_BT, model).read
 
     cache = transformer.init_cache(model, ROWS, LENGTH)
     other = read(cache, np.zeros_like(ends[0]), ends[0], LENGTH, filler=13)

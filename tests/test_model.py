@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_params, small_config
+from model_forward import CachedReader, forward, logits_of
 from scipy import stats
 
 from rustgpt_jax.config.schema import ModelConfig, combine, partition
@@ -129,24 +130,6 @@ def model_config(**changes: Any) -> ModelConfig:
 
 def random_tokens(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 61, (LENGTH, LENGTH)).astype(np.int32)
-
-
-forward = jax.jit(transformer.apply, static_argnames="model")
-
-
-def logits_of(
-    params: transformer.Params,
-    tokens_BT: np.ndarray,
-    model: ModelConfig,
-    positions_BT: Any = None,
-    segments_BT: Any = None,
-) -> np.ndarray:
-    """Logits of LENGTH rows, always computed by the same program."""
-    if positions_BT is None:
-        positions_BT = np.broadcast_to(PLACES_T, tokens_BT.shape)
-    if segments_BT is None:
-        segments_BT = np.ones_like(tokens_BT)
-    return np.asarray(forward(params, tokens_BT, model, positions_BT=positions_BT, segments_BT=segments_BT)[0])
 
 
 @partial(jax.jit, static_argnums=2)
@@ -406,24 +389,7 @@ def test_cached_logits_match_uncached_for_any_split(case: str) -> None:
     """Row k reads k + 1 tokens at once, then the rest at once or one by one; finished rows read padding."""
     model = model_config(**CASES[case])
     params, tokens_BT = random_params(model), random_tokens(3)
-    expected_BTV = logits_of(params, tokens_BT, model)
-
-    def read(cache: Any, starts_B: np.ndarray, ends_B: np.ndarray, length: int) -> Any:
-        """Reads the tokens from starts to ends of each row, checks their logits, and returns the cache."""
-        positions_BT = starts_B[:, None] + np.arange(length, dtype=np.int32)
-        is_read_BT = positions_BT < ends_B[:, None]
-        places_BT = np.minimum(positions_BT, LENGTH - 1)
-        logits_BTV, cache = forward(
-            params,
-            np.where(is_read_BT, np.take_along_axis(tokens_BT, places_BT, axis=1), 7),
-            model,
-            cache,
-            positions_BT=positions_BT,
-            segments_BT=is_read_BT.astype(np.int32),
-        )
-        found, expected = np.asarray(logits_BTV), np.take_along_axis(expected_BTV, places_BT[..., None], axis=1)
-        np.testing.assert_allclose(found[is_read_BT], expected[is_read_BT], **tolerance(model))
-        return cache
+    read = CachedReader(params, tokens_BT, model, **tolerance(model)).read
 
     lengths_B, ends_B = PLACES_T + 1, np.full(LENGTH, LENGTH, np.int32)
     shapes = jax.eval_shape(lambda: transformer.init_cache(model, LENGTH, LENGTH))
