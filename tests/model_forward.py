@@ -43,6 +43,6 @@ class CachedReader:
             segments_BT=is_read_BT.astype(np.int32),
         )
         expected = np.take_along_axis(self.expected_BTV, index_BT[..., None], axis=1)
-        tolerance = self.tolerance or {"rtol": 1e-5, "atol": 1e-5 * expected.std()}
+        tolerance: dict[str, Any] = self.tolerance or {"rtol": 1e-5, "atol": 1e-5 * expected.std()}
         np.testing.assert_allclose(np.asarray(logits_BTV)[is_read_BT], expected[is_read_BT], **tolerance)
         return cache
