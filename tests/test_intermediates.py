@@ -223,7 +223,7 @@ from rustgpt_jax.model.intermediates import Probe
 class Custom(nn.Module):
     config: object
     @nn.compact
-    def __call__(self, x_BTD, context):
+    def __call__(self, x_BTD, inputs):
         twice = Linear(self.config, self.config.d_model, name="twice")
         x_BTD = twice(jnp.tanh(twice(x_BTD)))
         angle = Probe(name="angle")(3 * x_BTD)
@@ -257,9 +257,9 @@ def lowered(model: ModelConfig) -> str:
     params, read = random_params(model), batch()
 
     def loss(params: Any) -> jax.Array:
-        context = context_of(read)._asdict()
-        del context["dropout_key"], context["layer"]
-        return scalar(transformer.apply(params, read.tokens_BT, model, **context)[0])
+        inputs = context_of(read)._asdict()
+        del inputs["dropout_key"], inputs["layer"]
+        return scalar(transformer.apply(params, read.tokens_BT, model, **inputs)[0])
 
     return jax.jit(jax.value_and_grad(loss)).lower(params).as_text()
 
