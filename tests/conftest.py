@@ -1,4 +1,4 @@
-"""What all tests share: small configs, caches of their own, and no silent broadcasting between ranks."""
+"""Shared by all tests: small configs, random parameters, separate cache folders, and quick compilation."""
 
 import os
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ SMALL = {
 
 
 def small_tree(**changes: Any) -> ConfigDict:
-    """base.py made small, then the values at dotted paths changed: `small_tree(**{"model.n_layers": 4})`."""
+    """Return a small version of base.py with changes by dotted path: `small_tree(**{"model.n_layers": 4})`."""
     tree = base.get_config()
     for path, value in (SMALL | changes).items():
         if path == "stages":
@@ -53,12 +53,12 @@ def small_tree(**changes: Any) -> ConfigDict:
 
 
 def small_config(**changes: Any) -> Config:
-    """The resolved config of `small_tree`."""
+    """Return the resolved config of `small_tree`."""
     return resolve(small_tree(**changes))
 
 
 def random_params(model: ModelConfig, seed: int = 0) -> Any:
-    """Parameters in which nothing is 0 or 1, so that all of them matter, and activations are of order 1."""
+    """Return parameters of which none is 0 or 1, so that each one matters, and activations are of order 1."""
     import jax
 
     from rustgpt_jax.model.flops import parameter_shapes
@@ -80,7 +80,7 @@ def random_params(model: ModelConfig, seed: int = 0) -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Token stores and compiled programs go to a folder of the session, never to the user's cache.
+    """Keep token stores and compiled programs in a folder of the session, not in the user's cache.
 
     $JAX_COMPILATION_CACHE_DIR, where it is set, keeps compiled programs from one session to the next.
     """
@@ -92,9 +92,9 @@ def cache_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def quick_codegen(quick_compilation: None) -> Iterator[None]:
-    """Like quick_compilation, and without XLA's newer code generator of fusions: a third of the time again.
+    """Compile the programs of a module in about a sixth of the time, also without XLA's fusion emitters.
 
-    Only for modules that compare with a tolerance: without it, two programs may round the same sum differently.
+    Use this only in modules that compare with a tolerance: two programs may then round the same sum differently.
     """
     import jax
     from jax._src import compiler
@@ -110,13 +110,13 @@ def quick_codegen(quick_compilation: None) -> Iterator[None]:
         compiler.get_compile_options = get_compile_options
     yield
     compiler.get_compile_options = before
-    # No other module is to meet these programs.
+    # Otherwise another module could reuse these programs.
     jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
 def quick_compilation() -> Iterator[None]:
-    """Programs of a module that asks for this are compiled in half the time, and run slower."""
+    """Compile the programs of a module in about half the time; they run slower."""
     import jax
 
     before = jax.config.values["jax_disable_most_optimizations"]

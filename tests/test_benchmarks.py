@@ -1,4 +1,4 @@
-"""The benchmark beside peers: turns, workers, goals, the page, and all of it with tiny models."""
+"""The benchmark against other frameworks: turns, workers, goals, the page, and a run with tiny models."""
 
 import json
 import os
@@ -39,7 +39,7 @@ ROOT = Path(__file__).parent.parent
     broken=st.sets(st.tuples(st.integers(0, 4), st.integers(0, 8)), max_size=2),
 )
 def test_contenders_take_turns(count: int, rounds: int, warm_up: int, broken: set[tuple[int, int]]) -> None:
-    """All have the same number of turns, each round begins with another, and one that fails leaves the rest alone."""
+    """All have equally many turns, each round starts with another one, and a failure does not affect the others."""
     order: list[str] = []
 
     def contender(index: int) -> Callable[[], Reading]:
@@ -64,7 +64,7 @@ def test_contenders_take_turns(count: int, rounds: int, warm_up: int, broken: se
 
 
 @given(st.lists(st.integers(), max_size=6), st.integers(0, 20))
-def test_a_turn_has_everyone_once(names: list[int], turn: int) -> None:
+def test_each_contender_has_one_turn_per_round(names: list[int], turn: int) -> None:
     assert sorted(rotated([str(name) for name in names], turn)) == sorted(map(str, names))
 
 
@@ -72,7 +72,7 @@ def test_a_turn_has_everyone_once(names: list[int], turn: int) -> None:
     pairs=st.lists(st.tuples(st.floats(1e-3, 10), st.floats(1e-3, 10)), min_size=1, max_size=9),
     noise=st.lists(st.floats(0.1, 10), min_size=9, max_size=9),
 )
-def test_what_slows_a_whole_round_down_is_not_in_a_ratio(pairs: list[tuple[float, float]], noise: list[float]) -> None:
+def test_ratios_cancel_noise_shared_by_a_round(pairs: list[tuple[float, float]], noise: list[float]) -> None:
     ours, theirs = (list(column) for column in zip(*pairs, strict=True))
     quiet = times_as_fast(ours, theirs)
     slowed = [[each * by for each, by in zip(column, noise, strict=False)] for column in (ours, theirs)]
@@ -80,7 +80,7 @@ def test_what_slows_a_whole_round_down_is_not_in_a_ratio(pairs: list[tuple[float
     assert quiet.median == pytest.approx(1 / times_as_fast(theirs, ours).median) or len(pairs) % 2 == 0
 
 
-def test_a_time_is_told_by_its_median_and_middle_half() -> None:
+def test_times_are_summarized_by_median_and_spread() -> None:
     assert summarize([5.0, 1.0, 2.0, 3.0, 4.0]) == (3.0, pytest.approx(2 / 3))
     assert summarize([0.0, 0.0]) == (0.0, 0.0)
 
@@ -89,7 +89,7 @@ def test_a_time_is_told_by_its_median_and_middle_half() -> None:
 
 
 @pytest.mark.oracle
-def test_a_worker_measures_turn_by_turn(tmp_path: Path) -> None:
+def test_worker_measures_once_per_turn(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     with Worker(Request("torch_peer", "peaks", {"size": 8}), 60, tmp_path / "log.txt") as worker:
         assert worker.about == {}
@@ -97,7 +97,7 @@ def test_a_worker_measures_turn_by_turn(tmp_path: Path) -> None:
     assert worker._process.returncode == 0
 
 
-def test_workers_that_fail_say_why_and_leave_the_others(tmp_path: Path) -> None:
+def test_failed_workers_report_their_reason(tmp_path: Path) -> None:
     log = tmp_path / "out" / "log.txt"
     requests = {
         "unknown": Request("torch_peer", "cook"),
@@ -113,7 +113,7 @@ def test_workers_that_fail_say_why_and_leave_the_others(tmp_path: Path) -> None:
         Worker(Request("torch_peer", "peaks", {"size": 8}), 0.01, log)
 
 
-def test_the_allocator_is_told_in_words_that_glibc_reads() -> None:
+def test_allocator_settings_are_those_of_glibc() -> None:
     assert set(MALLOC) == {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"}
     assert all(int(value) > 2**20 for value in MALLOC.values())
 
@@ -123,7 +123,7 @@ def test_the_allocator_is_told_in_words_that_glibc_reads() -> None:
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_models_of_both_frameworks_have_the_same_parameters(shape: str) -> None:
+def test_torch_model_has_as_many_parameters(shape: str) -> None:
     torch = pytest.importorskip("torch")
     from experiments.benchmarks.gpt2_torch import gpt2
 
@@ -133,7 +133,7 @@ def test_the_models_of_both_frameworks_have_the_same_parameters(shape: str) -> N
     assert sum(parameter.numel() for parameter in layers.parameters()) == total_size(parameter_shapes(model))
 
 
-def test_every_way_of_training_and_decoding_is_a_config() -> None:
+def test_every_variant_has_a_valid_config() -> None:
     assert {*FULL.shapes, *TINY.shapes} == set(SHAPES)
     for knobs in TRAINING.values():
         training_config("smoke", knobs)
@@ -141,7 +141,7 @@ def test_every_way_of_training_and_decoding_is_a_config() -> None:
         decoding_config("smoke", weights, "plain")
 
 
-def test_rustgpts_job_has_its_sizes() -> None:
+def test_rustgpt_job_has_its_sizes() -> None:
     config = resolve(job((2500, 5300)))
     # An output projection in attention, biases of its four projections, a norm at the end; and none on the logits.
     own = 3 * (128 * 128 + 4 * 128) + 2 * 128 - 533
@@ -149,7 +149,7 @@ def test_rustgpts_job_has_its_sizes() -> None:
     assert config.training.batch_size == 1
 
 
-def test_where_the_seconds_went_is_found_in_what_a_command_says() -> None:
+def test_startup_times_are_found_in_the_output() -> None:
     assert parts("runs/a: 3 parameters\n1.9s before the first step: imports 0.9s\nstep 10") == (
         "1.9s before the first step: imports 0.9s"
     )
@@ -168,7 +168,7 @@ def race(what: str, **columns: list[float]) -> dict[str, Any]:
 
 
 def recorded() -> dict[str, Any]:
-    """Results in which everything was measured."""
+    """Return results in which everything was measured."""
     cost = {"parameters": 1e6, "flops": 1e9, "of the program": 1e9, "of XLA": 1.1e9}
     ours = {"rustgpt_jax_of_float32": [1.0, 2.0, 3.0], "rustgpt_jax_of_bfloat16 factors": [0.5, 1.0, 1.5]}
     training = race("seconds", **ours, torch_of_float32=[0.9, 1.8, 2.7])
@@ -218,7 +218,7 @@ def recorded() -> dict[str, Any]:
     }
 
 
-def test_goals_are_held_against_the_best_of_each() -> None:
+def test_goals_compare_the_fastest_variants() -> None:
     found = {goal.what: goal for goal in goals(recorded())}
     shk = found["training step, shk, against torch float32"]
     assert shk.measured == pytest.approx(1.8) and shk.spread == pytest.approx(0) and shk.verdict == "reached"
@@ -244,7 +244,7 @@ def marked(*parts: str) -> str:
     )
 
 
-def test_a_part_that_was_not_measured_keeps_its_text(tmp_path: Path) -> None:
+def test_sections_without_measurements_keep_their_text(tmp_path: Path) -> None:
     file, results = tmp_path / "page.md", recorded()
     file.write_text(marked("goals", *page.PARTS))
     page.draw({"decoding": results["decoding"]}, file)
@@ -263,7 +263,7 @@ def test_a_part_that_was_not_measured_keeps_its_text(tmp_path: Path) -> None:
     assert file.read_text() == whole
 
 
-def test_every_table_has_the_same_columns_in_all_its_rows() -> None:
+def test_rows_of_a_table_have_the_same_columns() -> None:
     results = recorded()
     for part in ("goals", *page.PARTS):
         for rows in page.sheets(part, results).values():
@@ -271,12 +271,12 @@ def test_every_table_has_the_same_columns_in_all_its_rows() -> None:
 
 
 @pytest.mark.parametrize("text", ["", marked("goals", "goals"), "<!-- end: goals --><!-- begin: goals -->"])
-def test_a_page_without_its_marks_is_refused(text: str) -> None:
+def test_page_without_markers_is_an_error(text: str) -> None:
     with pytest.raises(UserError, match="begin: goals"):
         page.replaced(text, "goals", "")
 
 
-def test_the_page_of_the_project_has_its_marks() -> None:
+def test_performance_page_has_its_markers() -> None:
     text = page.PAGE.read_text()
     for part in ("goals", *page.PARTS):
         page.replaced(text, part, "")
@@ -302,7 +302,7 @@ def command(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
     "part",
     ["decoding", pytest.param("training", marks=pytest.mark.long), pytest.param("startup", marks=pytest.mark.long)],
 )
-def test_a_part_runs_with_tiny_models(part: str, tmp_path: Path) -> None:
+def test_benchmark_runs_with_tiny_models(part: str, tmp_path: Path) -> None:
     out, before = tmp_path / "out", page.PAGE.read_bytes()
     done = command(out, part, "--smoke")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -321,12 +321,12 @@ def test_a_part_runs_with_tiny_models(part: str, tmp_path: Path) -> None:
     ("words", "message"),
     [(("trainig",), "Did you mean 'training'"), (("training",), "--text"), (("decoding", "--shapes=big"), "'big'")],
 )
-def test_mistakes_are_one_sentence(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
+def test_mistakes_are_errors_of_one_sentence(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
     done = command(tmp_path / "out", *words)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_a_recorded_command_has_no_path_of_the_machine() -> None:
+def test_recorded_commands_have_no_local_paths() -> None:
     words = ["/home/me/run.py", "training", "--text=/home/me/text.txt", "--out=/home/me/out", "--rounds=3"]
     assert as_given(words) == "python experiments/benchmarks/run.py training --text=text.txt --rounds=3"
     assert not re.search(r"(/home|/root|/tmp|/work)/", page.RESULTS.read_text() + page.PAGE.read_text())

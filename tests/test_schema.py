@@ -1,4 +1,4 @@
-"""The schema: base.py is its defaults, and a config is partitioned into static and traced halves and combined again."""
+"""Schema: defaults, the JSON form and its hash, partition into static and traced halves, and stages."""
 
 import dataclasses
 import importlib
@@ -61,7 +61,7 @@ SWITCHES = tuple(
 
 
 def other(value: Any) -> Any:
-    """Some value of the same kind that is not `value`. It need not be a sensible one."""
+    """Return a different value of the same type, which need not be a valid one."""
     match value:
         case bool():
             return not value
@@ -78,7 +78,7 @@ def other(value: Any) -> Any:
 # base.py and the recipes.
 
 
-def test_base_is_the_defaults_of_the_schema() -> None:
+def test_base_config_equals_the_defaults_of_the_schema() -> None:
     tree = base.get_config()
     assert {path for path, _ in flatten_tree(tree)} == {*FIELDS, "stages"}
     assert resolve(tree) == Config()
@@ -123,7 +123,7 @@ def test_a_new_knob_is_declared_in_one_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_resolves_and_comes_back_from_its_written_form(name: str) -> None:
+def test_recipes_survive_a_json_round_trip(name: str) -> None:
     config = resolve(importlib.import_module(f"configs.{name}").get_config())
     written = json.dumps(to_dict(config), allow_nan=False)
     assert resolve(json.loads(written)) == config
@@ -133,14 +133,14 @@ def test_every_recipe_resolves_and_comes_back_from_its_written_form(name: str) -
 # The written form and its hash.
 
 
-def test_stages_come_back_from_the_written_form() -> None:
+def test_stages_survive_a_round_trip() -> None:
     config = small_config(stages=TWO_STAGES)
     assert resolve(to_dict(config)) == config
     assert to_dict(config)["stages"][0] == TWO_STAGES[0]
 
 
 @pytest.mark.parametrize("path", [*FIELDS, "stages"])
-def test_the_hash_tells_any_two_configs_apart(path: str) -> None:
+def test_hash_depends_on_every_field_but_the_mesh(path: str) -> None:
     config = small_config()
     if path == "stages":
         changed = small_config(stages=TWO_STAGES)
@@ -152,7 +152,7 @@ def test_the_hash_tells_any_two_configs_apart(path: str) -> None:
     assert (config_hash(changed) != config_hash(config)) == (not path.startswith("mesh."))
 
 
-def test_the_hash_does_not_depend_on_how_a_config_was_spelt() -> None:
+def test_hash_does_not_depend_on_spelling() -> None:
     def reversed_keys(tree: Any) -> Any:
         return {key: reversed_keys(tree[key]) for key in reversed(tree)} if isinstance(tree, dict) else tree
 
@@ -166,7 +166,7 @@ def test_the_hash_does_not_depend_on_how_a_config_was_spelt() -> None:
     assert config_hash(resolve(respelt)) == config_hash(config)
 
 
-def test_the_hash_is_the_same_in_another_process() -> None:
+def test_hash_is_the_same_in_another_process() -> None:
     code = "import json, sys\nfrom rustgpt_jax.config import schema, validation"
     config = small_config(stages=TWO_STAGES)
     found = subprocess.run(
@@ -214,13 +214,13 @@ def test_traced_fields_are_in_hparams_and_all_others_in_the_static_config(path: 
 
 
 @pytest.mark.parametrize("path", sorted(set(FIELDS) - set(IN_STATIC_CONFIG)))
-def test_what_is_not_in_the_program_does_not_change_it(path: str) -> None:
+def test_other_fields_change_neither_static_config_nor_hparams(path: str) -> None:
     config = small_config()
     assert partition(replace_paths(config, {path: other(get_path(config, path))})) == partition(config)
 
 
 @pytest.mark.parametrize("path", NUMBERS)
-def test_zero_is_static_for_fields_that_say_so_and_traced_elsewhere(path: str) -> None:
+def test_zero_is_static_only_for_switches(path: str) -> None:
     config = small_config(**dict.fromkeys(SWITCHES, 0.5))
     off, hparams = partition(replace_paths(config, {path: 0}))
     assert (path in hparams) != (path in SWITCHES)
@@ -228,7 +228,7 @@ def test_zero_is_static_for_fields_that_say_so_and_traced_elsewhere(path: str) -
     assert is_enabled(get_path(combine(off, hparams), path)) == (path not in SWITCHES)
 
 
-def test_hparams_are_tracers_in_a_compiled_program_and_a_tracer_is_always_enabled() -> None:
+def test_hparams_are_tracers_in_a_program_and_count_as_enabled() -> None:
     static, hparams = partition(small_config(**{"model.dropout": 0.25}))
 
     @jax.jit
@@ -245,7 +245,7 @@ def test_hparams_are_tracers_in_a_compiled_program_and_a_tracer_is_always_enable
 # Paths.
 
 
-def test_flatten_reads_every_field_at_its_path_and_with_values_puts_it_back() -> None:
+def test_replace_paths_is_the_inverse_of_flatten() -> None:
     config, changed = small_config(), small_config(**{"model.d_model": 64, "seed": 3, "data.paths": ("x",)})
     assert flatten(config)["model.d_model"] == config.model.d_model == 32
     assert list(flatten(config)) == list(FIELDS)
@@ -262,7 +262,7 @@ def test_a_config_without_stages_is_one_stage() -> None:
     assert (only.name, only.first_step, only.end_step, only.config) == ("train", 0, 8, config)
 
 
-def test_stages_follow_one_another_each_with_its_own_knobs() -> None:
+def test_stages_run_in_sequence_with_their_overrides() -> None:
     config = small_config(stages=TWO_STAGES)
     first, second = stages(config)
     assert [(stage.name, stage.first_step, stage.end_step) for stage in (first, second)] == [
@@ -274,7 +274,7 @@ def test_stages_follow_one_another_each_with_its_own_knobs() -> None:
     assert set(diff(plain, second.config)) == {"data.corpus", "data.loss_mask", "optimizer.learning_rate"}
 
 
-def test_a_stage_may_change_what_leaves_parameters_and_optimizer_state_as_they_are() -> None:
+def test_stages_may_only_change_fields_that_do_not_affect_the_state() -> None:
     allowed = {path for path in FIELDS if schema.may_differ_by_stage(path)}
     others = {path for path in FIELDS if path.startswith("data.")} | {"schedule.name", "training.epochs"}
     assert allowed == others | set(NUMBERS) - {"seed"}

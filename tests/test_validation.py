@@ -1,4 +1,4 @@
-"""Validation: every mistake in a config is answered by one sentence that names the field and the remedy."""
+"""Validation: every mistake in a config is an error of one sentence that names the field and the remedy."""
 
 import copy
 import math
@@ -19,7 +19,7 @@ MISSING = "(missing)"
 
 
 def edited(changes: dict[str, Any]) -> dict[str, Any]:
-    """A valid config as nested dicts, with raw values put at dotted paths, or taken away by MISSING."""
+    """Return a valid config as nested dicts, with raw values set at dotted paths; MISSING removes one."""
     tree = copy.deepcopy(VALID)
     for path, value in changes.items():
         *groups, name = path.split(".")
@@ -131,25 +131,25 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
 
 
 @pytest.mark.parametrize(("changes", "said"), MISTAKES, ids=lambda value: str(value)[:60])
-def test_a_mistake_is_answered_by_a_sentence_with_the_right_hint(changes: dict[str, Any], said: list[str]) -> None:
+def test_mistakes_are_errors_with_a_hint(changes: dict[str, Any], said: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         resolve(edited(changes))
     assert [part for part in said if part not in str(caught.value)] == []
 
 
 @pytest.mark.parametrize("path", [path for path in FIELDS if "None" in str(FIELDS[path].type)])
-def test_none_is_allowed_where_the_schema_says_so(path: str) -> None:
+def test_optional_fields_accept_none(path: str) -> None:
     assert get_path(resolve(edited({"tokenizer.name": "word", path: None})), path) is None
 
 
 @pytest.mark.parametrize("path", [path for path in FIELDS if "None" not in str(FIELDS[path].type)])
-def test_none_is_refused_elsewhere(path: str) -> None:
+def test_other_fields_reject_none(path: str) -> None:
     with pytest.raises(UserError, match=f"config.{path} takes .*, not None"):
         resolve(edited({path: None}))
 
 
 @pytest.mark.parametrize("path", [path for path in FIELDS if FIELDS[path].metadata.get("low") is not None])
-def test_ranges_include_their_ends_and_nothing_beyond(path: str) -> None:
+def test_ranges_are_inclusive(path: str) -> None:
     for end, step in (("low", -1), ("high", 1)):
         value = FIELDS[path].metadata[end]
         if value is not None:
@@ -158,18 +158,18 @@ def test_ranges_include_their_ends_and_nothing_beyond(path: str) -> None:
                 validate_value(path, value + step, path)
 
 
-def test_whole_floats_are_ints_and_ints_are_floats_where_the_schema_says_so() -> None:
+def test_whole_floats_become_ints_and_ints_become_floats() -> None:
     config = resolve(edited({"training.steps": 1e3, "optimizer.clip_norm": 2}))
     assert (repr(config.training.steps), repr(config.optimizer.clip_norm)) == ("1000", "2.0")
 
 
-def test_a_number_that_python_will_not_write_out_is_refused_all_the_same() -> None:
+def test_huge_numbers_are_errors() -> None:
     with pytest.raises(UserError, match="must be at most 2147483647, not a number with thousands of digits"):
         resolve(edited({"model.d_ff": 10**5000}))
 
 
 @pytest.mark.parametrize("value", [{"x": {"y": 1}}, ConfigDict({"x": {"y": 1}})])
-def test_a_mapping_is_not_taken_for_a_value(value: Any) -> None:
+def test_mappings_are_rejected_as_values(value: Any) -> None:
     with pytest.raises(UserError, match=r"config\.model\.norm takes a string"):
         resolve(edited({"model.norm": value}))
 
@@ -178,7 +178,7 @@ def test_a_mapping_is_not_taken_for_a_value(value: Any) -> None:
 
 
 @pytest.mark.parametrize("path", FIELDS)
-def test_every_value_can_be_typed(path: str) -> None:
+def test_values_survive_a_round_trip_through_text(path: str) -> None:
     for config in (
         small_config(),
         small_config(**{"data.paths": ("a.txt", "b c.txt"), "model.attention.n_kv_heads": 2}),
@@ -193,7 +193,7 @@ TEXT_LISTS = ("logging.sample_prompts", "data.paths")
 @pytest.mark.parametrize("path", TEXT_LISTS)
 @given(items=st.lists(st.text(min_size=1, max_size=12).filter(lambda text: text[0] not in "([")))
 @example(items=["Once upon a time, there was", " a,b.txt "])
-def test_text_lists_take_one_item_a_flag_or_a_python_list(path: str, items: list[str]) -> None:
+def test_lists_of_strings_take_one_item_per_flag_or_a_python_list(path: str, items: list[str]) -> None:
     assert parse_all([(path, item) for item in items]).get(path, ()) == tuple(items)
     assert parse(path, repr(items)) == parse(path, repr(tuple(items))) == tuple(items)
 
@@ -201,11 +201,11 @@ def test_text_lists_take_one_item_a_flag_or_a_python_list(path: str, items: list
 @pytest.mark.parametrize(
     "text", ["(softly) Hello", "[INST] hi [/INST]", "[1, 2]", "(a", "[" * 9000, "a, b", "'a', 'b'"]
 )
-def test_text_that_is_no_list_of_strings_is_one_item(text: str) -> None:
+def test_other_text_is_a_single_item(text: str) -> None:
     assert parse("logging.sample_prompts", text) == (text,)
 
 
-def test_a_list_given_again_is_longer_and_another_knob_is_replaced() -> None:
+def test_repeated_list_flags_append_and_other_flags_replace() -> None:
     given_flags = [
         ("model.mixers", "a,b"),
         ("seed", "1"),
@@ -220,7 +220,7 @@ def test_a_list_given_again_is_longer_and_another_knob_is_replaced() -> None:
 
 
 @pytest.mark.parametrize("path", [*TEXT_LISTS, "model.norm"])
-def test_half_of_a_surrogate_pair_is_no_text(path: str) -> None:
+def test_lone_surrogates_are_errors(path: str) -> None:
     value = "a\udcffb" if path == "model.norm" else ("fine", "a\udcffb")
     with pytest.raises(UserError, match=rf"config\.{path}: 'a\\udcffb' has half of a surrogate pair"):
         resolve(edited({path: value}))
@@ -244,7 +244,7 @@ def test_half_of_a_surrogate_pair_is_no_text(path: str) -> None:
         ("stages.one.training.steps", "7", 7),
     ],
 )
-def test_text_is_read_by_the_type_of_its_field(path: str, text: str, value: Any) -> None:
+def test_text_is_parsed_by_the_type_of_its_field(path: str, text: str, value: Any) -> None:
     known = path.removeprefix("stages.one.")
     assert validate_value(known, parse(path, text), path) == value
 
@@ -263,7 +263,7 @@ def test_text_is_read_by_the_type_of_its_field(path: str, text: str, value: Any)
     ],
     ids=lambda value: value[:30],
 )
-def test_text_that_cannot_be_read_is_a_user_error(path: str, text: str, said: str) -> None:
+def test_unparsable_text_is_an_error(path: str, text: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
         parse(path, text)
     assert said in str(caught.value)
@@ -286,7 +286,7 @@ def test_override_reaches_every_field_and_into_stages(kind: Any) -> None:
     ]
 
 
-def test_override_takes_any_value_and_leaves_the_verdict_to_resolve() -> None:
+def test_override_accepts_any_value_and_resolve_checks_it() -> None:
     for path, value in {
         "model.n_layers": "two",
         "model.norm": 3,
@@ -310,7 +310,7 @@ def test_override_takes_any_value_and_leaves_the_verdict_to_resolve() -> None:
         ("stages.one", "config.stages.one"),
     ],
 )
-def test_override_of_a_path_that_is_not_there_is_a_user_error(path: str, said: str) -> None:
+def test_override_of_an_unknown_path_is_an_error(path: str, said: str) -> None:
     tree = small_tree(stages=(stage("one"),))
     with pytest.raises(UserError) as caught:
         override(tree, {path: 1})

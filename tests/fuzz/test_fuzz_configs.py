@@ -1,4 +1,4 @@
-"""Configs with random edits: resolved, named, divided and given shapes, or refused in a sentence."""
+"""Configs with random edits either resolve, hash, partition and have shapes, or raise an error of one sentence."""
 
 import dataclasses
 import importlib
@@ -28,14 +28,14 @@ MOST_LAYERS = 30
 
 
 def recipes() -> dict[str, Any]:
-    """The config of each file that gives one."""
+    """Return the config of each file that defines one."""
     files = sorted([*(ROOT / "configs").glob("*.py"), *(ROOT / "experiments").glob("*.py")])
     modules = (importlib.import_module(f"{file.parent.name}.{file.stem}") for file in files)
     return {module.__name__: plain(module.get_config()) for module in modules if hasattr(module, "get_config")}
 
 
 def plain(node: Any) -> Any:
-    """A ConfigDict as dicts; tuples stay."""
+    """Convert a ConfigDict to dicts; tuples are kept."""
     if isinstance(node, TREES):
         return {key: plain(value) for key, value in node.items()}
     return tuple(plain(item) for item in node) if isinstance(node, (tuple, list)) else node
@@ -45,7 +45,7 @@ RECIPES = recipes()
 
 
 def use(config: Config) -> Config | None:
-    """What a verb does with a config before it compiles anything; the config as it is written and read again."""
+    """Do what a verb does with a config before it compiles anything; return the config after a JSON round trip."""
     validate_components(config)
     for stage in stages(config):
         check_batch_shards(stage.config, stage.config.data.seq_len or stage.config.model.context_length, 2)
@@ -59,18 +59,18 @@ def use(config: Config) -> Config | None:
 
 
 def require_same(config: Config, again: Config | None) -> None:
-    """A config comes back as it was."""
+    """Assert that a config survived a round trip."""
     assert again is None or (again == config and config_hash(again) == config_hash(config))
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_works(name: str, sandbox: Sandbox) -> None:
+def test_recipes_are_valid(name: str, sandbox: Sandbox) -> None:
     assert use(resolve(RECIPES[name])) == resolve(RECIPES[name])
 
 
 @max_cases(1000)
 @given(st.sampled_from(sorted(RECIPES)).flatmap(lambda name: edit_tree(RECIPES[name])))
-def test_a_config_with_edits(sandbox: Sandbox, tree: Any) -> None:
+def test_edited_config_resolves_or_is_an_error(sandbox: Sandbox, tree: Any) -> None:
     config = run_or_refuse(lambda: resolve(tree)) if isinstance(tree, TREES) else None
     if config is not None:
         require_same(config, run_or_refuse(lambda: use(config)))
@@ -86,7 +86,7 @@ texts = st.text(max_size=20) | st.sampled_from(
 
 @max_cases(500)
 @given(st.lists(st.tuples(paths | texts, texts | st.sampled_from(("0", "1", "2", "64", "True", "0.5"))), max_size=3))
-def test_knobs_on_a_command_line(sandbox: Sandbox, given: list[tuple[str, str]]) -> None:
+def test_any_overrides_resolve_or_are_an_error(sandbox: Sandbox, given: list[tuple[str, str]]) -> None:
     def resolved() -> Config:
         tree = ConfigDict(RECIPES["configs.rustgpt"])
         for path, value in parse_all(given).items():
@@ -99,7 +99,7 @@ def test_knobs_on_a_command_line(sandbox: Sandbox, given: list[tuple[str, str]])
 
 
 def record(name: str) -> dict[str, Any]:
-    """What config.json holds for a recipe."""
+    """Return the contents of config.json for a recipe."""
     config = resolve(RECIPES[name])
     return {"config": to_dict(config), "origins": dict.fromkeys(FIELDS, "base"), "hash": config_hash(config)}
 
@@ -111,7 +111,7 @@ records = corrupt_bytes(WRITTEN) | edit_tree(RECORD).map(lambda tree: json.dumps
 
 @max_cases(300)
 @given(records)
-def test_the_config_of_a_run(sandbox: Sandbox, data: bytes | None) -> None:
+def test_edited_config_file_is_read_or_is_an_error(sandbox: Sandbox, data: bytes | None) -> None:
     with sandbox.case() as folder:
         write(folder / "config.json", data)
         config = run_or_refuse(lambda: load_config(folder))
@@ -133,12 +133,12 @@ def test_the_config_of_a_run(sandbox: Sandbox, data: bytes | None) -> None:
         ("data.corpus", "json:decoder", "config"),
     ],
 )
-def test_what_is_no_such_function_is_refused_before_it_is_called(knob: str, name: str, arguments: str) -> None:
+def test_unsuitable_functions_are_errors_before_a_call(knob: str, name: str, arguments: str) -> None:
     config = replace_paths(resolve(RECIPES["configs.tiny"]), {knob: name})
     with pytest.raises(UserError, match=rf"config\.{knob}='{name}' is not a function of \({arguments}\)\."):
         validate_components(config)
 
 
-def test_a_sentence_is_one_line_of_moderate_length() -> None:
+def test_error_message_is_one_short_line() -> None:
     text = str(UserError("first\nsecond\x1b[2J " + "word " * 300 + "Did you mean this?"))
     assert text.startswith("first\\nsecond\\x1b[2J") and text.endswith("Did you mean this?") and len(text) < 600

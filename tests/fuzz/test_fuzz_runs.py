@@ -1,4 +1,4 @@
-"""Records of a run with random edits: read, cut short, drawn, or refused in a sentence."""
+"""Files of a run folder with random edits are read, truncated and plotted, or raise an error of one sentence."""
 
 import json
 import math
@@ -43,7 +43,7 @@ NOT_FINITE = [{"step": 9, "train/loss": "NaN"}, {"step": 10, "train/loss": "Infi
 
 
 def lines(rows: Any) -> bytes:
-    """Rows as the lines of metrics.jsonl."""
+    """Return rows as the lines of metrics.jsonl."""
     return ShortBytes("".join(json.dumps(row) + "\n" for row in (rows if isinstance(rows, list) else [rows])).encode())
 
 
@@ -63,7 +63,7 @@ odd_rows = st.lists(
 metrics = corrupt_bytes(WRITTEN) | edit_tree(ROWS + NOT_FINITE).map(lines) | odd_rows.map(lines) | st.none()
 
 
-def test_a_record_works(sandbox: Sandbox) -> None:
+def test_unedited_metrics_are_read(sandbox: Sandbox) -> None:
     with sandbox.case() as folder:
         write(folder / "metrics.jsonl", WRITTEN)
         assert len(read_metrics(folder)) == 11 and math.isnan(read_metrics(folder)[9]["train/loss"])
@@ -73,7 +73,7 @@ def test_a_record_works(sandbox: Sandbox) -> None:
 
 @max_cases(400)
 @given(metrics, st.sampled_from((0, 1, 4, 9, 10**30)))
-def test_metrics_with_edits(sandbox: Sandbox, data: bytes | None, resumed: int) -> None:
+def test_edited_metrics_are_read_or_are_an_error(sandbox: Sandbox, data: bytes | None, resumed: int) -> None:
     with sandbox.case() as folder:
         write(folder / "metrics.jsonl", data)
         rows = run_or_refuse(lambda: read_metrics(folder))
@@ -89,7 +89,7 @@ def test_metrics_with_edits(sandbox: Sandbox, data: bytes | None, resumed: int) 
 
 @max_cases(200)
 @given(metrics, metrics)
-def test_metrics_with_edits_are_read_in_part_and_compared(
+def test_columns_of_edited_metrics_are_read_and_compared(
     sandbox: Sandbox, data: bytes | None, other: bytes | None
 ) -> None:
     with sandbox.case() as folder:
@@ -114,7 +114,7 @@ def test_metrics_with_edits_are_read_in_part_and_compared(
 
 @max_cases(25)
 @given(metrics, st.sampled_from((0, 3)))
-def test_metrics_with_edits_that_a_run_goes_on_from(sandbox: Sandbox, data: bytes | None, last_step: int) -> None:
+def test_run_resumes_from_edited_metrics_or_is_an_error(sandbox: Sandbox, data: bytes | None, last_step: int) -> None:
     with sandbox.case() as folder:
         write(folder / "metrics.jsonl", data)
 
@@ -127,14 +127,14 @@ def test_metrics_with_edits_that_a_run_goes_on_from(sandbox: Sandbox, data: byte
 
 @max_cases(25)
 @given(metrics)
-def test_curves_of_metrics_with_edits(sandbox: Sandbox, data: bytes | None) -> None:
+def test_edited_metrics_are_plotted_or_are_an_error(sandbox: Sandbox, data: bytes | None) -> None:
     with sandbox.case() as folder:
         write(folder / "metrics.jsonl", data)
         run_or_refuse(lambda: draw_loss_curves(folder))
 
 
 @pytest.mark.parametrize("name", ["日本", "\udcff", "$x$"])
-def test_names_that_are_hard_to_draw(sandbox: Sandbox, name: str) -> None:
+def test_unusual_names_are_plotted(sandbox: Sandbox, name: str) -> None:
     with sandbox.case() as folder:
         write(folder / name / "metrics.jsonl", lines([*ROWS, {"step": 20, "stage": name, "train/loss": 1.0}]))
         draw_loss_curves(folder / name)
@@ -157,14 +157,14 @@ ABOUT = {
 
 
 def json_edits(value: Any) -> Any:
-    """The JSON of a value with edits of its bytes or of its tree."""
+    """A strategy for the JSON of a value with edits of its bytes or of its tree."""
     written = ShortBytes(json.dumps(value).encode())
     return corrupt_bytes(written) | edit_tree(value).map(lambda tree: ShortBytes(json.dumps(tree).encode())) | st.none()
 
 
 @max_cases(150)
 @given(json_edits(DATA), json_edits(BEGINNING))
-def test_records_of_data_and_of_a_beginning_with_edits(
+def test_edited_data_and_warm_start_records_are_read_or_are_an_error(
     sandbox: Sandbox, data: bytes | None, beginning: bytes | None
 ) -> None:
     with sandbox.case() as folder:
@@ -179,7 +179,7 @@ def test_records_of_data_and_of_a_beginning_with_edits(
 
 @max_cases(150)
 @given(json_edits(LAUNCH), json_edits(REWIND), json_edits(PROGRAM))
-def test_journals_with_edits(
+def test_edited_event_log_is_read_or_is_an_error(
     sandbox: Sandbox, launch: bytes | None, rewind: bytes | None, program: bytes | None
 ) -> None:
     with sandbox.case() as folder:
@@ -191,7 +191,7 @@ def test_journals_with_edits(
 
 @max_cases(150)
 @given(json_edits(ABOUT))
-def test_records_of_checkpoints_with_edits(sandbox: Sandbox, about: bytes | None) -> None:
+def test_edited_checkpoint_metadata_is_read_or_is_corrupt(sandbox: Sandbox, about: bytes | None) -> None:
     with sandbox.case() as folder:
         write(folder / "8" / "about" / "metadata", about)
         with suppress(CorruptCheckpoint):
