@@ -508,6 +508,7 @@ def test_dry_run_of_a_search_prints_its_number_of_trials(tmp_path: Path, monkeyp
     # Both are for a process that has not used JAX yet.
     monkeypatch.setattr(commands, "use_cpu_devices", lambda _: None)
     monkeypatch.setattr(commands, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(planner, "estimate_cost", lambda config: planner.Cost(1, 1, 1, 1.0, 1.0, 1))
     # The middle of this space, 20 channels for 4 heads, resolves; 24 channels for 5 do not.
     specs = {
         "A search of 12 trials (12 points, 4 points at a time)": tpe(12, HEADS, batch=4),

@@ -4,15 +4,15 @@ const tip = document.getElementById("tip");
 const marks = (trial) => document.querySelectorAll(`[data-trial="${trial}"]`);
 const pinned = () => (location.hash.match(/^#trial=(\w+)$/) || [])[1];
 
-function light(trial) {
+function highlight(trial) {
   document.querySelectorAll(".hot").forEach((mark) => mark.classList.remove("hot"));
   document.body.classList.toggle("lit", trial in trials);
   if (trial in trials) marks(trial).forEach((mark) => mark.classList.add("hot"));
 }
 
-function point(event) {
+function followPointer(event) {
   const mark = event.target.closest("[data-trial]");
-  light(mark ? mark.dataset.trial : pinned());
+  highlight(mark ? mark.dataset.trial : pinned());
   tip.style.visibility = mark ? "visible" : "hidden";
   if (!mark) return;
   tip.textContent = trials[mark.dataset.trial];
@@ -21,24 +21,24 @@ function point(event) {
   tip.style.top = `${event.clientY + 20 + box.height > innerHeight ? event.clientY - box.height - 12 : event.clientY + 20}px`;
 }
 
-// A thin line is hard to hit: each gets a broad, invisible one over it.
+// Each thin line gets a wide, invisible copy that is easier to hover over.
 document.querySelectorAll("svg [data-trial] > path").forEach((path) => {
   if (getComputedStyle(path).fill !== "none") return;
-  const reach = path.cloneNode();
-  reach.setAttribute("class", "reach");
-  path.after(reach);
+  const target = path.cloneNode();
+  target.setAttribute("class", "reach");
+  path.after(target);
 });
-document.addEventListener("mousemove", point);
+document.addEventListener("mousemove", followPointer);
 document.addEventListener("click", (event) => {
   const mark = event.target.closest("[data-trial]");
   if (mark) history.replaceState(null, "", `#trial=${mark.dataset.trial}`);
   else if (pinned()) history.replaceState(null, "", location.pathname);
-  point(event);
+  followPointer(event);
 });
-addEventListener("hashchange", () => light(pinned()));
+addEventListener("hashchange", () => highlight(pinned()));
 document.querySelectorAll("button").forEach((button) => button.addEventListener("click", async () => {
   getSelection().selectAllChildren(button.previousElementSibling);
   await navigator.clipboard?.writeText(button.previousElementSibling.textContent);
   button.textContent = "Copied";
 }));
-light(pinned());
+highlight(pinned());
