@@ -102,6 +102,7 @@ def test_replay_of_a_changed_run_is_bit_exact(changed: Path) -> None:
         assert again.record is None and "(config.logging.log_every=2)" in again.verdict
 
 
+@pytest.mark.slow
 def test_changed_run_resumes_on_another_mesh(changed: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(changed, tmp_path / "run"))
     shutil.rmtree(run / "checkpoints" / "16")

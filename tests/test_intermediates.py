@@ -343,6 +343,7 @@ def test_measured_step_is_the_training_step(changes: dict[str, Any]) -> None:
             assert (tensor.fingerprint, tensor.size) == (fingerprint_tree({"x": array})["x"], array.size)
 
 
+@pytest.mark.slow
 def test_microbatches_are_measured_as_one_batch() -> None:
     _, whole = measure_step(*prepare_step(**{"model.n_layers": 1})[:3])
     _, halves = measure_step(*prepare_step(**{"model.n_layers": 1, "training.grad_accum_steps": 2})[:3])

@@ -80,7 +80,7 @@ def staged(accumulation: int) -> list[Config]:
 @pytest.mark.parametrize(
     "configs",
     [
-        pytest.param(population({}), id="numbers", marks=pytest.mark.slow),
+        pytest.param(population({}), id="numbers"),
         pytest.param(
             population({"training.grad_accum_steps": 2, "optimizer.name": "muon"}),
             id="accumulation",

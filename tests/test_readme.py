@@ -83,14 +83,28 @@ def test_no_placeholders_are_left() -> None:
     assert re.findall(r"^[A-Z]+$", GUARANTEES + README, re.MULTILINE) == []
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(tests/[\w/]+\.py::\w+)`", GUARANTEES))))
-def test_tests_of_guarantees_run_in_ci_unless_marked_long(name: str) -> None:
+def find_tests(text: str) -> list[str]:
+    """Return the names of the tests in a page."""
+    return sorted(set(re.findall(r"`(tests/[\w/]+\.py::\w+)`", text)))
+
+
+def markers_of(name: str) -> set[str]:
+    """Return the markers of a test function, without those of its parameters."""
     file, test = name.split("::")
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == test)
-    marks = {ast.unparse(decorator).removeprefix("pytest.mark.") for decorator in function.decorator_list}
-    is_long = not marks.isdisjoint(("long", "faults"))
+    return {ast.unparse(decorator).removeprefix("pytest.mark.") for decorator in function.decorator_list}
+
+
+@pytest.mark.parametrize("name", find_tests(GUARANTEES))
+def test_tests_of_guarantees_run_in_ci_unless_marked_long(name: str) -> None:
+    is_long = not markers_of(name).isdisjoint(("long", "faults"))
     assert is_long == (f"`{name}` (`pytest -m long`)" in GUARANTEES)
+
+
+@pytest.mark.parametrize("name", find_tests(PAGES["testing.md"]))
+def test_smaller_forms_of_guarantees_run_by_default(name: str) -> None:
+    assert markers_of(name).isdisjoint(("slow", "long", "faults"))
 
 
 def test_speeds_in_the_readme_are_those_of_the_table() -> None:

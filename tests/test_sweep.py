@@ -215,6 +215,7 @@ def test_damaged_trial_fails_alone(trials: list[Trial], straight: Path, tmp_path
     assert_same_runs([trials[0], trials[2]], tmp_path / "damaged", straight)
 
 
+@pytest.mark.slow
 def test_changed_text_fails_a_trial(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("To be, or not to be, that is the question:\n" * 40)
