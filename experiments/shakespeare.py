@@ -3,7 +3,7 @@
 python -m experiments.shakespeare --data=tinyshakespeare.txt --out=runs/shakespeare
 
 Both recipes train on 2,000 x 12 x 64 characters of the first 90% of tiny Shakespeare, and are evaluated on all of the
-rest in windows of 64, with three seeds. A run takes about two minutes on two cores.
+rest in sequences of 64, with three seeds. A run takes about two minutes on two cores.
 
 FINDING (2 vCPU AMD EPYC, JAX 0.10.2): nanoGPT's recipe 1.8784, 1.8872, 1.8795, mean 1.882 (its README: 1.88);
 modern 1.5537, 1.5589, 1.5632, mean 1.559, with 833,536 against 837,376 parameters (33,280 of them

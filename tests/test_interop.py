@@ -242,7 +242,11 @@ def test_export_import_export_gives_the_same_bytes(name: str, tmp_path: Path) ->
     assert all(np.array_equal(original[key].read(), exported[key].read()) for key in original)
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+# One family of each set of tensor rules and pattern of layers.
+STRUCTURES = ("gpt2", "gemma3", "mixtral", "olmo2", "phi3", "qwen3_moe", "recurrent_gemma", "smollm3", "stablelm")
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
 def test_export_and_import_preserve_parameters(name: str, tmp_path: Path) -> None:
     config = base.get_config()
     config.model.update_from_flattened_dict(FAMILIES[name])

@@ -250,6 +250,7 @@ QUICK = ("gpt2", "gemma3", "llama3")
     [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in sorted(FAMILIES)],
     indirect=True,
 )
+@pytest.mark.slow
 def test_golden_models_generate_the_tokens_of_transformers(golden: Any) -> None:
     model, params, expected = golden
     (drawn,) = generate(
