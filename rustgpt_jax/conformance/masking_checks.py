@@ -56,7 +56,7 @@ CACHED_BATCHES = {Scope.QUICK: (1,), Scope.EXHAUSTIVE: (2, 1)}
 # Lengths of rows that are compared with the beginning of the longest.
 LENGTHS = {
     Scope.SMALL: (17, ROW_LENGTH),
-    Scope.QUICK: (15, 33, ROW_LENGTH, 130, 521),
+    Scope.QUICK: (15, 32, 33, ROW_LENGTH, 130, 521),
     Scope.EXHAUSTIVE: (*range(1, 41), 63, 64, 65, 127, 128, 129, 255, 256, 257, 521),
 }
 VARIANTS = {
