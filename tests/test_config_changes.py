@@ -96,9 +96,9 @@ def test_rerun_applies_config_changes_at_the_same_steps(changed: Path, tmp_path:
 def test_replay_of_a_changed_run_is_bit_exact(changed: Path) -> None:
     with RecordedRun(changed, Console(file=StringIO())) as past:
         for step in (1, 5, 6, 8, 10, 12, 16):
-            again, _ = replay_one_step(past, step, has_taps=False)
+            again, _ = replay_one_step(past, step, with_intermediates=False)
             assert again.is_same and again.unequal == [], again.verdict
-        again, _ = replay_one_step(past, 15, has_taps=False)
+        again, _ = replay_one_step(past, 15, with_intermediates=False)
         assert again.record is None and "(config.logging.log_every=2)" in again.verdict
 
 
@@ -139,7 +139,7 @@ def test_extending_a_decaying_schedule_requires_the_flag(finished: Path, tmp_pat
     kept = [line["train/learning_rate"] for line in metrics(finished) if "train/loss" in line]
     assert rates[:10] == kept and rates[10] > rates[9] and len(rates) == 16
     with RecordedRun(run, Console(file=StringIO())) as past:
-        assert all(replay_one_step(past, step, has_taps=False)[0].is_same for step in (10, 11, 16))
+        assert all(replay_one_step(past, step, with_intermediates=False)[0].is_same for step in (10, 11, 16))
 
 
 def test_config_change_without_steps_keeps_earlier_configs(finished: Path, tmp_path: Path) -> None:

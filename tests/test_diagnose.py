@@ -402,7 +402,7 @@ def test_broken_layer_is_named(broken_run: Path) -> None:
     with RecordedRun(broken_run, new_console()) as run:
         anomaly = must_find_anomaly(run)
         assert (anomaly.step, anomaly.is_fault) == (BAD_STEP, True)
-        replayed, internals = replay_one_step(run, anomaly.step, has_taps=True)
+        replayed, internals = replay_one_step(run, anomaly.step, with_intermediates=True)
         assert internals is not None and not is_finite(replayed.metrics) and replayed.unequal == []
         first, rows = describe_anomaly(run, anomaly, replayed, internals)[1:]
         elements = 4 * 16  # of one position in each of 4 rows
@@ -414,7 +414,7 @@ def test_broken_layer_is_named(broken_run: Path) -> None:
         with pytest.raises(UserError, match="has no step 13"):
             find_anomaly(run, 13)
         # If a step that is recorded as a fault is finite in a replay, neither data nor arithmetic is the cause.
-        finite, internals = replay_one_step(run, 3, has_taps=True)
+        finite, internals = replay_one_step(run, 3, with_intermediates=True)
         assert internals is not None and "Every tensor" in describe_first_nonfinite(internals.tensors)
         (sentence,) = describe_anomaly(run, anomaly, finite, internals)
         assert sentence.startswith("Replayed, the step is finite") and "the machine" in sentence
@@ -436,7 +436,7 @@ def test_training_confirms_the_results_of_interventions(tmp_path: Path) -> None:
     record = train(config, path)
     assert not is_finite(record[-1]) and len(record) < 40
     with RecordedRun(path, new_console()) as run:
-        replayed, _ = replay_one_step(run, record[-1]["step"], has_taps=False)
+        replayed, _ = replay_one_step(run, record[-1]["step"], with_intermediates=False)
         failure = find_failure(run, replayed)
         assert failure is not None and failure.step < replayed.step
         threshold = failure.threshold.loss

@@ -105,7 +105,7 @@ def test_run_with_epochs_equals_the_run_with_steps(tmp_path: Path) -> None:
     assert compare_records(path, tmp_path / "steps").first_difference is None
     assert not compare_checkpoints(RunDir(path), RunDir(tmp_path / "steps")).unequal
     with RecordedRun(path, Console(file=StringIO())) as past:
-        assert all(replay_one_step(past, step, has_taps=False)[0].is_same for step in (1, 5, n_steps))
+        assert all(replay_one_step(past, step, with_intermediates=False)[0].is_same for step in (1, 5, n_steps))
     # More epochs are more steps.
     longer = by_epochs(2, **constant)
     assert train(longer, path)[0]

@@ -84,7 +84,7 @@ def test_every_step_has_its_recorded_bits(finished: Path) -> None:
         saved = run.list_saved_steps()
         assert 0 < len(saved) < STEPS
         for step in range(1, STEPS + 1):
-            replayed, internals = replay_one_step(run, step, has_taps=False)
+            replayed, internals = replay_one_step(run, step, with_intermediates=False)
             assert replayed.record is not None and replayed.unequal == [] and internals is None
             assert {"train/loss", "train/gradient_norm", "train/learning_rate"} <= set(replayed.recorded)
             assert replayed.from_step == max(each for each in saved if each < step)
@@ -92,7 +92,7 @@ def test_every_step_has_its_recorded_bits(finished: Path) -> None:
             assert "the same, bit for bit" in replayed.verdict
         for step in (0, -1, STEPS + 1):
             with pytest.raises(UserError, match=f"has no step {step}: its steps are 1 to 10"):
-                replay_one_step(run, step, has_taps=False)
+                replay_one_step(run, step, with_intermediates=False)
     assert read_files(finished) == before
 
 
@@ -144,7 +144,7 @@ def test_differing_and_missing_lines_are_reported(copy: Path) -> None:
 
     edit_metrics(copy, change)
     with RecordedRun(copy, new_console()) as run:
-        second, third, fourth = (replay_one_step(run, step, has_taps=False)[0] for step in (2, 3, 4))
+        second, third, fourth = (replay_one_step(run, step, with_intermediates=False)[0] for step in (2, 3, 4))
     assert second.unequal == ["train/loss"] and second.reasons == ()
     assert second.verdict.startswith("Not bit-identical: loss, although the code and")
     assert third.record is None and third.unequal == [] and "has no line of step 3" in third.verdict
@@ -186,7 +186,7 @@ def test_reasons_come_from_the_journal(copy: Path) -> None:
     with RecordedRun(copy, new_console()) as run:
 
         def reasons(step: int) -> tuple[str, ...]:
-            return replay_one_step(run, step, has_taps=False)[0].reasons
+            return replay_one_step(run, step, with_intermediates=False)[0].reasons
 
         launch = next(event for event in EventLog(file).events() if event["event"] == "launch")
         EventLog(file).append_all([launch | {"mode": "fused", "width": 4, "step": 2}])
@@ -263,12 +263,12 @@ def test_run_with_rewinds_and_its_faults_are_replayed(tmp_path: Path, monkeypatc
     with RecordedRun(path, new_console()) as run:
         assert len(run.rewinds) >= 2 and run.load_metrics(60) is not None
         for step in (1, *(rewind.to + 1 for rewind in run.rewinds), 60):
-            replayed, _ = replay_one_step(run, step, has_taps=False)
+            replayed, _ = replay_one_step(run, step, with_intermediates=False)
             assert replayed.unequal == [] and is_finite(replayed.metrics), step
         anomaly = find_anomaly(run, None)
         assert anomaly is not None and anomaly.rewind == run.rewinds[-1] and anomaly.is_fault
         run.undo_rewind(run.rewinds[-1])
-        replayed, internals = replay_one_step(run, anomaly.step, has_taps=True)
+        replayed, internals = replay_one_step(run, anomaly.step, with_intermediates=True)
         assert not is_finite(replayed.metrics) and replayed.record is None and internals is not None
         bad = next(tensor for tensor in internals.tensors if tensor.nonfinite)
         assert bad.name == "layers/0/feedforward"
@@ -288,7 +288,7 @@ from rustgpt_jax.reproduce.recorded_run import RecordedRun
 path = Path({str(tmp_path)!r}) / sys.argv[1]
 train(path, **{CHANGES | changes!r})
 with RecordedRun(path, new_console()) as run:
-    replayed, internals = replay_one_step(run, 2, has_taps=True)
+    replayed, internals = replay_one_step(run, 2, with_intermediates=True)
     assert replayed.unequal == [], replayed
     print(json.dumps([[tensor.name, tensor.norm, tensor.nonfinite, tensor.size] for tensor in internals.tensors]))
 """
@@ -356,7 +356,7 @@ def test_trace_has_every_array_of_every_step(
     out = tmp_path / "out.json"
     monkeypatch.setattr(step_trace, "enable_compilation_cache", lambda: None)
     for last, status in ((11, 2), (6, 0)):
-        monkeypatch.setattr(sys, "argv", ["step_trace", str(finished), "6", str(last), str(out), "--taps"])
+        monkeypatch.setattr(sys, "argv", ["step_trace", str(finished), "6", str(last), str(out), "--intermediates"])
         assert step_trace.main() == status and out.exists() == (status == 0)
     assert capsys.readouterr().err.splitlines()[0] == f"error: {finished} has no step 11: its steps are 1 to 10."
     assert json.loads(out.read_text()) == [steps[1]]

@@ -190,15 +190,15 @@ def test_first_tensor_is_the_first_in_order_of_computation(
 ) -> None:
     calls = []
 
-    def trace(run: RunDir, begin: int, last: int, has_taps: bool, is_trusted: bool) -> step_trace.Trace:
-        calls.append((begin, last, has_taps))
+    def trace(run: RunDir, begin: int, last: int, with_intermediates: bool, is_trusted: bool) -> step_trace.Trace:
+        calls.append((begin, last, with_intermediates))
         steps = {number: make_step(number) for number in range(begin, last + 1)}
         for number, step in steps.items():
             if run is not first and number == 4:
                 change_from(step, part, name)
             if run is not first and number > 4:
                 change_from(step, "before", "params/x")
-            if not has_taps:
+            if not with_intermediates:
                 step["activations"].clear(), step["gradients"].clear()
         return steps
 
@@ -207,7 +207,7 @@ def test_first_tensor_is_the_first_in_order_of_computation(
     for agreed, parted in ((3, 4), (4, 5), (0, 6), (0, 9), (5, 6), (8, 9)):
         assert step_trace.find_first_tensor(first, second, agreed, parted) == TensorDifference(4, part, name)
     # Intermediates of many steps are not traced.
-    assert all(last - begin < step_trace.FEW_STEPS for begin, last, has_taps in calls if has_taps)
+    assert all(last - begin < step_trace.FEW_STEPS for begin, last, with_intermediates in calls if with_intermediates)
 
 
 def test_likely_cause_is_one_that_the_tensor_depends_on(tmp_path: Path, first: RunDir) -> None:

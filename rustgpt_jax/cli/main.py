@@ -65,7 +65,10 @@ VERBS = {
     ),
     "chat": Verb(models.add_arguments, models.run_chat, "runs/rustgpt"),
     "replay": Verb(
-        reproduce.add_replay_arguments, reproduce.run_replay, "runs/rustgpt --step=300 --taps", reads_overrides=False
+        reproduce.add_replay_arguments,
+        reproduce.run_replay,
+        "runs/rustgpt --step=300 --intermediates",
+        reads_overrides=False,
     ),
     "rerun": Verb(reproduce.add_rerun_arguments, reproduce.run_rerun, "runs/rustgpt", reads_overrides=False),
     "diff": Verb(reproduce.add_diff_arguments, reproduce.run_diff, "runs/a runs/b", reads_overrides=False),

@@ -13,7 +13,7 @@ def add_replay_arguments(parser: VerbParser) -> None:
     """Add the arguments of `replay`."""
     parser.add_run()
     parser.add_argument("--step", metavar="K", type=whole_number(1), help="The step to replay.")
-    parser.add_switch("taps", "Measure the activations and gradients of every layer.")
+    parser.add_switch("intermediates", "Measure the activations and gradients of every layer.")
 
 
 def run_replay(args: argparse.Namespace) -> int:
@@ -29,7 +29,7 @@ def run_replay(args: argparse.Namespace) -> int:
     from rustgpt_jax.reproduce.replay import replay
     from rustgpt_jax.tracking.console import PlainTextConsole
 
-    return 0 if replay(folder, args.step, args.taps, PlainTextConsole()) else 1
+    return 0 if replay(folder, args.step, args.intermediates, PlainTextConsole()) else 1
 
 
 def add_rerun_arguments(parser: VerbParser) -> None:

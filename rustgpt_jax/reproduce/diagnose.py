@@ -269,7 +269,7 @@ def diagnose_run(path: Path, step: int | None, console: Console) -> None:
             run.undo_rewind(anomaly.rewind)
         show(f"Examining step {anomaly.step} of {path}, because {anomaly.reason}.")
         with show_spinner(console, f"replaying step {anomaly.step} and measuring its tensors"):
-            replayed, internals = replay_one_step(run, anomaly.step, has_taps=True)
+            replayed, internals = replay_one_step(run, anomaly.step, with_intermediates=True)
             assert internals is not None
             sentences = describe_anomaly(run, anomaly, replayed, internals)
         for sentence in (replayed.verdict, *sentences):

@@ -110,11 +110,11 @@ def is_finite(metrics: Mapping[str, Any]) -> bool:
     return all(math.isfinite(metrics.get(f"train/{name}", 0.0)) for name in MUST_BE_FINITE)
 
 
-def replay(path: Path, step: int, has_taps: bool, console: Console) -> bool:
+def replay(path: Path, step: int, with_intermediates: bool, console: Console) -> bool:
     """Recompute a step of a run and print its metrics.
 
-    With taps, also measures the step's tensors and writes them to RUN/replay/step_K.html, or to a temporary folder if
-    the run folder is not writable.
+    With intermediates, also measures the step's tensors and writes them to RUN/replay/step_K.html, or to a temporary
+    folder if the run folder is not writable.
 
     Returns:
         Whether the step matches its record bitwise, or was not meant to be recorded.
@@ -123,7 +123,7 @@ def replay(path: Path, step: int, has_taps: bool, console: Console) -> bool:
         UserError: As for `RecordedRun`, or the run does not have the step.
     """
     with RecordedRun(path, console) as run:
-        replayed, internals = replay_one_step(run, step, has_taps)
+        replayed, internals = replay_one_step(run, step, with_intermediates)
     print_line(
         console,
         f"step {step} of {path} (stage {replayed.stage}), replayed from {describe_start(replayed.from_step)}",
@@ -147,8 +147,8 @@ def replay(path: Path, step: int, has_taps: bool, console: Console) -> bool:
     return replayed.is_same
 
 
-def replay_one_step(run: RecordedRun, step: int, has_taps: bool) -> tuple[ReplayedStep, StepInternals | None]:
-    """Recompute a step of a run, with its intermediates if `has_taps`.
+def replay_one_step(run: RecordedRun, step: int, with_intermediates: bool) -> tuple[ReplayedStep, StepInternals | None]:
+    """Recompute a step of a run, with its intermediates if `with_intermediates`.
 
     Raises:
         UserError: The run does not have the step.
@@ -157,7 +157,7 @@ def replay_one_step(run: RecordedRun, step: int, has_taps: bool) -> tuple[Replay
     state = run.restore_nearest(step - 1)
     from_step = int(state.step)
     state = run.advance(state, step - 1)
-    internals = run.measure_step(state) if has_taps else None
+    internals = run.measure_step(state) if with_intermediates else None
     _, (metrics,) = run.train(state, 1)
     stage, record = run.get_stage(step)[0].stage, run.load_metrics(step)
     missing = "" if record is not None else describe_missing_record(run.folder, stage, step)

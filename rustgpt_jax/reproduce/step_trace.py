@@ -1,10 +1,10 @@
 """Recompute steps of runs with their own code, and find the first tensor in which two runs differ.
 
-    python -m rustgpt_jax.reproduce.step_trace RUN FIRST LAST OUT.json [--taps]
+    python -m rustgpt_jax.reproduce.step_trace RUN FIRST LAST OUT.json [--intermediates]
 
 writes a trace: a JSON list with an object per step, which has its number, "step", and for each of PARTS the
 fingerprints of its arrays by name, in order of computation, or the value of the loss. "before" and "after" are the
-states before and after the step. Activations and gradients are included with --taps only.
+states before and after the step. Activations and gradients are included with --intermediates only.
 """
 
 import argparse
@@ -44,7 +44,7 @@ class TensorDifference(NamedTuple):
     name: str
 
 
-def write_trace(path: Path, first: int, last: int, has_taps: bool, console: Console) -> list[dict[str, Any]]:
+def write_trace(path: Path, first: int, last: int, with_intermediates: bool, console: Console) -> list[dict[str, Any]]:
     """Return the trace of the steps `first` to `last` of a run.
 
     Raises:
@@ -55,7 +55,7 @@ def write_trace(path: Path, first: int, last: int, has_taps: bool, console: Cons
         run.check_step(last)
         state, trace = run.compute_state(first - 1), []
         for step in range(first, last + 1):
-            tensors = run.measure_step(state).tensors if has_taps else []
+            tensors = run.measure_step(state).tensors if with_intermediates else []
             (batch,) = run.load_batches(state, 1)
             parts: dict[str, Any] = {
                 "step": step,
@@ -74,7 +74,7 @@ def write_trace(path: Path, first: int, last: int, has_taps: bool, console: Cons
         return trace
 
 
-def trace_steps(run: RunDir, first: int, last: int, has_taps: bool, is_trusted: bool = False) -> Trace:
+def trace_steps(run: RunDir, first: int, last: int, with_intermediates: bool, is_trusted: bool = False) -> Trace:
     """Recompute the steps `first` to `last` of a run with the code and settings of its first launch.
 
     Raises:
@@ -83,7 +83,13 @@ def trace_steps(run: RunDir, first: int, last: int, has_taps: bool, is_trusted: 
     """
     with load_snapshot_code(run, load_first_launch(run), is_trusted) as code, tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "trace.json", Path(folder) / "log"
-        arguments = [str(run.path.absolute()), str(first), str(last), str(out), *(["--taps"] if has_taps else [])]
+        arguments = [
+            str(run.path.absolute()),
+            str(first),
+            str(last),
+            str(out),
+            *(["--intermediates"] if with_intermediates else []),
+        ]
         with open(log, "wb") as errors:
             status, stopped_by = code.run(["-m", "rustgpt_jax.reproduce.step_trace", *arguments], errors)
         if stopped_by is not None:
@@ -110,18 +116,18 @@ def find_first_tensor(
         UserError: The steps of a run cannot be recomputed.
     """
 
-    def find_between(begin: int, end: int, has_taps: bool) -> TensorDifference | None:
-        left, right = (trace_steps(run, begin, end, has_taps, is_trusted) for run in (first, second))
+    def find_between(begin: int, end: int, with_intermediates: bool) -> TensorDifference | None:
+        left, right = (trace_steps(run, begin, end, with_intermediates, is_trusted) for run in (first, second))
         return next(_iter_differences(left, right), None)
 
     begin = max(last_equal, 1)
     # Intermediates are expensive: for many steps, trace them only at the step where they are needed.
-    has_taps = first_different - begin < FEW_STEPS
-    found = find_between(begin, first_different, has_taps)
+    with_intermediates = first_different - begin < FEW_STEPS
+    found = find_between(begin, first_different, with_intermediates)
     if found is not None and found.part == "before" and found.step > 1:
         # The runs differed before their records did.
-        found, has_taps = find_between(1, begin, False) or found, False
-    if found is None or found.part in ("batch", "before") or has_taps:
+        found, with_intermediates = find_between(1, begin, False) or found, False
+    if found is None or found.part in ("batch", "before") or with_intermediates:
         return found
     return find_between(found.step, found.step, True) or found
 
@@ -142,12 +148,12 @@ def main() -> int:
     parser.add_argument("first", type=int)
     parser.add_argument("last", type=int)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--taps", action="store_true")
+    parser.add_argument("--intermediates", action="store_true")
     args = parser.parse_args()
     enable_compilation_cache()
     load_autotuning(RunDir(args.run))
     try:
-        trace = write_trace(args.run, args.first, args.last, args.taps, PlainTextConsole(stderr=True))
+        trace = write_trace(args.run, args.first, args.last, args.intermediates, PlainTextConsole(stderr=True))
         write_atomically(args.out, json.dumps(trace) + "\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
