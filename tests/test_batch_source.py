@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import copy_code, run_config, train, train_elsewhere
 from test_loop import assert_same_bits, metrics, stored_state
-from test_pipeline import assert_equal, stream_of, streams, windows
+from test_pipeline import assert_equal, seq_lens, stream_of, streams
 
 from rustgpt_jax.data.pipeline import Batch, SequenceOffsets, SequenceReader
 from rustgpt_jax.data.token_store import TokenStream
@@ -26,7 +26,7 @@ def on_device(stream: TokenStream, places: SequenceOffsets, window: int) -> Batc
     return jax.tree.map(np.asarray, read_sequences(make_device_stream(stream), sent, seq_len=window))
 
 
-@given(stream=streams, window=windows, seed=st.integers(0, 999))
+@given(stream=streams, window=seq_lens, seed=st.integers(0, 999))
 # Each example compiles two programs.
 @settings(max_examples=10)
 def test_device_and_host_read_the_same_sequences(stream: TokenStream, window: int, seed: int) -> None:
