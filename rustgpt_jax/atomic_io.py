@@ -1,4 +1,4 @@
-"""Atomic writes: after a crash, and for other processes, a file or a folder is complete or absent."""
+"""Atomic writes: after a crash, and to other processes, a file or folder is either complete or absent."""
 
 import os
 import shutil
@@ -11,20 +11,20 @@ from rustgpt_jax.errors import UserError
 
 
 class NotWritableError(UserError):
-    """A file or folder cannot be written: the disk is full, or permission is missing."""
+    """A file or folder cannot be written: the disk is full, or permission is denied."""
 
 
 def temporary_path(path: Path) -> Path:
     """Return a new hidden name beside a path.
 
-    Being hidden, a file that a crash leaves behind does not make the folder of a new run look used.
+    Because the name is hidden, a file left behind by a crash does not make a new run folder look used.
     """
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
 @contextmanager
 def translate_os_errors(path: Path) -> Iterator[None]:
-    """Raise an OSError of the block as a NotWritableError that names `path`."""
+    """Convert an OSError in the block to a NotWritableError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -93,8 +93,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def publish_folder(temporary: Path, path: Path, is_valid: Callable[[Path], bool] = Path.exists) -> None:
     """Rename a complete folder to `path`, unless another process has already put a valid one there.
 
-    A folder at `path` that is not valid is replaced. If another process was first, `temporary` stays, for the caller
-    to remove.
+    A folder at `path` that is not valid is replaced. If another process was first, `temporary` is left
+    for the caller to remove.
 
     Raises:
         OSError: The folder cannot be renamed.

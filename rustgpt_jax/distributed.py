@@ -20,28 +20,28 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.jax_internals import is_peer_lost_message, kv_store
 
-# JAX kills a process whose peer is silent for this much longer than the barrier timeout, without a message to its user.
+# JAX kills a process, without a message to the user, if a peer is silent for this much longer than the barrier timeout.
 EXTRA_HEARTBEAT_SECONDS = 30
 LONGEST_WAIT_MS = 7 * 24 * 3600 * 1000
 
 
 def detect_cluster(environment: Mapping[str, str]) -> str | None:
-    """Return the name of the cluster that started this process as one of several, or None."""
+    """Return the kind of cluster that started this process as one of several, or None."""
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return "Slurm"
     if "OMPI_MCA_orte_hnp_uri" in environment and int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         return "Open MPI"
     if "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
-        return "a pod of TPUs"
+        return "a TPU pod"
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         return "Kubernetes"
     return None
 
 
 def local_device_ids(environment: Mapping[str, str]) -> list[int] | None:
-    """Return the GPUs of a process that a cluster started as the only one of its node, or None to leave it to JAX.
+    """Return the GPUs of this process if a cluster started it as the only one on its node, or None to let JAX choose.
 
-    JAX would give a process of Slurm or Open MPI one GPU.
+    JAX would give a process started by Slurm or Open MPI only one GPU.
     """
     on_node = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") or ""
     if not re.fullmatch(r"1(\(x\d+\))?", on_node):
@@ -103,7 +103,7 @@ def process_zero_first(name: str) -> Iterator[None]:
     """Run a block in process 0 before the others begin it, so that they find its results in a shared cache.
 
     Args:
-        name: A name that no other such block of the run has.
+        name: A name that is unique among these blocks of the run.
     """
     store, key = kv_store(), f"rustgpt_jax/done/{name}"
     if store is not None and not is_process_zero():
@@ -138,12 +138,12 @@ class LaggedAllReduceMax:
         self._max = jax.jit(jnp.max, out_shardings=NamedSharding(self._mesh, PartitionSpec()))
 
     def update(self, value: float) -> float:
-        """Contribute a number, and return the maximum of the call before; at first, `initial`."""
+        """Contribute a number, and return the maximum of the previous call, or `initial` at the first call."""
         if jax.process_count() == 1:
             return value
         previous = float(self._result)
         sharding, values = NamedSharding(self._mesh, PartitionSpec("all")), np.full(len(jax.devices()), value, "f4")
-        # The devices of the run's own mesh may have another order.
+        # The mesh of the run may have the devices in another order.
         with jax.set_mesh(self._mesh):
             self._result = self._max(jax.make_array_from_callback(values.shape, sharding, lambda index: values[index]))
         return previous
@@ -151,15 +151,15 @@ class LaggedAllReduceMax:
 
 # Failure propagation: if one process of a run fails, hangs or is lost, all processes exit.
 
-# "Error in protocol": the exit status of a process that has lost the others. It is the highest of ours, so a cluster
-# reports it for a job in which one process fails and the others lose it.
+# "Error in protocol": the exit status of a process that has lost the others. It is the highest status of this package,
+# so a cluster reports it for a job in which one process fails and the others lose it.
 EXIT_PEER_LOST = os.EX_PROTOCOL
 # The exit status of all processes after a user error, which a restart would not fix.
 EXIT_USER_ERROR = 2
 
 FAILURE_KEY, ACKNOWLEDGED_KEY = "rustgpt_jax/failed", "rustgpt_jax/acknowledged"
 ACKNOWLEDGMENT_TIMEOUT_MS = 10_000
-# Process 0 serves the key-value store: if it exits first, JAX kills the others by a signal.
+# Process 0 serves the key-value store: if it exits first, JAX kills the others with a signal.
 SECONDS_TO_EXIT = 2.0
 
 
@@ -167,7 +167,7 @@ SECONDS_TO_EXIT = 2.0
 def propagate_failures() -> Iterator[None]:
     """Exit in all processes if the block fails in one; each prints what went wrong, and in which process.
 
-    The exit status is EXIT_USER_ERROR for a UserError, else EXIT_PEER_LOST. A single process raises as usual.
+    The exit status is EXIT_USER_ERROR for a UserError, else EXIT_PEER_LOST. A single process just raises the error.
     """
     store, is_over = kv_store(), threading.Event()
     if store is None:
@@ -187,7 +187,7 @@ def exit_after_failure(error: BaseException, hint: str) -> NoReturn:
 
     Args:
         error: The error.
-        hint: What the user can do if another process is lost.
+        hint: Advice to the user for the case that another process is lost.
     """
     if is_peer_lost(error):
         exit_after_peer_loss(f"Another process of the run is gone ({' '.join(str(error).split())[:160]}).", hint)
@@ -200,7 +200,7 @@ def exit_after_failure(error: BaseException, hint: str) -> NoReturn:
 
 
 def _broadcast_failure(message: str, status: int) -> None:
-    """Tell the other processes why this one exits, unless one has failed before, and wait until they know."""
+    """Tell the other processes why this one exits, unless another failed first, and wait until they acknowledge it."""
     store = kv_store()
     assert store is not None, "a single process has no key-value store"
     try:
@@ -222,7 +222,7 @@ def _watch_for_failures(store: Any, is_over: threading.Event) -> None:
 
 
 def _acknowledge(store: Any) -> None:
-    """Tell that this process knows of the failure. Process 0, which serves the store, waits for the others."""
+    """Acknowledge the failure of another process. Process 0, which serves the store, then waits for the others."""
     store.key_value_set(f"{ACKNOWLEDGED_KEY}/{jax.process_index()}", "", allow_overwrite=True)
     if is_process_zero():
         _wait_for_acknowledgments(store, 0)
@@ -244,7 +244,7 @@ def _wait_for_acknowledgments(store: Any, own_id: int) -> None:
 class Watchdog:
     """Context manager that exits this process if it waits for other processes for more than `seconds`.
 
-    An error in the block exits at once, without leaving enclosing `with` blocks, which may wait for the others.
+    An error in the block exits at once, without exiting the enclosing `with` blocks, which may wait for the others.
     With a single process it does nothing.
     """
 
@@ -274,7 +274,7 @@ class Watchdog:
 
 
 def is_peer_lost(error: BaseException) -> bool:
-    """Return whether an error of a library, or its cause, reports that another process is gone."""
+    """Return whether a library's error, or its cause, reports that another process is gone."""
     if error.__cause__ is not None:
         return is_peer_lost(error.__cause__)
     return not isinstance(error, UserError) and is_peer_lost_message(str(error))
@@ -286,7 +286,7 @@ def exit_after_peer_loss(message: str, hint: str) -> NoReturn:
 
 
 def _exit(message: str, status: int, before_exit: Any = None) -> NoReturn:
-    """Print a message and exit from any thread; if several threads call this, the first one does it."""
+    """Print a message and exit from any thread. If several threads call this, the first one wins."""
     with _exit_lock:
         sys.stdout.flush()
         print(message, file=sys.stderr, flush=True)

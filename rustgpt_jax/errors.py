@@ -1,4 +1,4 @@
-"""User errors: one sentence that says what is wrong, where, and the nearest valid answer."""
+"""User errors: one sentence that states what is wrong, where, and the nearest valid alternative."""
 
 import difflib
 import errno

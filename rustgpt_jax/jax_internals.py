@@ -1,4 +1,4 @@
-"""Uses of private parts of JAX and XLA that have no public equivalent.
+"""Wrappers of private parts of JAX and XLA that have no public equivalent.
 
 tests/test_jax_internals.py fails if an update of JAX removes or changes one of them.
 """
@@ -19,7 +19,7 @@ PEER_LOST = ("gloo", "nccl", "coordination", "heartbeat", "unavailable:", "deadl
 
 _COMPILER_LOGGER = "jax._src.compiler"
 _CACHE_KEY = re.compile(r"with key '?(?P<key>\w+-[0-9a-f]+)")
-# The cache keys that JAX has logged on this thread, in `record_cache_keys`.
+# The cache keys that JAX has logged on this thread while `record_cache_keys` is active.
 _recorded = threading.local()
 
 

@@ -41,7 +41,7 @@ def keep_freed_memory() -> bool:
     arena, such as XLA's, so all threads share one arena. The process keeps its peak memory until it exits.
 
     Returns:
-        Whether the allocator was configured: not with another C library, or if the user has configured it.
+        True if the allocator was configured; False with another C library, or if the user has configured the allocator.
     """
     if os.environ.get(MALLOC_VARIABLE) == "system" or any(name in os.environ for name in USER_MALLOC_VARIABLES):
         return False
@@ -61,7 +61,7 @@ def enable_compilation_cache() -> None:
     Raises:
         UserError: The configured cache size is invalid.
     """
-    import jax  # Here, so that setting up the allocator does not load JAX.
+    import jax  # Imported here so that setting up the allocator does not load JAX.
 
     limit, least_seconds = cache_limit(), 0.0
     if jax.config.values["jax_compilation_cache_dir"] is None:

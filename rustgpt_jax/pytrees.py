@@ -1,4 +1,4 @@
-"""Dataclasses as pytrees, and the leaves of a tree by path, such as 'blocks/0/mixer/query/kernel'."""
+"""Dataclasses as pytrees, and access to the leaves of a tree by path, such as 'blocks/0/mixer/query/kernel'."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -30,7 +30,7 @@ def pytree_dataclass(*, meta: Iterable[str] = ()) -> Callable[[type], Any]:
             return [getattr(value, name) for name in names], tuple(getattr(value, name) for name in meta_names)
 
         def unflatten(structure: tuple[Any, ...], children: Iterable[Any]) -> Any:
-            # Without __init__, because JAX may pass any objects as children.
+            # Bypass __init__, because JAX may pass any objects as children.
             value: Any = object.__new__(cls)
             for name, child in (*zip(meta_names, structure, strict=True), *zip(names, children, strict=True)):
                 object.__setattr__(value, name, child)

@@ -53,7 +53,7 @@ def note_import_paths(text: str, file: Path) -> None:
         file: The path of the file, for the announcement.
     """
     for string in JSON_STRING.findall(text):
-        # Everything for which `import_object` would import a module, even if the module lacks the name.
+        # Match everything for which `import_object` would import a module, even if the module lacks the name.
         module, colon, _ = json.loads(string).partition(":")
         if colon and all(name.isidentifier() for name in module.split(".")):
             _named_by_files.setdefault(module, file)
@@ -83,7 +83,7 @@ def import_object(path: str, what: str) -> Any:
 
 
 def _import_module(name: str) -> ModuleType:
-    """Import a module, with the search path that applies to its source."""
+    """Import a module. If a file of a run folder names it, the current folder is not searched."""
     file = _named_by_files.get(name)
     if file is None or name in sys.modules:
         return importlib.import_module(name)

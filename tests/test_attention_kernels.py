@@ -394,7 +394,7 @@ def test_kernel_choice_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [select_kernel("auto", request).reason for request in requests] == [
         "this is a gpu",
         "cudnn cannot be used: it does not support a soft-cap of scores",
-        "rows have less than 2048 tokens",
+        "rows have fewer than 2048 tokens",
         "this is a cpu",
         "tokamax cannot be used: it is not installed: pip install 'rustgpt_jax[kernels]'; "
         "rows have 2048 tokens or more",

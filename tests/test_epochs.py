@@ -169,7 +169,7 @@ def test_steps_and_epochs_are_mutually_exclusive() -> None:
     with pytest.raises(UserError, match="remove one of them"):
         make_trials(tree, [{"training.epochs": 1.0}], fixed=["training.steps"])
     listed = ({"name": "one", "training": {"steps": 5}},)
-    with pytest.raises(UserError, match=r"decides nothing, .* give config.stages.one.training.epochs"):
+    with pytest.raises(UserError, match=r"has no effect, .* set config.stages.one.training.epochs"):
         tiny(stages=listed, **{"training.epochs": 1.0})
     assert recipe(("training.steps", "50"), ("training.epochs", "None")).training.steps == 50
 

@@ -248,7 +248,7 @@ def test_error_in_one_process_ends_all(train: Callable[..., Job], tmp_path: Path
         ({"SLURM_STEP_NUM_TASKS": "4"}, "Slurm"),
         ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1", "OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
         ({"TPU_WORKER_HOSTNAMES": "a"}, None),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "a pod of TPUs"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "a TPU pod"),
         ({"KUBERNETES_SERVICE_HOST": "h", "JOB_COMPLETION_INDEX": "0"}, "Kubernetes"),
     ],
 )

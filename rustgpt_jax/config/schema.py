@@ -2,7 +2,7 @@
 
 A field gives its knob's type, default, documentation and valid range, and whether it is static or traced. Everything
 else that lists knobs (configs/base.py, validation, `explain`, conformance checks, tests) reads them from here.
-A config has two halves, which `partition` separates and `combine` puts together again:
+A config has two halves, which `partition` splits and `combine` merges:
 
     StaticConfig   selects a compiled program: shapes, component names, switches (hashable)
     hparams        arguments of that program: seed, learning rate, dropout, ... (a flat dict by dotted path)
@@ -31,7 +31,7 @@ def _field(default: Any, doc: str, **metadata: Any) -> Any:
 def static_field(
     default: Any, doc: str, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()
 ) -> Any:
-    """A static knob, which selects a compiled program.
+    """Declare a static knob, which selects a compiled program.
 
     Args:
         default: Its default value.
@@ -44,21 +44,21 @@ def static_field(
 
 
 def pattern_field(default: tuple[str, ...], doc: str) -> Any:
-    """A static knob that names components in a pattern repeated over the layers. A single name is a pattern of one."""
+    """Declare a static knob that names components, in a pattern that is repeated over the layers."""
     return _field(default, doc, pattern=True)
 
 
 def traced_field(
     default: float, doc: str, low: float | None = None, high: float | None = None, static_if_zero: bool = False
 ) -> Any:
-    """A traced knob, which is an argument of compiled programs, so that another value compiles nothing new.
+    """Declare a traced knob, an argument of compiled programs, so that changing its value recompiles nothing.
 
     Args:
         default: Its default value.
         doc: What it means, for people who set it.
         low: The smallest valid value.
         high: The largest valid value.
-        static_if_zero: Whether 0 is static: it removes from the program what the knob scales.
+        static_if_zero: Whether 0 is a static value, with which the term scaled by the knob is left out of the program.
     """
     return _field(default, doc, low=low, high=high, traced=True, static_if_zero=static_if_zero)
 
@@ -78,7 +78,7 @@ class TokenizerConfig:
     # For a larger vocabulary the BPE trainer would reserve more memory than any machine has.
     vocab_size: int | None = static_field(
         1024,
-        "Largest number of tokens to learn, including special tokens. None: all of the corpus (word and char only).",
+        "Largest number of tokens to learn, including special tokens. None: all in the corpus (word and char only).",
         low=1,
         high=2**22,
     )
@@ -90,7 +90,7 @@ class DataConfig:
 
     corpus: str = static_field(
         "facts",
-        "facts, chat: bundled with the package; python_stdlib: the running Python's own source; files: any text.",
+        "facts, chat: bundled with the package; python_stdlib: Python's standard library; files: any text.",
     )
     paths: tuple[str, ...] = static_field(
         (),
@@ -101,8 +101,8 @@ class DataConfig:
     max_documents: int | None = static_field(None, "Read at most this many documents. None: all.", low=1)
     split: str = static_field(
         "document",
-        "document: a hash of each document assigns it to training or validation, so adding files moves no other "
-        "document. tail: the end of the whole text is validation (for a single long document).",
+        "document: a hash of each document assigns it to training or validation, so adding files does not "
+        "move other documents. tail: the end of the whole text is validation (for a single long document).",
         choices=("document", "tail"),
     )
     valid_fraction: float = static_field(0.1, "Fraction of the corpus held out for validation.", low=0.0, high=0.9)
@@ -247,7 +247,7 @@ class MoEConfig:
 
     n_experts: int = static_field(8, "Number of experts in a layer.", low=1)
     experts_per_token: int = static_field(2, "Number of experts that each token is routed to.", low=1)
-    d_expert: int | None = static_field(None, "Hidden width of an expert. None: that of swiglu.", low=1)
+    d_expert: int | None = static_field(None, "Hidden width of an expert. None: same as swiglu.", low=1)
     expert_activation: str = static_field(
         "silu",
         "Activation of the gated experts: silu, gelu (tanh approximation), gelu_exact, relu or relu_squared.",
@@ -271,13 +271,13 @@ class MoEConfig:
         "Coefficient of the load-balancing loss (arXiv 2101.03961): n_experts * sum over experts of (share "
         "of tokens routed to the expert * its mean probability), as in transformers; it equals experts_per_token "
         "for balanced routing. The losses of all layers are summed (transformers pools the tokens of all layers "
-        "instead). 0: no such loss.",
+        "instead). 0: disabled.",
         low=0.0,
         static_if_zero=True,
     )
     router_z_loss: float = traced_field(
         0.0,
-        "Coefficient of the squared log of the router's softmax normalizer (arXiv 2202.08906). 0: no such loss.",
+        "Coefficient of the squared log of the router's softmax normalizer (arXiv 2202.08906). 0: disabled.",
         low=0.0,
         static_if_zero=True,
     )
@@ -423,7 +423,7 @@ class ModelConfig:
     )
     remat: str = static_field(
         "none",
-        "What the backward pass recomputes to save memory, from least to most. none; dots: all but matrix "
+        "Recomputation in the backward pass to save memory, from least to most. none; dots: all but matrix "
         "products; dots_no_batch: all but products with weights, so attention too; full: each block. offload is "
         "dots_no_batch with saved activations in host memory.",
         choices=("none", "dots", "dots_no_batch", "full", "offload"),
@@ -437,11 +437,11 @@ class ModelConfig:
 
     @property
     def period(self) -> int:
-        """Blocks after which the patterns of mixers, feed-forwards and positions all repeat."""
+        """Number of blocks after which the patterns of mixers, feed-forwards and positions all repeat."""
         return math.lcm(len(self.mixers), len(self.feedforwards), len(self.positions))
 
     def block(self, layer: int) -> "ModelConfig":
-        """Config of the block of a layer: each pattern reduced to the component of that layer."""
+        """Return the config of a layer's block, with each pattern reduced to the component of that layer."""
         names = (self.mixers, self.feedforwards, self.positions)
         mixer, feedforward, position = (pattern[layer % len(pattern)] for pattern in names)
         return dataclasses.replace(self, mixers=(mixer,), feedforwards=(feedforward,), positions=(position,))
@@ -487,7 +487,7 @@ class ModelConfig:
         return int(self.head_width * self.rope.fraction)
 
     def get_extra(self, name: str) -> float:
-        """The value of a knob in `extra`, for components outside this package. Raises UserError if it is not set."""
+        """Return the value of a knob in `extra`, for custom components. Raises UserError if it is not set."""
         values = dict(self.extra)
         if name not in values:
             raise UserError(f"config.model.extra has no {name!r}.{suggest_names(name, values)}")
@@ -583,8 +583,8 @@ class TrainingConfig:
     # Takes precedence over `steps` until data.preprocess.resolve_epochs has replaced it by steps.
     epochs: float | None = static_field(
         None,
-        "Passes over the training text, such as 3 or 0.5; the run records the steps they amount to. None: "
-        "training.steps decides.",
+        "Passes over the training text, such as 3 or 0.5; the run records the resulting number of steps. "
+        "None: training.steps applies.",
         low=1e-09,
     )
     batch_size: int = static_field(16, "Sequences in a step, over all devices and microbatches.", low=1)
@@ -600,7 +600,7 @@ class TrainingConfig:
     )
     z_loss: float = traced_field(
         0.0,
-        "Coefficient of the squared log of the softmax normalizer in the loss (arXiv 2204.02311). 0: no such loss.",
+        "Coefficient of the squared log of the softmax normalizer in the loss (arXiv 2204.02311). 0: disabled.",
         low=0.0,
         static_if_zero=True,
     )
@@ -614,7 +614,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; -1 for one axis: all remaining devices.
+    """Number of devices per mesh axis; -1, for one axis, means all remaining devices.
 
     Results do not depend on the mesh, and a run may resume with another one.
     """
@@ -693,7 +693,7 @@ class SamplingConfig:
     )
     past_context: str = static_field(
         "stop",
-        "What to do when a text fills the context: stop, or slide: continue from the last half of the context.",
+        "Behavior when a text fills the context. stop; slide: continue from the last half of the context.",
         choices=("stop", "slide"),
     )
     history_turns: int | None = static_field(
@@ -743,7 +743,7 @@ class Config:
     )
 
 
-# The program of a run: the groups that its compiled steps depend on.
+# The static half: the groups of the config that compiled steps depend on.
 
 
 @dataclass(frozen=True)
@@ -763,9 +763,9 @@ Hyperparams = dict[str, Any]
 
 
 def partition(config: Config) -> tuple[StaticConfig, Hyperparams]:
-    """Separate a config into what selects its program and the arguments of that program, by dotted path.
+    """Split a config into the static half, which selects a program, and that program's arguments by dotted path.
 
-    The arguments are NumPy scalars of fixed types, so that no value of a number compiles anything new.
+    The arguments are NumPy scalars of fixed types, so that changing their values recompiles nothing.
     """
     hparams: Hyperparams = {}
 
@@ -785,7 +785,7 @@ def partition(config: Config) -> tuple[StaticConfig, Hyperparams]:
 
 
 def combine(static: StaticConfig, hparams: Mapping[str, Any]) -> StaticConfig:
-    """The inverse of `partition`: replace every TRACED by the value (or tracer) of its path in `hparams`."""
+    """Replace every TRACED by the value (or tracer) at its path in `hparams`: the inverse of `partition`."""
 
     def fill(node: Any, prefix: str) -> Any:
         changes: dict[str, Any] = {}
@@ -801,14 +801,14 @@ def combine(static: StaticConfig, hparams: Mapping[str, Any]) -> StaticConfig:
 
 
 def is_enabled(value: Any) -> bool:
-    """Return whether the program has what this value scales: False for a Python zero only, never for a tracer."""
+    """Return whether the program has the term scaled by a value: False only for a Python zero, never for a tracer."""
     return not (isinstance(value, (int, float)) and value == 0)
 
 
 def for_inference(model: ModelConfig) -> ModelConfig:
     """Return a model config for inference.
 
-    Knobs that only training reads are 0, so that models that differ in these alone share a program, and the attention
+    Knobs that only training reads are 0, so that models that differ only in these share a program, and the attention
     kernel is chosen for the current device instead of the one that trained the model.
     """
     return replace_paths(
@@ -889,7 +889,7 @@ class Stage:
 
     @property
     def end_step(self) -> int:
-        """The first step that is not the stage's."""
+        """The first step after the stage."""
         return self.first_step + self.config.training.steps
 
     @property
@@ -899,19 +899,19 @@ class Stage:
 
     def is_logged(self, step: int) -> bool:
         """Return whether the metrics of the given step, counted from 1, are recorded."""
-        # The loss of the first step is that of the initial parameters.
+        # The first step has the loss of the initial parameters.
         return step == 1 or step % self.config.logging.log_every == 0 or step == self.end_step
 
 
 def stages(config: Config) -> tuple[Stage, ...]:
-    """The stages of a run in their order. A config that lists none is one stage called 'train'."""
+    """Return the stages of a run in order. A config that lists none has one stage called 'train'."""
     if not config.stages:
         return (Stage("train", 0, config),)
     result: list[Stage] = []
     for stage in config.stages:
         own = dict(stage.overrides)
         if STEPS in own:
-            # Its own steps, rather than the epochs of the whole run.
+            # They take precedence over the epochs of the whole run.
             own.setdefault(EPOCHS, None)
         whole = replace_paths(dataclasses.replace(config, stages=()), own)
         result.append(Stage(stage.name, result[-1].end_step if result else 0, whole))
@@ -939,12 +939,12 @@ def stages_in_turn(config: Config, earlier: Sequence[Earlier] = ()) -> tuple[Sta
 
 
 def uses_epochs(config: Config) -> bool:
-    """True if some stage takes its steps from a number of epochs, which needs its data."""
+    """Return whether any stage is given in epochs, which only its data can convert to steps."""
     return any(stage.config.training.epochs is not None for stage in stages(config))
 
 
 def with_steps(config: Config, steps: Mapping[str, int]) -> Config:
-    """A config with a number of steps, instead of a number of epochs, for some stages by name."""
+    """Return a config with the given number of steps, instead of epochs, for some stages by name."""
     if not config.stages:
         return replace_paths(config, {STEPS: steps["train"], EPOCHS: None})
     parts = []
@@ -1017,7 +1017,7 @@ def may_change(path: str) -> bool:
 
 
 def affects_result(path: str) -> bool:
-    """Return whether a knob changes what a run computes, and not only where."""
+    """Return whether a knob changes what a run computes, rather than only where it runs."""
     return not path.startswith("mesh.")
 
 

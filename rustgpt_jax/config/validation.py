@@ -1,4 +1,4 @@
-"""Parses and validates configs; raises UserError with one sentence on invalid input."""
+"""Parsing and validation of configs. Invalid input raises a UserError of one sentence."""
 
 import ast
 import contextlib
@@ -52,22 +52,22 @@ def resolve(tree: Tree) -> Config:
 
 
 def _check_epochs(config: Config) -> None:
-    """Check that epochs of the run apply to some stage, one without its own steps or epochs."""
+    """Check that the epochs of the run apply to at least one stage: one without its own steps or epochs."""
     own = [dict(stage.overrides) for stage in config.stages]
     if own and config.training.epochs is not None and all({schema.STEPS, schema.EPOCHS} & {*each} for each in own):
         first = f"config.stages.{config.stages[0].name}.{schema.EPOCHS}"
         raise UserError(
-            f"config.{schema.EPOCHS}={config.training.epochs:.10g} decides nothing, for each stage has its own number "
-            f"of steps or epochs; give {first} and that of the other stages."
+            f"config.{schema.EPOCHS}={config.training.epochs:.10g} has no effect, because each stage has its own "
+            f"number of steps or epochs; set {first}, and likewise for the other stages."
         )
 
 
 def flatten_tree(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the (dotted path, value) pairs of a nested mapping. A field of the schema is never entered."""
+    """Yield the (dotted path, value) pairs of a nested mapping. The value of a schema field is never flattened."""
     for name, value in tree.items():
         path = prefix + str(name)
         if path.count(".") > DEEPEST:
-            raise UserError(f"config.{path} is nested too deeply; does the config hold itself?")
+            raise UserError(f"config.{path} is nested too deeply; does the config contain itself?")
         if isinstance(value, TREES) and path not in FIELDS:
             yield from flatten_tree(value, path + ".")
         else:
@@ -124,7 +124,7 @@ def override(tree: Any, values: Mapping[str, Any]) -> None:
         if epochs is not None:
             raise UserError(
                 f"{where}.{knob}={value} conflicts with {where}.{schema.EPOCHS}={short_repr(epochs)}: give one of them "
-                f"(--{where}.{schema.EPOCHS}=None makes the steps decide)."
+                f"(--{where}.{schema.EPOCHS}=None selects the steps)."
             )
 
 
@@ -394,13 +394,13 @@ def check_combinations(config: Config) -> None:
     window = config.data.seq_len
     if window is not None and window > model.context_length:
         raise UserError(
-            f"config.data.seq_len={window} is longer than the model's positions, "
+            f"config.data.seq_len={window} is more than the model's context length, "
             f"config.model.context_length={model.context_length}."
         )
     if training.batch_size % training.grad_accum_steps:
         raise UserError(
             f"config.training.batch_size={training.batch_size} is not a multiple of "
-            f"config.training.grad_accum_steps={training.grad_accum_steps}, the number of parts it is run in."
+            f"config.training.grad_accum_steps={training.grad_accum_steps}, the number of microbatches."
         )
     if training.epochs is None and config.schedule.warmup_steps > training.steps:
         raise UserError(
@@ -414,7 +414,7 @@ def check_combinations(config: Config) -> None:
     if config.tokenizer.name == "bpe" and config.tokenizer.vocab_size is None:
         raise UserError("config.tokenizer.name='bpe' needs config.tokenizer.vocab_size.")
     if config.optimizer.name == "schedule_free" and config.optimizer.b1 == 0:
-        raise UserError("config.optimizer.b1=0.0: schedule_free needs a b1 above 0; 0.9 is the usual one.")
+        raise UserError("config.optimizer.b1=0.0: schedule_free needs a b1 above 0; 0.9 is the usual value.")
 
 
 def _check_rope(model: schema.ModelConfig) -> None:
@@ -432,7 +432,10 @@ def _check_rope(model: schema.ModelConfig) -> None:
     if rope.scaling != "longrope":
         return
     if "latent_attention" in model.mixers:
-        raise UserError("config.model.rope.scaling='longrope' cannot be used with latent_attention: its widths differ.")
+        raise UserError(
+            "config.model.rope.scaling='longrope' cannot be used with latent_attention, which rotates another number "
+            "of channels."
+        )
     if rope.original_context == 1:
         raise UserError("config.model.rope.original_context must be at least 2 for rope.scaling='longrope'.")
     for knob in ("short_factors", "long_factors"):

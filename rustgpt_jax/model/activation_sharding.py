@@ -1,11 +1,11 @@
-"""Sharding of activations over a mesh, by the letters that name their axes. Without a mesh, nothing is done."""
+"""Sharding of activations over a mesh, by the letters that name their axes. Without a mesh, arrays are unchanged."""
 
 import math
 
 import jax
 from jax.sharding import PartitionSpec
 
-# Mesh axes that shard each array axis. A mesh axis shards one axis of an array: the first one in this order.
+# Mesh axes that shard each array axis. A mesh axis shards at most one axis of an array: the first one in this order.
 MESH_AXES = {
     "X": ("expert",),
     "B": ("data", "fsdp", "expert"),

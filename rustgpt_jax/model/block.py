@@ -15,14 +15,14 @@ from rustgpt_jax.model.mixers import MIXERS, apply_uncached_mixer
 from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.registry import lookup
 
-# Values of config.norm_placement by the place of the norm around a sublayer f.
+# Values of config.norm_placement, by where the norm is applied around a sublayer f.
 BEFORE = ("pre", "sandwich")  # f(norm(x))
 ON_OUTPUT = ("output", "sandwich")  # x + norm(f(x))
 AFTER_SUM = ("post",)  # norm(x + f(x))
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + feedforward(norm(x)), with norms where config.norm_placement puts them."""
+    """x + mixer(norm(x)), then x + feedforward(norm(x)), with norms placed by config.norm_placement."""
 
     config: ModelConfig
 

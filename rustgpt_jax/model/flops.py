@@ -36,9 +36,9 @@ def forward_flops_per_token(model: ModelConfig, seq_len: int, loops_once: bool =
     """Return the matmul FLOPs of a forward pass over a sequence, divided by its tokens.
 
     Attention scores of later tokens, which the causal mask hides, are computed and therefore counted.
-    `loops_once` is that of `matmul_flops`.
+    `loops_once` is as in `matmul_flops`.
     """
-    # The kernels of libraries hide their products, and resolving save_residuals would initialize the device.
+    # Library kernels hide their products, and resolving save_residuals would initialize the device.
     model = replace_paths(model, {"attention.kernel": "plain", "save_residuals": False})
     tokens = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
     jaxpr = jax.make_jaxpr(lambda params, tokens_BT: transformer.apply(params, tokens_BT, model)[0])(

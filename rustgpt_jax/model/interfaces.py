@@ -25,8 +25,8 @@ class BlockInputs(NamedTuple):
     Attributes:
         positions_BT: Position of each token in its document, from 0.
         segments_BT: Number of each token's document within its row, from 1. 0 is padding, which no other token sees.
-        dropout_key: None if nothing is dropped.
-        layer: Index of the layer, from 0; None if no part of the model reads it.
+        dropout_key: Key for dropout; None for no dropout.
+        layer: Index of the layer, from 0; None if no component reads it.
     """
 
     positions_BT: jax.Array
@@ -82,7 +82,7 @@ class Norm(Protocol):
 
 
 class PositionEncoding(NamedTuple):
-    """Functions that add positions to a model at up to three places; None where it does not.
+    """Functions that add positions to a model at up to three places; None for places that are not used.
 
     Attributes:
         embed: A Flax module that maps positions_BT to vectors (B, T, D) added to the embeddings.
@@ -107,7 +107,7 @@ DESCRIPTIONS = {
 
 
 def component_kinds(component: Any) -> tuple[str, ...]:
-    """Return the roles whose interface a component has, the likeliest first."""
+    """Return the roles whose interface a component has, most likely first."""
     if isinstance(component, PositionEncoding):
         return (POSITION,)
     module = module_class(component)

@@ -14,8 +14,8 @@ from rustgpt_jax.model.matmul import to_float32
 class KVCache(NamedTuple):
     """Ring buffers of shape (B, S, ...), or (B, K, S, C) with heads: the token at position p is in slot p % S.
 
-    A cache with a slot for each position never wraps; that of a sliding window overwrites tokens that left the window.
-    The slots of a head are contiguous, which is the order in which attention reads them.
+    A cache with a slot for each position never wraps; that of a sliding window overwrites tokens outside the window.
+    The slots of a head are contiguous, because attention reads them in this order.
 
     Attributes:
         buffers: A pytree of arrays.
@@ -114,7 +114,7 @@ def _tokens_axis(x: jax.Array) -> int:
 
 
 def _write_tokens(buffer: jax.Array, new: jax.Array, slots_BT: jax.Array) -> jax.Array:
-    """Write tokens to their slots; those without a slot are dropped."""
+    """Write tokens to their slots; tokens without a slot are dropped."""
     if buffer.ndim != 4:
         return buffer.at[jnp.arange(len(slots_BT))[:, None], slots_BT].set(new, mode="drop")
     # With heads as rows, XLA on CPUs updates the cache in place for any number of rows.

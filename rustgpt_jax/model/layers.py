@@ -57,14 +57,14 @@ class Linear(nn.Module):
 
 
 def default_glu_width(d_model: int) -> int:
-    """Return 8/3 d_model, rounded up to a multiple of 8: three matrices have as many weights as two of 4 d_model."""
+    """Return 8/3 d_model, rounded up to a multiple of 8: three such matrices are as large as two of 4 d_model."""
     return -(-8 * d_model // 3 // 8) * 8
 
 
 def dropout(x: jax.Array, rate: jax.Array | float, inputs: BlockInputs, site: int) -> jax.Array:
     """Zero each element with probability `rate` and scale the others to keep the mean (arXiv 1207.0580).
 
-    `site` selects the random numbers: each use in a block has its own.
+    `site` selects the random numbers, and must be different for each call in a block.
     """
     if inputs.dropout_key is None:
         return x
@@ -73,7 +73,7 @@ def dropout(x: jax.Array, rate: jax.Array | float, inputs: BlockInputs, site: in
 
 
 class LayerNorm(nn.Module):
-    """Layer normalization with a learned scale, and a bias if norms have biases (arXiv 1607.06450)."""
+    """Layer normalization with a learned scale, and with a bias if config.has_norm_bias (arXiv 1607.06450)."""
 
     config: ModelConfig
 

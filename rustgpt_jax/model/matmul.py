@@ -16,12 +16,12 @@ from rustgpt_jax.pytrees import pytree_dataclass
 
 
 def to_float32(x: jax.Array) -> jax.Array:
-    """Cast an array to float32; float64 stays as it is."""
+    """Cast an array to float32, unless it is float64."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def accum_dtype(*arrays: jax.Array) -> jnp.dtype:
-    """Return the dtype in which products of the arrays are accumulated: float32, or float64 if theirs is."""
+    """Return the dtype in which products of the arrays are accumulated: float32, or float64 for float64 arrays."""
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
@@ -32,12 +32,12 @@ def softcap(x: jax.Array, cap: Any) -> jax.Array:
 
 # Float8 products with one scale per tensor: e4m3 forward, e5m2 for gradients (arXiv 2209.05433).
 #
-# The scale maps the largest magnitude of a tensor to the largest number of the type; there is no state. The 8-bit
-# arrays are multiplied directly, and the product, accumulated in float32, is multiplied by both scales: XLA's GEMM
-# rewriter always turns this form into one float8 product of cuBLASLt. (It also knows the form that scales the converted
-# operands first, but other passes may change that one before the rewriter runs.)
+# The scale maps the largest magnitude of a tensor to the largest number of the type, and is computed anew in each call.
+# The 8-bit arrays are multiplied directly, and the product, accumulated in float32, is multiplied by both scales: XLA's
+# GEMM rewriter always turns this form into one float8 product of cuBLASLt. (It also recognizes the form that scales the
+# converted operands first, but other passes may change that form before the rewriter runs.)
 #
-# A tensor that is not finite makes its scale, and with it the whole product, not finite.
+# If a tensor is not finite, neither is its scale, nor the whole product.
 
 FORWARD_FP8, GRADIENT_FP8 = jnp.float8_e4m3fn, jnp.float8_e5m2
 
@@ -226,7 +226,7 @@ def _contract(
 matmul_with_custom_vjp.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-# Packed weights, which take the place of arrays in parameters for decoding.
+# Packed weights, which replace arrays in the parameters for decoding.
 
 # The native kernel is faster than XLA up to this many rows.
 MAX_NATIVE_ROWS = 8
@@ -235,9 +235,9 @@ MAX_INT8 = 127
 
 
 class PackedWeight(ABC):
-    """A weight matrix (inputs, outputs) that takes the place of an array in the parameters.
+    """A weight matrix (inputs, outputs) that replaces an array in the parameters.
 
-    It is a pytree whose first leaf has the shape of the matrix, which is all that layers read besides `matmul`.
+    It is a pytree whose first leaf has the shape of the matrix. Layers use only this shape and `matmul`.
     """
 
     @abstractmethod
@@ -338,7 +338,7 @@ def matmul(x: jax.Array, kernel: jax.Array | PackedWeight, config: ModelConfig) 
 def unembed(hidden_BTD: jax.Array, weights: jax.Array | PackedWeight, axes: str, config: ModelConfig) -> jax.Array:
     """Return logits_BTV in float32 at least, from factors in config.precision.logits_dtype or else the model's dtype.
 
-    `axes` are those of the weights: "VD" for an embedding table, "DV" for a kernel.
+    `axes` are the axes of the weights: "VD" for an embedding table, "DV" for a kernel.
     """
     operand_dtype = config.precision.logits_dtype or config.dtype
     if isinstance(weights, PackedWeight):

@@ -18,7 +18,7 @@ class Routing(NamedTuple):
     """The experts of each token.
 
     Attributes:
-        weight_BTX: Weight of each expert in the output; 0 for those that the token is not routed to.
+        weight_BTX: Weight of each expert in the output; 0 for experts that the token is not routed to.
         is_routed_BTX: Whether a token is routed to an expert.
         probability_BTX: Softmax of the router's logits.
         router_logits_BTX: Logits of the router.
@@ -34,10 +34,10 @@ class MixtureOfExperts(nn.Module):
     """Weighted sum of the gated feed-forward layers that a router selects for each token (arXiv 2401.04088).
 
     With `capacity_factor` 0, no token is dropped: every expert processes every token, and the outputs of experts that
-    were not selected get weight 0. This costs n_experts / experts_per_token times the FLOPs that are used, and makes
-    tokens independent of each other. With a capacity, each expert processes the first tokens of a row that are routed
-    to it, up to its capacity (arXiv 2006.16668): this is cheaper, but whether a token is dropped depends on the tokens
-    before it, even those of other documents.
+    were not selected get weight 0. This costs n_experts / experts_per_token times the FLOPs of the selected ones, and
+    makes tokens independent of each other. With a capacity, each expert processes the first tokens of a row that are
+    routed to it, up to its capacity (arXiv 2006.16668): this is cheaper, but whether a token is dropped depends on the
+    tokens before it, even those of other documents.
     """
 
     config: ModelConfig
@@ -147,7 +147,7 @@ def layer_metrics(
             arXiv 2101.03961 and transformers' load_balancing_loss_func; it equals experts_per_token for balanced
             routing.
         router_entropy: Mean entropy of the routing probabilities, in nats.
-        busiest_expert: The largest share of assignments of one expert.
+        busiest_expert: The largest share of assignments that one expert receives.
         dropped: The share of assignments that exceed the experts' capacity.
     """
     moe = config.moe

@@ -21,7 +21,7 @@ class Rope(NamedTuple):
 
     Attributes:
         frequencies_C: Radians per position of each pair of channels.
-        magnitude: Factor of rotated queries and keys.
+        magnitude: Factor that rotated queries and keys are multiplied by.
     """
 
     frequencies_C: jax.Array
@@ -159,7 +159,7 @@ def alibi_slopes(heads: int) -> np.ndarray:
     """Return the slopes of ALiBi (heads,).
 
     For n heads, a power of two, they are 2^(-8/n), 2^(-16/n), and so on. For other numbers, they are those of the
-    largest smaller power of two, then every other slope of twice that power.
+    next smaller power of two, followed by every other slope of twice that power.
     """
     power = 1 << (heads.bit_length() - 1)
     slopes = 2.0 ** (-8.0 / power * np.arange(1, power + 1))

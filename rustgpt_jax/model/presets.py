@@ -1,7 +1,7 @@
 """Model families as presets of the same components: the settings that define a family, independent of size.
 
 A recipe starts with `config.model.update_from_flattened_dict(FAMILIES["qwen3"])`. Presets leave the knobs in SIZES and
-NOT_IN_LOGITS to the recipe and set all others. Constants are those of the released models.
+NOT_IN_LOGITS to the recipe and set all others. Constants match the released models.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""The whole model as pure functions: `init`, `apply`, `init_cache`. One forward serves training and decoding."""
+"""The whole model as pure functions: `init`, `apply`, `init_cache`. Training and decoding share one forward pass."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from rustgpt_jax.registry import lookup
 Params = dict[str, Any]
 Cache = dict[str, Any]
 
-# Memory kind of arrays that the policy `offload` saves.
+# Memory kind to which the policy `offload` saves arrays.
 HOST_MEMORY = "pinned_host"
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_saveable,
@@ -34,7 +34,7 @@ REMAT_POLICIES = {
 
 
 def init(key: jax.Array, model: ModelConfig) -> Params:
-    """Return initial float32 parameters; those of blocks are stacked over N, the layers of a group."""
+    """Return initial float32 parameters; parameters of blocks are stacked over N, the layers of a group."""
     # Parameters do not depend on save_residuals, and resolving it would initialize the device.
     model = dataclasses.replace(model, save_residuals=False)
     inputs = BlockInputs(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
@@ -94,7 +94,7 @@ def apply(
         params: From `init`, or from `to_decode_params`, where layers are in lists and weights are `PackedWeight`.
         tokens_BT: Token ids.
         model: Config of the model.
-        cache: Cached earlier tokens, which `tokens_BT` follow; None for none.
+        cache: Cache of the tokens before `tokens_BT`; None for no cache.
         positions_BT: Position of each token in its document, by default 0, 1, 2, ...
         segments_BT: Document of each token in a packed row, from 1; 0 is padding. By default each row is one document.
         dropout_key: Key for dropout at rate `model.dropout`; None for no dropout.
@@ -123,7 +123,7 @@ def hidden_states(
 ) -> tuple[jax.Array, Cache | None, LayerMetrics]:
     """Return hidden_BTD after the last norm, the cache, and the layer metrics.
 
-    Layer metrics are averaged over layers, except AUX_LOSS, which is summed. The arguments are those of `apply`.
+    Layer metrics are averaged over layers, except AUX_LOSS, which is summed. The arguments are the same as for `apply`.
     """
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
@@ -195,7 +195,7 @@ def remat_policy(name: str) -> Callable[..., Any]:
     if name == "offload" and HOST_MEMORY not in {memory.kind for memory in device.addressable_memories()}:
         raise UserError(
             f"config.model.remat='offload' needs devices with {HOST_MEMORY} memory, and {device.platform} has none; "
-            "'dots_no_batch' saves the same arrays on the device, 'full' saves fewer."
+            "'dots_no_batch' saves the same arrays on the device, and 'full' saves fewer."
         )
     return REMAT_POLICIES[name]
 

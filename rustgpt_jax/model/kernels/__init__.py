@@ -43,7 +43,7 @@ def current_device() -> Device:
 
 
 class AttentionSpec(NamedTuple):
-    """Static properties of a layer's attention, which decide the kernels that support it.
+    """Static properties of a layer's attention, which determine the kernels that support it.
 
     Attributes:
         device: Device that runs the program.
@@ -85,8 +85,8 @@ class AttentionInputs(NamedTuple):
         v_BSKC: Values.
         block_inputs: Positions and documents of the tokens, which are both queries and keys.
         window: A token attends to this many tokens of its document, itself included; None for all earlier ones.
-        scale: Factor of the scores.
-        softcap: Soft-cap of the scaled scores; 0 for none.
+        scale: Factor that the scores are multiplied by.
+        softcap: Soft-cap of the scaled scores; 0 for no cap.
         bias: Function of query and key positions, added to the capped scores.
         sinks_H: Logits of attention sinks.
     """

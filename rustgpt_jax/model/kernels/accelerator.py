@@ -1,4 +1,4 @@
-"""Flash attention kernels of libraries for GPUs and TPUs.
+"""Flash attention kernels from libraries, for GPUs and TPUs.
 
 They take an explicit mask, and support neither vmap nor automatic partitioning.
 """
@@ -16,7 +16,7 @@ from rustgpt_jax.model.activation_sharding import partition_spec
 from rustgpt_jax.model.kernels import AttentionInputs, AttentionSpec, current_device
 from rustgpt_jax.model.kv_cache import causal_mask
 
-# A function of q_BTHC, k_BSKC, v_BSKC, mask_BTS that gives mixed_BTHC.
+# A function of q_BTHC, k_BSKC, v_BSKC, mask_BTS that returns mixed_BTHC.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -43,7 +43,7 @@ def call_sharded_kernel(name: str, attend: Attend, inputs: AttentionInputs) -> j
 
 
 def _forbid_vmap(name: str, mask_BTS: jax.Array, *arrays: jax.Array) -> jax.Array:
-    """Return the mask, and raises UserError if the program is batched over it or any of the arrays.
+    """Return the mask, and raise UserError if the program is batched over it or any of the arrays.
 
     JAX's batching rule for cuDNN would misread the batch axis of the mask as heads, and splash attention takes one
     mask at a time.
@@ -66,7 +66,7 @@ def _forbid_vmap(name: str, mask_BTS: jax.Array, *arrays: jax.Array) -> jax.Arra
 #
 # Documents are passed as a mask B x T x S in the dtype of the activations, without heads. cuDNN also computes the
 # gradient of the mask; both take 1/H of the memory of the scores. The backward pass accumulates in no fixed order
-# unless XLA is told to be deterministic (`--xla_gpu_deterministic_ops=true` in XLA_FLAGS).
+# unless XLA is set to be deterministic (`--xla_gpu_deterministic_ops=true` in XLA_FLAGS).
 
 AMPERE, HOPPER = (8, 0), (9, 0)
 
@@ -75,7 +75,7 @@ def cudnn(inputs: AttentionInputs) -> jax.Array:
     """Return mixed_BTKGC, computed by cuDNN."""
 
     def attend(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-        # is_causal repeats what is in the mask so that cuDNN skips later tokens. It accepts no window beside a mask.
+        # is_causal repeats part of the mask, so that cuDNN skips later tokens. A window cannot be given with a mask.
         return jax.nn.dot_product_attention(
             q_BTHC,
             k_BSKC,
@@ -106,7 +106,7 @@ def cudnn_unsupported_reason(spec: AttentionSpec) -> str | None:
 
 
 def _reasons_of_libraries(spec: AttentionSpec) -> dict[str, bool]:
-    """Return reasons that hold for cuDNN and tokamax as they are called here, and whether each applies to a spec."""
+    """Return the limitations of both cuDNN and tokamax as called here, and whether each applies to a spec."""
     return {
         "it does not read a cache": spec.cached,
         f"it computes in bfloat16, not in {spec.dtype}": spec.dtype != "bfloat16",
@@ -157,7 +157,7 @@ def tokamax_unsupported_reason(spec: AttentionSpec) -> str | None:
         "it is not installed: pip install 'rustgpt_jax[kernels]'": platform is not None
         and find_spec("tokamax") is None,
         **_reasons_of_libraries(spec),
-        # The cap is an argument of our programs, so that one program serves every value.
+        # Here, the cap is an argument of the program, so that one program serves every value.
         "its soft-cap is a constant of the program": spec.softcap,
         f"it needs a multiple of {LANES} tokens, not {spec.length}": spec.length % LANES != 0,
     }

@@ -1,7 +1,7 @@
 """Softmax attention: the portable kernels, the table of all kernels, and the choice between them.
 
-All kernels compute the same as `reference_attention`, up to rounding. It alone supports every spec, reads caches, and
-has all scores in memory at once, so that they are a hook point.
+All kernels compute the same as `reference_attention`, up to rounding. Only the reference supports every spec, reads
+caches, and has all scores in memory at once, so that they can be a hook point.
 """
 
 import sys
@@ -237,7 +237,7 @@ def select_kernel(name: str, spec: AttentionSpec) -> KernelChoice:
         if (reason := portable_unsupported_reason(spec)) is None:
             return KernelChoice("blockwise", "; ".join([*reasons, f"rows have {LONG} tokens or more"]))
         reasons.append(f"blockwise cannot be used: {reason}")
-    return KernelChoice("plain", "; ".join(reasons) or f"rows have less than {LONG} tokens")
+    return KernelChoice("plain", "; ".join(reasons) or f"rows have fewer than {LONG} tokens")
 
 
 def attention(
@@ -329,7 +329,7 @@ def attention_spec(
         key_width: Channels of queries and keys.
         window: Number of tokens that a token attends to, itself included; None for all.
         length: Tokens in a row.
-        is_cached: Whether keys come from a cache. Initialization counts as cached, for it needs no fast kernel.
+        is_cached: Whether keys come from a cache. Initialization counts as cached, because it needs no fast kernel.
         has_dropout: Whether attention weights are dropped.
         device: The device that runs the program; None for the default device.
     """

@@ -33,7 +33,7 @@ COMPILE_TIMEOUT_SECS = 120
 
 
 class BuildError(Exception):
-    """The reason why there is no library, as a clause that follows 'because'."""
+    """The library cannot be built. The message is a clause that follows 'because'."""
 
 
 def build_library(source: Path) -> Path:
@@ -81,7 +81,7 @@ def _find_compiler() -> str:
 
 
 def _cache_key(source: Path, compiler: str) -> str:
-    """Return 16 hex digits that depend on everything that determines the library."""
+    """Return a hash, as 16 hex digits, of everything that determines the library."""
     headers = sorted(Path(jax.ffi.include_dir()).rglob("*.h"))
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=COMPILE_TIMEOUT_SECS).stdout
     files = [path.read_bytes() for path in (source, *headers)]

@@ -1,4 +1,4 @@
-"""Checks the selected attention kernels against the reference before a model is trained.
+"""Checks of the selected attention kernels against the reference, before a model is trained.
 
 A kernel may be wrong for a device, a head width or a version of a library, so each is compared with `plain` in float32,
 in value and gradient, on small arrays with the head widths of the model.
@@ -21,9 +21,9 @@ from rustgpt_jax.model.matmul import to_float32
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.registry import lookup
 
-# Maximum length of a row in a check: more than one block of every kernel, and a multiple of what any of them needs.
+# Maximum length of a row in a check: more than one block of every kernel, and a multiple of the lengths they need.
 MAX_TOKENS = 640
-# Relative differences that rounding explains: some units in the last place.
+# Largest relative differences that rounding can cause: a few units in the last place.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
 
 
@@ -64,10 +64,10 @@ def select_kernels(model: ModelConfig, device: Device, length: int) -> dict[str,
 
 
 def check_kernels(model: ModelConfig, length: int) -> list[KernelCheck]:
-    """Compare the selected kernels with the reference on the default device; `plain` needs no computation.
+    """Compare the selected kernels with the reference on the default device, except `plain`, which is the reference.
 
     Raises:
-        UserError: A difference is larger than rounding explains.
+        UserError: A difference is larger than rounding can cause.
     """
     blocks = _attention_blocks(model)
     checks = []
@@ -79,7 +79,7 @@ def check_kernels(model: ModelConfig, length: int) -> list[KernelCheck]:
             if not difference <= TOLERANCES[block.dtype]:
                 raise UserError(
                     f"Attention by {choice.kernel} ({name}) is wrong on this device: it differs from the reference by "
-                    f"{difference:.0e} of its largest value, where {block.dtype} explains "
+                    f"{difference:.0e} of its largest value, and rounding to {block.dtype} can cause only "
                     f"{TOLERANCES[block.dtype]:.0e}. Set config.model.attention.kernel=portable."
                 )
         checks.append(KernelCheck(name, choice, difference))

@@ -1,4 +1,4 @@
-"""Token mixers, which move information between tokens; one forward serves training and decoding.
+"""Token mixers, which move information between tokens; training and decoding share one forward pass.
 
 A mixer is a Flax module made from the config of its block, with the interface `Mixer` or `CachedMixer` of
 interfaces.py.

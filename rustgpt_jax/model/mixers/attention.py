@@ -67,7 +67,7 @@ class Attention(nn.Module):
                 return x
             return lookup(NORMS, config.norm, "config.model.norm")(config, name=name)(x)
 
-        # Queries may be sharded along the sequence; keys and values are not, for every query reads all earlier ones.
+        # Queries may be sharded along the sequence. Keys and values are not: every query reads all earlier ones.
         q_BTHC = shard_activations(project("query", n_heads), "BTHC")
         if config.attention.scale_by_layer:
             layer = 0 if inputs.layer is None else inputs.layer
@@ -83,7 +83,7 @@ class Attention(nn.Module):
 
 
 class LocalAttention(Attention):
-    """Sliding-window attention over the last `local_window` tokens (arXiv 2004.05150), which are all that is cached."""
+    """Sliding-window attention over the last `local_window` tokens (arXiv 2004.05150). Only these are cached."""
 
     @classmethod
     def window(cls, config: ModelConfig) -> int | None:

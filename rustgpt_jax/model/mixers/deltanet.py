@@ -30,15 +30,15 @@ def gated_delta_rule(
     """Apply the gated delta rule to all tokens of a row, by matrix products over chunks of tokens.
 
     The state is S_t = e^(g_t) S_(t-1) (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, and the output o_t = S_t q_t. With the
-    updates u_t = beta_t (v_t - e^(g_t) S_(t-1) k_t), S_t is the sum over s of decay_ts u_s k_s^T, where decay_ts is e
-    to the sum of g after s up to t. Within a chunk, the u solve a unit lower triangular system that is linear in the
+    updates u_t = beta_t (v_t - e^(g_t) S_(t-1) k_t), S_t is the sum over s of decay_ts u_s k_s^T, where decay_ts is
+    exp(the sum of g from s + 1 to t). Within a chunk, the u solve a unit lower triangular system that is linear in the
     state before the chunk (arXiv 2406.06484, 2412.06464), so that only states are passed from chunk to chunk. The sums
     of g are computed separately for each s, because a difference of cumulative sums would depend on earlier documents.
 
     Args:
         q_BTHC: Queries.
         k_BTHC: Keys of length 1.
-        v_BTHE: Values; E counts their channels.
+        v_BTHE: Values, with E channels.
         beta_BTH: Share of the value stored for a key that is replaced; 0, with a g of 0, leaves the state unchanged.
         g_BTH: Logarithm of the decay of the state, at most 0.
         document_BT: Index of each token's document, in order; no state is passed between documents.

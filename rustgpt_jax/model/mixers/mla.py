@@ -26,9 +26,9 @@ from rustgpt_jax.registry import lookup
 class LatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
 
-    Each token has a latent l = norm(W_l x) of R channels, and a key p = rotate(W_p x) of E channels, which is shared by
-    all heads and alone depends on the position. A head has a query of two parts, q of C channels and rotate(r) of E,
-    and
+    Each token has a latent l = norm(W_l x) of R channels, and a key p = rotate(W_p x) of E channels, which all heads
+    share and which is the only part that depends on the position. The query of a head has two parts, q of C channels
+    and rotate(r) of E channels, and
 
         k_s = W_k l_s,    v_s = W_v l_s,    score_ts = scale (q_t . k_s + rotate(r_t) . p_s)
 

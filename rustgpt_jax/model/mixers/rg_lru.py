@@ -65,7 +65,7 @@ class RecurrentGatedLRU(nn.Module):
         i_BTR = jax.nn.sigmoid(to_float32(gate(config, width, name="input_gate")(x_BTR)))
         rate_R = jax.nn.softplus(self.param("decay_rate", initial_decay_rate, (width,)))
         log_a_BTR = -LRU_C * rate_R[None, None] * r_BTR
-        # The smallest normal number, for the derivative of the square root at 0 is infinite.
+        # At least the smallest normal number, because the derivative of the square root at 0 is infinite.
         variance_BTR = jnp.maximum(-jnp.expm1(2 * log_a_BTR), jnp.finfo(log_a_BTR.dtype).tiny)
         if not config.recurrent.scale_first_token:
             variance_BTR = jnp.where(inputs.positions_BT[..., None] == 0, 1, variance_BTR)

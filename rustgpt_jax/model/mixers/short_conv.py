@@ -13,14 +13,14 @@ from rustgpt_jax.model.matmul import to_float32
 def document_starts(inputs: BlockInputs) -> jax.Array:
     """Return whether a token begins a document within the row (B, T).
 
-    The first token of a row is not counted, for it may continue a cached document.
+    The first token of a row is not counted, because it may continue a cached document.
     """
     before, now = inputs.segments_BT[:, :-1], inputs.segments_BT[:, 1:]
     return jnp.pad((now != before) & (now > 0), ((0, 0), (1, 0)))
 
 
 def document_numbers(inputs: BlockInputs) -> jax.Array:
-    """Return document_BT, the index of each token's document in its row; padding has that of the tokens before it."""
+    """Return document_BT, the index of each token's document in its row; padding gets that of the tokens before it."""
     return jnp.cumsum(document_starts(inputs), axis=1)
 
 
