@@ -219,7 +219,7 @@ def test_pipes_and_devices_are_refused(read: Callable[[DataConfig], Any], tmp_pa
 def test_file_names_may_contain_commas(tmp_path: Path) -> None:
     path = write(tmp_path, "a,b.txt", "text")
     assert texts(config(paths=parse("data.paths", path))) == ["text"]
-    with pytest.raises(UserError, match="matches no file; give one path a flag, or a Python list"):
+    with pytest.raises(UserError, match="matches no file; repeat the flag for each path, or give a Python list"):
         texts(config(paths=parse("data.paths", f"{path},{path}")))
 
 

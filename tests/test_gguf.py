@@ -150,7 +150,7 @@ def test_unsupported_models_are_refused(name: str, changes: dict[str, Any], mess
 def test_failed_exports_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, file = model_of("gpt2", d_model=48), tmp_path / "model.gguf"
     params = random_params(model)
-    with pytest.raises(UserError, match="multiples of 32 .* blk.0"):
+    with pytest.raises(UserError, match="a multiple of 32 .* blk.0"):
         write_gguf(params, model, file, dtype="int8")
     with pytest.raises(UserError, match="Did you mean 'float32'"):
         write_gguf(params, model, file, dtype="float3")

@@ -89,11 +89,11 @@ def test_warm_start_of_an_existing_run_resumes_it_or_is_refused(source: Path, tm
     assert begin(str(source), tmp_path / "new") == ""
     assert (tmp_path / "new/parameters.safetensors").read_bytes() == before
     with pytest.raises(
-        UserError, match=r"new was created with the parameters of .*, not with those of .*@best; choose"
+        UserError, match=r"new was created with the parameters of .*, not with the parameters of .*@best; choose"
     ):
         begin(f"{source}@best", tmp_path / "new")
     train(tiny(), tmp_path / "plain")
-    with pytest.raises(UserError, match=r"plain was created without a warm start, not with those of"):
+    with pytest.raises(UserError, match=r"plain was created without a warm start, not with the parameters of"):
         begin(str(source), tmp_path / "plain")
 
 

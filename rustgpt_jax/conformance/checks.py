@@ -109,7 +109,7 @@ CHECKS: dict[str, Check] = {
 
 
 def checks_for(component: Component, only: Sequence[str] = ()) -> dict[str, Check]:
-    """Returns the checks that apply to a component, restricted to those in `only` if there are any.
+    """Return the checks that apply to a component, restricted to those in `only` if there are any.
 
     `prefill` compares ways to fill a cache, so it does not apply to a mixer without one.
     """
@@ -131,7 +131,7 @@ class Outcome:
 
 
 def run_check(name: str, component: Component) -> Outcome:
-    """Runs a check; failures and exceptions of the component become a note.
+    """Run a check; failures and exceptions of the component become a note.
 
     Raises:
         UserError: The component's config is invalid.
@@ -154,7 +154,7 @@ def run_check(name: str, component: Component) -> Outcome:
 
 
 def run_checks(components: Sequence[Component], only: Sequence[str], console: Console) -> list[Outcome]:
-    """Runs all checks of all components and prints each outcome. Components with the same model share outcomes."""
+    """Run all checks of all components and prints each outcome. Components with the same model share outcomes."""
     known: dict[Any, Outcome] = {}
     outcomes = []
     width = max(len(component.title) for component in components) + 2 if len(components) > 1 else 0
@@ -206,7 +206,7 @@ def check_components(
     changes: Mapping[str, Any] | None = None,
     is_exhaustive: bool = False,
 ) -> int:
-    """Runs the `check` command: checks components and prints the results.
+    """Run the `check` command: checks components and prints the results.
 
     Args:
         names: The components to check, as named by the user; all components if empty.

@@ -101,7 +101,7 @@ class Component:
 
 
 def find_components(name: str | None = None, changes: Mapping[str, Any] | None = None) -> list[Component]:
-    """Returns the components that a name stands for.
+    """Return the components that a name stands for.
 
     Args:
         name: A component ('attention'), a registry ('mixers'), both ('mixers/attention'), an import path
@@ -133,7 +133,7 @@ def find_components(name: str | None = None, changes: Mapping[str, Any] | None =
 
 
 def make_component(kind: str, name: str, changes: Mapping[str, Any] | None = None) -> Component:
-    """Returns a component of a registry, by name or import path, with the small model that uses it."""
+    """Return a component of a registry, by name or import path, with the small model that uses it."""
     name = to_import_path(name)
     value = lookup(REGISTRIES[kind], name, f"check {kind}")
     return Component(kind, name, value, _model_with(kind, name, changes or {}) if kind in MODEL_KINDS else None)
@@ -164,7 +164,7 @@ def _model_with(kind: str, name: str, changes: Mapping[str, Any]) -> ModelConfig
 
 
 def infer_kind(value: Any, name: str) -> str:
-    """Returns the registry that a component belongs to, judged by its interface.
+    """Return the registry that a component belongs to, judged by its interface.
 
     Raises:
         UserError: It has the interface of no model component.
@@ -178,7 +178,7 @@ def infer_kind(value: Any, name: str) -> str:
 
 
 def to_import_path(name: str) -> str:
-    """Converts 'my_lab/mixers.py:Retention' to 'my_lab.mixers:Retention'; other names are returned unchanged."""
+    """Convert 'my_lab/mixers.py:Retention' to 'my_lab.mixers:Retention'; other names are returned unchanged."""
     file, colon, attribute = name.rpartition(":")
     if not colon or not file.endswith(".py"):
         return name

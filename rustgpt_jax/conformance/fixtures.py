@@ -35,14 +35,14 @@ class CheckFailure(Exception):
 
 
 def format_index(index: Sequence[Any], axes: Sequence[str]) -> str:
-    """Formats an array index as 'row 3, token 5'. Axes without a name are shown as numbers in brackets."""
+    """Format an array index as 'row 3, token 5'. Axes without a name are shown as numbers in brackets."""
     named = [f"{axis} {int(number)}" for axis, number in zip(axes, index, strict=False)]
     rest = ", ".join(str(int(number)) for number in index[len(axes) :])
     return ", ".join([*named, *([f"index [{rest}]"] if rest else [])]) or "the only element"
 
 
 def assert_same_shapes(found: Any, expected: Any, what: str) -> None:
-    """Raises CheckFailure if two trees of arrays have different structures, shapes or dtypes."""
+    """Raise CheckFailure if two trees of arrays have different structures, shapes or dtypes."""
     there, here = str(jax.tree.structure(found)), str(jax.tree.structure(expected))
     if there != here:
         raise CheckFailure(f"{what} comes back with another tree structure", "its structure", f"{there}, not {here}")
@@ -52,7 +52,7 @@ def assert_same_shapes(found: Any, expected: Any, what: str) -> None:
 
 
 def assert_shape(array: Any, shape: Sequence[int], dtype: Any, what: str) -> None:
-    """Raises CheckFailure if an array has another shape or dtype."""
+    """Raise CheckFailure if an array has another shape or dtype."""
     if (tuple(array.shape), str(array.dtype)) != (tuple(shape), str(dtype)):
         shown = f"{array.dtype}{list(array.shape)} instead of {dtype}{list(shape)}"
         raise CheckFailure("an array has the wrong shape or dtype", what, shown)
@@ -64,7 +64,7 @@ def _broadcast_mask(where: Any, array: np.ndarray) -> np.ndarray:
 
 
 def assert_same_bits(found: Any, expected: Any, what: str, axes: Sequence[str], where: Any = None) -> None:
-    """Raises CheckFailure at the first element (where the mask `where` is True) in which two arrays differ."""
+    """Raise CheckFailure at the first element (where the mask `where` is True) in which two arrays differ."""
     found, expected = np.asarray(found), np.asarray(expected)
     differs = ~((found == expected) | (np.isnan(found) & np.isnan(expected)))
     if where is not None:
@@ -91,7 +91,7 @@ def assert_close(
     where: Any = None,
     min_scale: float = 1e-30,
 ) -> float:
-    """Returns the largest difference of two arrays, relative to the root mean square of `expected`.
+    """Return the largest difference of two arrays, relative to the root mean square of `expected`.
 
     Args:
         found: An array.
@@ -123,7 +123,7 @@ def assert_close(
 
 
 def assert_finite(array: Any, what: str, axes: Sequence[str]) -> None:
-    """Raises CheckFailure at the first element that is infinite or NaN."""
+    """Raise CheckFailure at the first element that is infinite or NaN."""
     array = np.asarray(array).astype(np.float64)
     wrong = ~np.isfinite(array)
     if wrong.any():
@@ -133,7 +133,7 @@ def assert_finite(array: Any, what: str, axes: Sequence[str]) -> None:
 
 
 def format_exception(error: BaseException) -> str:
-    """Formats an exception as one line: the first line of its message and the last frame outside libraries."""
+    """Format an exception as one line: the first line of its message and the last frame outside libraries."""
     lines = str(error).strip().splitlines() or ["no message"]
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
     last = frames[-1] if frames else None
@@ -142,7 +142,7 @@ def format_exception(error: BaseException) -> str:
 
 
 def assert_finite_outputs(outputs: "Outputs", where: str) -> None:
-    """Raises CheckFailure if a logit or a gradient is infinite or NaN."""
+    """Raise CheckFailure if a logit or a gradient is infinite or NaN."""
     assert_finite(outputs.logits_BTV, f"a logit is not finite {where}", LOGIT_AXES)
     for name, leaf in flatten_paths(outputs.gradient).items():
         assert_finite(leaf, f"the gradient of {name} is not finite {where}", ())
@@ -153,7 +153,7 @@ def assert_finite_outputs(outputs: "Outputs", where: str) -> None:
 
 @contextmanager
 def check_settings() -> Iterator[None]:
-    """Sets JAX options for checks: fast compilation, and full float32 precision of matmuls on every device."""
+    """Set JAX options for checks: fast compilation, and full float32 precision of matmuls on every device."""
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     try:
@@ -224,7 +224,7 @@ SMALL: dict[str, Any] = flatten(ModelConfig()) | {
 
 
 def small_model(**changes: Any) -> ModelConfig:
-    """Returns the small model with some fields changed.
+    """Return the small model with some fields changed.
 
     Raises:
         UserError: A field is unknown, a value is out of range, or the fields contradict each other.
@@ -298,7 +298,7 @@ class Batch(NamedTuple):
 
 
 def make_batch(tokens_BT: np.ndarray, model: ModelConfig, positions_BT: Any = None, segments_BT: Any = None) -> Batch:
-    """Returns a batch with random weights; by default each row is one document."""
+    """Return a batch with random weights; by default each row is one document."""
     weights = np.random.default_rng(7).standard_normal((*tokens_BT.shape, model.vocab_size or 0)).astype(np.float32)
     if positions_BT is None:
         positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)

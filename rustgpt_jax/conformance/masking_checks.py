@@ -77,7 +77,7 @@ def causality(component: Component) -> str:
 
 
 def _assert_causal(found: Influence, case: Case) -> float:
-    """Returns the share of earlier tokens that each token depends on.
+    """Return the share of earlier tokens that each token depends on.
 
     Raises:
         CheckFailure: A token depends on a later token, or not on itself.
@@ -158,7 +158,7 @@ def _assert_isolated_rows(found: Influence, case: Case) -> None:
 
 
 def _assert_documents_alone(model: ModelConfig, found: Influence, case: Case) -> float:
-    """Checks that each document, moved to the start of its own row, gives the same outputs."""
+    """Check that each document, moved to the start of its own row, gives the same outputs."""
     worst, (x_BTD, positions_BT, segments_BT) = 0.0, found.packed
     documents = [
         (row, np.flatnonzero(segments_BT[row] == segment))
@@ -181,7 +181,7 @@ def _assert_documents_alone(model: ModelConfig, found: Influence, case: Case) ->
 
 
 def rows(component: Component) -> str:
-    """Checks that a row's outputs do not depend on the batch size, and a prefix's outputs not on the row length.
+    """Check that a row's outputs do not depend on the batch size, and a prefix's outputs not on the row length.
 
     Covers both dtypes, training and evaluation, with and without a cache; the small scope only float32 evaluation.
     """
@@ -214,7 +214,7 @@ def rows(component: Component) -> str:
 
 
 def _assert_same_at_all_lengths(model: ModelConfig, scope: Scope, is_training: bool) -> float:
-    """Checks in float32 that rows of all lengths have the outputs of the first tokens of the longest."""
+    """Check in float32 that rows of all lengths have the outputs of the first tokens of the longest."""
     lengths = LENGTHS[Scope.QUICK if is_training else scope]
     # Lengths that causality covers share its compiled programs.
     shared = {case.length: case for case in CASES[scope] if case[2:] == ("float32", False) and not is_training}
@@ -249,7 +249,7 @@ def _assert_same_rows(found: np.ndarray, expected: np.ndarray, segments_BT: np.n
 
 
 def _assert_same_cached_rows(params: Any, model: ModelConfig, batches: tuple[int, ...]) -> float:
-    """Checks prefill and one decoding step of the last rows, in batches of several sizes, against MAX_ROWS rows."""
+    """Check prefill and one decoding step of the last rows, in batches of several sizes, against MAX_ROWS rows."""
     worst = 0.0
     packed = single_document_rows(model, MAX_ROWS, LENGTH + 1)
     expected = np.zeros(())
@@ -268,7 +268,7 @@ def _assert_same_cached_rows(params: Any, model: ModelConfig, batches: tuple[int
 
 
 def padding(component: Component) -> str:
-    """Checks that neither the contents nor the amount of padding changes outputs, and that gradients are finite."""
+    """Check that neither the contents nor the amount of padding changes outputs, and that gradients are finite."""
     model = component.small_model
     params, tokens_BT = random_params(model), random_tokens(model)
     is_token_BT = POSITIONS_T[None, :] < 1 + np.arange(ROWS)[:, None] % LENGTH
@@ -305,7 +305,7 @@ WINDOW = 32
 
 
 def cache(component: Component) -> str:
-    """Checks that cached logits equal uncached ones, after each prefix of a row, in one call or token by token.
+    """Check that cached logits equal uncached ones, after each prefix of a row, in one call or token by token.
 
     Row r reads r + 1 tokens first. Rows end at different lengths: finished rows read padding, which must leave their
     caches unchanged.
@@ -314,14 +314,14 @@ def cache(component: Component) -> str:
 
 
 def assert_cached_equals_uncached(model: ModelConfig) -> float:
-    """Returns the largest relative difference of cached and uncached logits; see `cache`."""
+    """Return the largest relative difference of cached and uncached logits; see `cache`."""
     params, tokens_BT = random_params(model), random_tokens(model)
     expected_BTV = reference_outputs(model).logits_BTV
     prefix_B = np.arange(ROWS) % LENGTH + 1
     end_B = np.where(np.arange(ROWS) < LENGTH, LENGTH, np.minimum(prefix_B + 3, LENGTH))
 
     def read(cached: Any, start_B: np.ndarray, stop_B: np.ndarray, length: int, when: str) -> tuple[Any, float]:
-        """Reads the tokens from start to stop of each row; returns the cache, and the difference of the logits."""
+        """Read the tokens from start to stop of each row; returns the cache, and the difference of the logits."""
         positions_BT = (start_B[:, None] + np.arange(length)).astype(np.int32)
         is_token_BT = positions_BT < stop_B[:, None]
         source_BT = np.minimum(positions_BT, LENGTH - 1)
@@ -351,7 +351,7 @@ def assert_cached_equals_uncached(model: ModelConfig) -> float:
 
 
 def prefill(component: Component) -> str:
-    """Checks that prefill, at once or in pieces, and token-by-token decoding match one call without a cache.
+    """Check that prefill, at once or in pieces, and token-by-token decoding match one call without a cache.
 
     Covers prompts of any length, positions beyond 2,048, and a ring buffer that is filled more than twice; the small
     scope only prompts of 1 to 40 tokens.
@@ -376,7 +376,7 @@ def _shapes(model: ModelConfig) -> list[Any]:
 
 
 def _assert_ragged_prompts(model: ModelConfig) -> float:
-    """Checks rows of 1 to MAX_RAGGED tokens read in pieces of 7, 3 and 1; finished rows read padding."""
+    """Check rows of 1 to MAX_RAGGED tokens read in pieces of 7, 3 and 1; finished rows read padding."""
     params, batch, length = random_params(model), MAX_RAGGED, MAX_RAGGED + 4 * PIECE
     packed = single_document_rows(model, batch, length)
     expected = run_forward(params, packed, model)
@@ -401,7 +401,7 @@ def _assert_ragged_prompts(model: ModelConfig) -> float:
 
 
 def _assert_prompts(model: ModelConfig, lengths: tuple[int, ...]) -> float:
-    """Checks prompts of each length from an empty cache with some tokens after them, then pieces of all lengths."""
+    """Check prompts of each length from an empty cache with some tokens after them, then pieces of all lengths."""
     params = random_params(model)
     packed = single_document_rows(model, 2, SLOTS)
     expected = run_forward(params, packed, model)
@@ -431,7 +431,7 @@ def _assert_prompts(model: ModelConfig, lengths: tuple[int, ...]) -> float:
 
 
 def heads(component: Component) -> str:
-    """Checks that all parameters are used and the cache is right with one, two and all key-value heads."""
+    """Check that all parameters are used and the cache is right with one, two and all key-value heads."""
     model = dataclasses.replace(component.small_model, n_layers=component.small_model.period)
     counts = [count for count in (1, 2, model.attention.n_heads) if model.attention.n_heads % count == 0]
     others = {count: replace_paths(model, {"attention.n_kv_heads": count}) for count in counts}

@@ -63,7 +63,7 @@ def _params(seed: int = 0, scale: float = 1.0) -> Any:
 
 
 def optimizer_update(component: Component) -> str:
-    """Checks that updates have the parameters' shapes and dtypes, the state keeps its own, and all stays finite."""
+    """Check that updates have the parameters' shapes and dtypes, the state keeps its own, and all stays finite."""
     config = dataclasses.replace(OPTIMIZER, name=component.name)
 
     def update(gradients: Any, params: Any) -> Any:
@@ -104,7 +104,7 @@ def _descend(learning_rate: Any, config: OptimizerConfig, steps: int) -> tuple[A
 
 
 def optimizer_descent(component: Component) -> str:
-    """Checks that the squared distance to a target decreases."""
+    """Check that the squared distance to a target decreases."""
     config = dataclasses.replace(OPTIMIZER, name=component.name)
     compiled = quick_jit(lambda rate: _descend(rate, config, DESCENT_STEPS)[0])
     before, after = jax.device_get(compiled(np.float32(0.02)))
@@ -114,7 +114,7 @@ def optimizer_descent(component: Component) -> str:
 
 
 def optimizer_traced(component: Component) -> str:
-    """Checks that one compiled program serves all hyperparameters, alone and under vmap."""
+    """Check that one compiled program serves all hyperparameters, alone and under vmap."""
     config = dataclasses.replace(OPTIMIZER, name=component.name)
     hparams = traced_fields(config)
     del hparams["learning_rate"]
@@ -158,7 +158,7 @@ def _compiled_multipliers(config: ScheduleConfig) -> Any:
 
 
 def schedule_range(component: Component) -> str:
-    """Checks that the multiplier is in [0, 1] at every step of a run of any length, and above 0 at the first."""
+    """Check that the multiplier is in [0, 1] at every step of a run of any length, and above 0 at the first."""
     compiled = _compiled_multipliers(dataclasses.replace(SCHEDULE, name=component.name))
     cases = list(
         itertools.product((1, 2, 7, MAX_STEPS), (0, 1, 5, 2 * MAX_STEPS), ((0.0, 0.0), (0.2, 0.1), (1.0, 1.0)))
@@ -177,7 +177,7 @@ def schedule_range(component: Component) -> str:
 
 
 def schedule_traced(component: Component) -> str:
-    """Checks that traced hyperparameters give the same multipliers as Python numbers."""
+    """Check that traced hyperparameters give the same multipliers as Python numbers."""
     config = dataclasses.replace(SCHEDULE, name=component.name)
     traced = _compiled_multipliers(config)(np.float32(MAX_STEPS), traced_fields(config))
     constant = quick_jit(
@@ -191,7 +191,7 @@ def schedule_traced(component: Component) -> str:
 
 
 def sampler_distribution(component: Component) -> str:
-    """Checks that logits keep shape and dtype, each row keeps some token, and no excluded token comes back."""
+    """Check that logits keep shape and dtype, each row keeps some token, and no excluded token comes back."""
     shares, compiled = [], _compiled_sampler(component)
     for value in _sampler_values(component.name):
         logits_BV, seen_BV = _random_logits(0)
@@ -216,7 +216,7 @@ def sampler_distribution(component: Component) -> str:
 
 
 def sampler_rows(component: Component) -> str:
-    """Checks that the result for a row does not depend on the other rows or on its index."""
+    """Check that the result for a row does not depend on the other rows or on its index."""
     value = np.float32(_sampler_values(component.name)[0])
     logits_BV, seen_BV = _random_logits(1)
     compiled = _compiled_sampler(component)
@@ -274,7 +274,7 @@ VOCAB_SIZE = 300
 
 
 def tokenizer_round_trip(component: Component) -> str:
-    """Checks that every text is recovered from its tokens, and that no text is encoded to special tokens."""
+    """Check that every text is recovered from its tokens, and that no text is encoded to special tokens."""
     tokenizer = train_tokenizer(TokenizerConfig(component.name, VOCAB_SIZE), TEXTS)
     special = {special_token_id(tokenizer, token) for token in SPECIAL_TOKENS}
     recovered = 0
@@ -292,7 +292,7 @@ def tokenizer_round_trip(component: Component) -> str:
 
 
 def tokenizer_determinism(component: Component) -> str:
-    """Checks that the same texts give the same tokenizer, and that a loaded tokenizer equals the saved one."""
+    """Check that the same texts give the same tokenizer, and that a loaded tokenizer equals the saved one."""
     config = TokenizerConfig(component.name, VOCAB_SIZE)
     first, second = train_tokenizer(config, TEXTS), train_tokenizer(config, TEXTS)
     if first.serialized != second.serialized:
@@ -312,7 +312,7 @@ def tokenizer_determinism(component: Component) -> str:
 
 
 def corpus_documents(component: Component) -> str:
-    """Checks that the same documents come every time, each with the name of its source."""
+    """Check that the same documents come every time, each with the name of its source."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("a.txt", "b.txt"):
             (Path(folder) / name).write_text(f"The text of {name}.\n", encoding="utf-8")
@@ -330,7 +330,7 @@ def corpus_documents(component: Component) -> str:
 
 
 def launcher_interface(component: Component) -> str:
-    """Checks that a launcher is a function of (launch, chunks) with a docstring."""
+    """Check that a launcher is a function of (launch, chunks) with a docstring."""
     names = list(inspect.signature(component.value).parameters)
     if names != ["launch", "chunks"]:
         raise CheckFailure("a launcher is a function of (launch, chunks)", component.name, f"({', '.join(names)})")

@@ -58,7 +58,7 @@ from rustgpt_jax.pytrees import flatten_paths, format_path
 
 
 def shapes(component: Component) -> str:
-    """Checks that blocks keep shape and dtype for any batch and length, and parameters and logits are float32."""
+    """Check that blocks keep shape and dtype for any batch and length, and parameters and logits are float32."""
     for dtype in ("float32", "bfloat16"):
         model = dataclasses.replace(component.small_model, dtype=dtype)
         params = jax.eval_shape(lambda model=model: transformer.init(jax.random.key(0), model))
@@ -118,7 +118,7 @@ LARGE = np.float32(100.0)
 
 
 def finite(component: Component) -> str:
-    """Checks that logits and gradients are finite for ordinary, large and zero activations, in both dtypes."""
+    """Check that logits and gradients are finite for ordinary, large and zero activations, in both dtypes."""
     worst = 0.0
     for dtype in ("float32", "bfloat16"):
         model = dataclasses.replace(component.small_model, dtype=dtype)
@@ -147,7 +147,7 @@ FEW_TOKENS, MANY_TOKENS = 96, 384
 
 
 def precision(component: Component) -> str:
-    """Checks that a bfloat16 model computes exponents, roots and long sums in float32, with logits close to float32."""
+    """Check that a bfloat16 model computes exponents, roots and long sums in float32, with logits close to float32."""
     model = component.small_model
     low = dataclasses.replace(model, dtype="bfloat16")
     for what, line, dtype in _find_roundings(low):
@@ -169,7 +169,7 @@ def precision(component: Component) -> str:
 
 
 def _find_roundings(model: ModelConfig) -> Iterator[tuple[str, str, str]]:
-    """Yields operations that should not be done in bfloat16: a description, the source line and the dtype."""
+    """Yield operations that should not be done in bfloat16: a description, the source line and the dtype."""
     params = jax.eval_shape(lambda: transformer.init(jax.random.key(0), model))
     tokens = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)
     program = jax.make_jaxpr(lambda params, tokens: transformer.apply(params, tokens, model)[0])(params, tokens)
@@ -182,7 +182,7 @@ def _find_roundings(model: ModelConfig) -> Iterator[tuple[str, str, str]]:
 
 
 def _find_repeated_roundings(block: ModelConfig, params: Any, model: ModelConfig) -> Iterator[tuple[str, str, str]]:
-    """Yields states and decays of a block that are rounded below float32 once per token, chunk or call."""
+    """Yield states and decays of a block that are rounded below float32 once per token, chunk or call."""
     longest_paths = []
     for length in FEW_TOKENS, MANY_TOKENS:
         analysis, outputs = _analyze_block(block, params, model, length)
@@ -210,7 +210,7 @@ def _find_repeated_roundings(block: ModelConfig, params: Any, model: ModelConfig
 def _analyze_block(
     block: ModelConfig, params: Any, model: ModelConfig, length: int, cached: Any = None, followed: int = -1
 ) -> tuple[RoundingAnalysis, list[Rounding]]:
-    """Analyzes a block over some tokens; returns the analysis, and the roundings of its output and each cache array.
+    """Analyze a block over some tokens; returns the analysis, and the roundings of its output and each cache array.
 
     The cache array with the index `followed` counts as if it had been rounded MANY_TOKENS times.
     """
@@ -250,7 +250,7 @@ BFLOAT16_GRADIENT_TOLERANCE = 0.2
 
 
 def gradients(component: Component) -> str:
-    """Checks gradients against finite differences along a random direction of each parameter, in float64.
+    """Check gradients against finite differences along a random direction of each parameter, in float64.
 
     Covers row lengths on both sides of chunk thresholds; one row holds several documents. Also checks that bfloat16
     gradients, which may use custom derivatives, are close to those of float32.
@@ -337,7 +337,7 @@ MAX_ERROR = {"bfloat16": 0.2, "float32": 1e-3}
 
 
 def drift(component: Component) -> str:
-    """Checks that over 4,096 tokens, bfloat16 and float32 errors against float64 grow no faster than attention's.
+    """Check that over 4,096 tokens, bfloat16 and float32 errors against float64 grow no faster than attention's.
 
     Uses initial parameters, whose decays are as slow as at the beginning of training.
     """
@@ -415,7 +415,7 @@ def _profile(key: jax.Array, init_std: Any, model: ModelConfig) -> tuple[jax.Arr
 
 
 def initial_scale(component: Component) -> str:
-    """Checks that the residual stream keeps its scale over 16 initial layers, and the loss is a uniform guess's."""
+    """Check that the residual stream keeps its scale over 16 initial layers, and the loss is a uniform guess's."""
     model = component.small_model
     model = dataclasses.replace(model, n_layers=model.period * math.ceil(DEPTH / model.period))
     # Norms on the outputs of sublayers make each of these as large as what they are added to.

@@ -163,7 +163,7 @@ def single_document_rows(model: ModelConfig, batch: int, length: int) -> PackedR
 def _hidden_states(
     params: Any, packed: PackedRows, model: ModelConfig, is_training: bool, cached: Any = None
 ) -> tuple[jax.Array, Any]:
-    """Returns the last hidden states (B, T, D) and the cache."""
+    """Return the last hidden states (B, T, D) and the cache."""
     batch, length, width = packed.x_BTD.shape
     tokens_BT = jnp.arange(batch * length, dtype=jnp.int32).reshape(batch, length)
     params = {**params, "embedding": {"table": packed.x_BTD.reshape(-1, width)}}
@@ -186,13 +186,13 @@ def _forward(params: Any, packed: PackedRows, model: ModelConfig, is_training: b
 
 
 def run_forward(params: Any, packed: PackedRows, model: ModelConfig, is_training: bool = False) -> np.ndarray:
-    """Returns hidden_BTD, in float32 or wider."""
+    """Return hidden_BTD, in float32 or wider."""
     return jax.device_get(_forward(params, packed, model, is_training))
 
 
 @partial(quick_jit, static_argnums=3)
 def run_cached_forward(params: Any, packed: PackedRows, cached: Any, model: ModelConfig) -> tuple[jax.Array, Any]:
-    """Returns hidden_BTD of tokens that follow the cached ones, and the updated cache."""
+    """Return hidden_BTD of tokens that follow the cached ones, and the updated cache."""
     return _hidden_states(params, packed, model, False, cached)
 
 
@@ -237,7 +237,7 @@ def _make_probes(case: Case) -> np.ndarray:
 def run_case(
     model: ModelConfig, case: Case, packed: PackedRows, with_gradients: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns output_BTD of a case, in float32, and gradients_KBT of all probes or zeros."""
+    """Return output_BTD of a case, in float32, and gradients_KBT of all probes or zeros."""
     probes_KBT = _make_probes(case)
     weights_BTD = np.random.default_rng(7).standard_normal(packed.x_BTD.shape).astype(np.float32)
     count = np.int32(len(probes_KBT) if with_gradients else 0)
@@ -247,7 +247,7 @@ def run_case(
 
 @cache
 def compute_influence(model: ModelConfig, case: Case) -> Influence:
-    """Computes full Jacobians and the effect of changing each token, in all rows at once and in each row alone."""
+    """Compute full Jacobians and the effect of changing each token, in all rows at once and in each row alone."""
     packed, others_BTD = packed_rows(model, case.batch, case.length), activations(model, case.batch, case.length, 1)
     output_BTD, gradients_KBT = run_case(model, case, packed, with_gradients=True)
     assert_finite(output_BTD, f"an output is not finite in {case}", ("row", "token"))

@@ -74,7 +74,7 @@ FLOPS_TOKENS = 128
 
 
 def parameters(component: Component) -> str:
-    """Checks that `init` makes as many parameters as a run plans for, and that every one of them is used."""
+    """Check that `init` makes as many parameters as a run plans for, and that every one of them is used."""
     model = component.small_model
     planned = total_size(parameter_shapes(model))
     count = sum(leaf.size for leaf in jax.tree.leaves(initial_params(model)))
@@ -85,7 +85,7 @@ def parameters(component: Component) -> str:
 
 
 def assert_parameters_used(model: ModelConfig, where: str = "") -> None:
-    """Raises CheckFailure if a parameter, or all weights of a mixer's output channel, have zero gradient."""
+    """Raise CheckFailure if a parameter, or all weights of a mixer's output channel, have zero gradient."""
     what = f"is never used {where}".rstrip()
     gradient = flatten_paths(reference_outputs(model).gradient)
     # A gradient that is only rounding error, such as that of a key bias without positions, may be 0 in places.
@@ -101,7 +101,7 @@ def assert_parameters_used(model: ModelConfig, where: str = "") -> None:
 
 
 def flops(component: Component) -> str:
-    """Checks that the FLOPs that runs report, those of matmuls, are close to XLA's count.
+    """Check that the FLOPs that runs report, those of matmuls, are close to XLA's count.
 
     XLA counts the body of a loop once. Layers in a loop must be reported to cost what they cost without one.
     """
@@ -146,7 +146,7 @@ DEVICES = 8
 
 
 def assert_close_outputs(found: Outputs, expected: Outputs, what: str) -> float:
-    """Returns the largest relative difference of logits and gradients; raises CheckFailure above rounding error."""
+    """Return the largest relative difference of logits and gradients; raises CheckFailure above rounding error."""
     worst = assert_close(
         found.logits_BTV, expected.logits_BTV, LOGIT_TOLERANCE, f"{what}: the logits differ", LOGIT_AXES
     )
@@ -160,14 +160,14 @@ def assert_close_outputs(found: Outputs, expected: Outputs, what: str) -> float:
 
 
 def layers(component: Component) -> str:
-    """Checks that scanned and unrolled layers give the same outputs and gradients."""
+    """Check that scanned and unrolled layers give the same outputs and gradients."""
     model = component.small_model
     what = "unrolled layers differ from scanned ones"
     return f"within {_assert_same_with(model, what, scan_layers=False):.0e}"
 
 
 def remat(component: Component) -> str:
-    """Checks that rematerialization does not change outputs or gradients."""
+    """Check that rematerialization does not change outputs or gradients."""
     policies = ("dots", "full") if component.scope is Scope.EXHAUSTIVE else ("full",)
     differences = [
         _assert_same_with(component.small_model, f"remat {policy!r} differs from 'none'", remat=policy)
@@ -183,7 +183,7 @@ def _assert_same_with(model: ModelConfig, what: str, **changes: Any) -> float:
 
 
 def dropout(component: Component) -> str:
-    """Checks that evaluation drops nothing, with or without a cache, and equals training that drops nothing."""
+    """Check that evaluation drops nothing, with or without a cache, and equals training that drops nothing."""
     model = model_for_long_rows(component)
     case = CASES[component.scope][0]
     dropping = dataclasses.replace(model, dropout=0.5)
@@ -220,7 +220,7 @@ def _run_trials(keys: Any, params: Any, hparams: Any, batch: Batch, model: Model
 
 
 def vmap(component: Component) -> str:
-    """Checks that trials under vmap, with traced fields such as norm_eps as arguments, equal each trial alone.
+    """Check that trials under vmap, with traced fields such as norm_eps as arguments, equal each trial alone.
 
     This is what a sweep in one program needs.
     """
@@ -244,7 +244,7 @@ def vmap(component: Component) -> str:
 
 
 def devices(component: Component) -> str:
-    """Checks that logits and gradients of a batch split over eight devices equal those of one device.
+    """Check that logits and gradients of a batch split over eight devices equal those of one device.
 
     A process with fewer devices starts a child process, `python -m rustgpt_jax.conformance.program_checks`.
     """
@@ -274,7 +274,7 @@ def _check_in_child_process(component: Component) -> str:
 
 
 def main(title: str, changes: str) -> None:
-    """Runs the check on eight virtual CPU devices, and prints its result as a line of JSON."""
+    """Run the check on eight virtual CPU devices, and prints its result as a line of JSON."""
     use_eight_cpu_devices()
     (component,) = find_components(title, json.loads(changes))
     answer: dict[str, Any]
@@ -290,7 +290,7 @@ def main(title: str, changes: str) -> None:
 
 
 def use_eight_cpu_devices() -> None:
-    """Makes eight CPU devices. Call it before JAX is used; an accelerator is left as it is."""
+    """Make eight CPU devices. Call it before JAX is used; an accelerator is left as it is."""
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", DEVICES)
 

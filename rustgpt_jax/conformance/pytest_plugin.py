@@ -17,12 +17,12 @@ ARGUMENT = "conformance_check"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Registers the marker."""
+    """Register the marker."""
     config.addinivalue_line("markers", MARKER)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Makes one test for each component and check. JAX is imported only if a test asks for this."""
+    """Make one test for each component and check. JAX is imported only if a test asks for this."""
     if ARGUMENT not in metafunc.fixturenames:
         return
     markers = list(metafunc.definition.iter_markers("conforms"))
@@ -42,7 +42,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _make_test(name: str, component: Any, is_first: bool) -> Callable[[], str]:
-    """Returns a test function that runs one check, returns its measurement, and fails if the check fails.
+    """Return a test function that runs one check, returns its measurement, and fails if the check fails.
 
     The first check of a component clears the compiled programs of earlier components, since a process can map only a
     limited number.

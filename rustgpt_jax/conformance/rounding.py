@@ -73,7 +73,7 @@ def _is_low_precision(array: Any) -> bool:
 
 
 def count_roundings_by_line(traced: Rounding) -> Counter[str]:
-    """Counts the roundings on the longest path to an array by source line."""
+    """Count the roundings on the longest path to an array by source line."""
     lines: Counter[str] = Counter()
     path = traced.path
     while path is not None:
@@ -89,7 +89,7 @@ class RoundingAnalysis:
         self.found: list[tuple[str, Any, Any]] = []
 
     def follow(self, jaxpr: Any, inputs: Sequence[Rounding]) -> list[Rounding]:
-        """Returns the properties of a program's outputs, given those of its inputs."""
+        """Return the properties of a program's outputs, given those of its inputs."""
         known: dict[Any, Rounding] = dict(zip(jaxpr.invars, inputs, strict=True))
 
         def value(variable: Any) -> Rounding:
@@ -121,7 +121,7 @@ class RoundingAnalysis:
     def _loop(
         self, body: Any, arguments: list[Rounding], n_constants: int, n_carried: int, length: int
     ) -> list[Rounding]:
-        """Returns the properties after a loop of `length` iterations, extrapolated from two iterations."""
+        """Return the properties after a loop of `length` iterations, extrapolated from two iterations."""
         constants, others = arguments[:n_constants], arguments[n_constants:]
         carried, scanned = others[:n_carried], others[n_carried:]
         carried = [each._replace(is_state=True) for each in carried]
@@ -180,7 +180,7 @@ class RoundingAnalysis:
 
 
 def _combine(values: Sequence[Rounding]) -> Rounding:
-    """Combines the properties of arrays that are joined into one."""
+    """Combine the properties of arrays that are joined into one."""
     return Rounding(
         max(each.depth for each in values),
         all(each.is_exact for each in values),
@@ -193,7 +193,7 @@ def _combine(values: Sequence[Rounding]) -> Rounding:
 
 
 def _last_rounding(traced: Rounding) -> tuple[Any, Any]:
-    """Returns the equation of the last rounding and its output dtype."""
+    """Return the equation of the last rounding and its output dtype."""
     equation, _ = traced.path
     return equation, equation.outvars[0].aval
 

@@ -75,8 +75,8 @@ def is_validation(digest: bytes, config: DataConfig) -> bool:
 def assign_splits(source: Iterable[Document], config: DataConfig, n_characters: int) -> Iterator[tuple[str, Document]]:
     """Iterate over documents with their split, 'train' or 'valid'.
 
-    With split='tail', the first (1 - valid_fraction) of the `n_characters` of `source` are training. A plain text that
-    straddles the boundary is cut there; a dialogue that does is training.
+    With split='tail', the first (1 - valid_fraction) of the `n_characters` of `source` are for training. A plain text
+    that straddles the boundary is cut there; a dialogue that straddles it is used for training.
     """
     if config.split == "document":
         for document in source:
@@ -101,10 +101,10 @@ def load_training_documents(config: DataConfig, n_characters: int | None = None)
 
     Args:
         config: The corpus config.
-        n_characters: The length of the corpus if known; otherwise split='tail' reads the corpus to compute it.
+        n_characters: The length of the corpus; if None, split='tail' reads the corpus once more to compute it.
 
     Raises:
-        UserError: As for `load_documents`.
+        UserError: A file of the corpus cannot be read or parsed.
     """
     if n_characters is None:
         n_characters = sum(len(document.text) for document in load_documents(config)) if config.split == "tail" else 0
@@ -141,7 +141,7 @@ def _read_lines(name: str, file: BinaryIO) -> Iterator[str]:
 
 
 def _decode(name: str, data: bytes, start: int = 0) -> str:
-    """Decode the bytes of a file from `start`, without a byte order mark."""
+    """Decode bytes at the offset `start` of a file, without a byte order mark."""
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -188,7 +188,7 @@ def _parse_json(text: str, name: str, first_line: int) -> Any:
 
 
 class _DuplicateKey(Exception):
-    """A JSON object repeats a key in use, so its meaning depends on the parser."""
+    """Raised if a JSON object repeats a key that is read here, since parsers disagree about the value."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -251,7 +251,7 @@ def _parse_table(name: str, file: BinaryIO) -> Iterator[Document]:
 
 
 def _header(lines: Iterator[str]) -> list[str]:
-    """Return the lines of a table's first row, which are several if a column name contains line breaks."""
+    """Return the lines of a table's first row: more than one if a column name contains line breaks."""
     header: list[str] = []
     for line in lines:
         header.append(line)
@@ -337,7 +337,7 @@ def _open_file(path: str | Path) -> Iterator[BinaryIO]:
     try:
         # Opening a pipe would block until another process writes to it.
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(f"{path}: this is not a regular file; the text is read more than once.")
+            raise UserError(f"{path}: this is not a regular file, and the text must be readable more than once.")
         file = open(path, "rb")
     except OSError as error:
         raise UserError(f"{path}: the file cannot be read ({error.strerror}).") from None
@@ -358,7 +358,7 @@ def _expand_pattern(pattern: str) -> list[str]:
     files = [os.path.normpath(path) for path in found if not os.path.isdir(path)]
     if not files:
         folder = " (a folder: give a glob such as folder/**/*.txt)" if os.path.isdir(pattern) else ""
-        several = "; give one path a flag, or a Python list" if "," in pattern else ""
+        several = "; repeat the flag for each path, or give a Python list" if "," in pattern else ""
         unreadable = _unreadable_folder(pattern)
         reason = f"; the folder {unreadable} is not readable" if unreadable else ""
         raise UserError(f"config.data.paths: {pattern!r} matches no file{folder}{several}{reason}.")
@@ -388,7 +388,7 @@ MAX_DIGESTS = 1000
 
 
 def hash_files(config: DataConfig) -> dict[str, str]:
-    """Return the SHA-256 of each file of a corpus, cut to 16 hex digits, by name; none for corpora without files.
+    """Return the SHA-256 of each file of a corpus by name, cut to 16 hex digits; empty for corpora without files.
 
     With more than MAX_DIGESTS files, the files of a folder are combined into one digest. Raises UserError if a file
     cannot be read.
@@ -411,7 +411,7 @@ def _hash_file(path: Path) -> str:
         return _hash_unchanged_file(path, status.st_size, status.st_mtime_ns)
 
 
-# The trials of a sweep read a file once, unless its size or modification time changes.
+# Cached, so that the trials of a sweep read a file only once unless its size or modification time changes.
 @cache
 def _hash_unchanged_file(path: Path, size: int, modified: int) -> str:
     del size, modified

@@ -51,12 +51,12 @@ class StageData:
         return self.store.manifest.n_dialogues > 0
 
     def training_batches(self, rows: np.ndarray | None = None) -> Batches:
-        """Return the batches of the stage by step of the run, or only some rows of each."""
+        """Return the training batches of the stage, indexed by step of the run; `rows` selects some rows of each."""
         config, stream = self.stage.config, self.store.split("train")
         return Batches(stream, self.seq_len, config.training.batch_size, config.seed, self.stage.first_step, rows)
 
     def validation_batches(self, rows: np.ndarray | None = None) -> Iterator[Batch]:
-        """Iterate over the batches of an evaluation, or only some rows of each."""
+        """Iterate over the batches of an evaluation; `rows` selects some rows of each."""
         config, stream = self.stage.config, self.store.split("valid")
         limit = config.logging.eval_batches
         return iterate_eval_batches(stream, self.seq_len, config.training.batch_size, limit, rows)
@@ -116,7 +116,11 @@ def prepare_stage(
     progress: Progress | None = None,
     store: Store | None = None,
 ) -> StageData:
-    """Return a stage with `store`, or else a store that is built or found under `cache`."""
+    """Return a stage with the given store, or else with one that is found or built under `cache`.
+
+    Raises:
+        UserError: The corpus cannot be read, or has too few tokens for a batch.
+    """
     data = StageData(stage, store or build_store(stage.config.data, tokenizer, cache / "stores", progress))
     check_enough_tokens(data.store.split("train"), data.seq_len, stage.config.training.batch_size)
     return data
@@ -175,7 +179,7 @@ def resolve_epochs(config: Config, prepare: Callable[[Stage], StageData]) -> Res
 def resolve_epochs_of_text(
     config: Config, tokenizer: Tokenizer, cache: Path, progress: Progress | None = None
 ) -> ResolvedEpochs:
-    """As `resolve_epochs`, with the sequences of a tokenizer, whose stores are built or found under `cache`."""
+    """Resolve epochs as in `resolve_epochs`, with token stores that are found or built under `cache`."""
     return resolve_epochs(config, lambda stage: prepare_stage(stage, tokenizer, cache, progress))
 
 

@@ -134,7 +134,7 @@ def _describe_file(path: Path) -> StoredFile:
 
 
 class SplitWriter:
-    """Writes the files of one split into a folder: call `append` for each document, `flush` regularly, then `close`."""
+    """A writer of the files of one split: call `append` for each document, `flush` regularly, and finally `close`."""
 
     def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int) -> None:
         self._offsets_path = folder / f"{name}.offsets.npy"
@@ -194,7 +194,7 @@ class SplitWriter:
 
 
 class _ShardWriter:
-    """Writes one array as files of `shard_tokens` elements each, the last one shorter."""
+    """A writer of one array as files of `shard_tokens` elements each; the last one may be shorter."""
 
     def __init__(self, folder: Path, stem: str, dtype: str, shard_tokens: int) -> None:
         self._folder, self._stem, self._dtype, self._shard_tokens = folder, stem, dtype, shard_tokens
@@ -267,7 +267,7 @@ class Store:
 
 
 def open_store(path: Path) -> Store:
-    """Open the store in a folder. Raises UserError if it is missing, of another format, or has files of wrong size."""
+    """Open the store in a folder. Raises UserError if it is missing or damaged, or has another format version."""
     try:
         values = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if values["format_version"] != FORMAT_VERSION:
@@ -293,7 +293,7 @@ def _parse_split(values: dict[str, Any]) -> SplitManifest:
 
 
 def check_enough_tokens(stream: TokenStream, seq_len: int, batch_size: int) -> None:
-    """Raise UserError if the training stream has less than one batch of sequences."""
+    """Raise UserError if the training stream has too few tokens for one batch."""
     needed = seq_len * batch_size + 1
     if stream.n_tokens < needed:
         raise UserError(
@@ -310,7 +310,7 @@ LOCK = ".lock"
 
 @contextmanager
 def temporary_folder(root: Path, name: str) -> Iterator[Path]:
-    """Create a hidden folder in `root`, which is created too; remove it at the end unless it was renamed.
+    """Create a hidden folder in `root`, creating `root` if necessary; remove it on exit unless it was renamed.
 
     First remove unlocked hidden folders in `root`, which were left by killed processes.
     """

@@ -53,7 +53,7 @@ IGNORED_KEYS = (
     *("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "_sliding_window_pattern"),
 )
-# Keys that determine the length of loops before the tensors are checked.
+# Keys that set the number of iterations of loops that run before the tensors are checked.
 COUNTING_KEYS = ("num_hidden_layers", "n_layer", "num_experts", "num_local_experts")
 MAX_COUNT = 4096
 
@@ -104,18 +104,21 @@ class Architecture:
         return {knob: validate_value(f"model.{knob}", value, f"{file}: {knob}") for knob, value in knobs.items()}
 
     def _without_aliases(self, config: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
-        """Return a config.json with aliases resolved. Raises UserError if two names of one key differ in value."""
+        """Return a config.json with aliases resolved. Raises UserError if two names of a key have different values."""
         values = dict(config)
         for alias, key in self.aliases.items():
             if alias not in config:
                 continue
             if key in config and config[key] != config[alias]:
-                raise UserError(f"{file}: {alias}={config[alias]!r} and {key}={config[key]!r} are the same setting.")
+                raise UserError(
+                    f"{file}: {alias}={config[alias]!r} and {key}={config[key]!r} are the same setting with different "
+                    "values."
+                )
             values[key] = config[alias]
         return values
 
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the config.json closest to a model. See `roundtrip_differences` for whether it is equivalent."""
+        """Return the config.json closest to a model; `roundtrip_differences` lists what it cannot represent."""
         config: dict[str, Any] = {"architectures": [self.name], "model_type": self.model_type}
         for each in self.mappings:
             config |= each.write(model)
@@ -488,7 +491,7 @@ def architecture_for(model: ModelConfig) -> Architecture:
             continue
         if not differences:
             return architecture
-        shown = ", ".join(f"{knob} {here!r} (there {there!r})" for knob, (here, there) in differences.items())
+        shown = ", ".join(f"{knob}={here!r} (it has {there!r})" for knob, (here, there) in differences.items())
         found.append((len(differences), architecture.name, shown))
     _, name, shown = min(found)
     raise UserError(

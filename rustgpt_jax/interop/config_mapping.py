@@ -1,7 +1,7 @@
 """Bidirectional mapping between ModelConfig fields and the keys of a Hugging Face config.json.
 
 A KeyMapping reads some keys into knobs and writes them back. Reading raises an error for what ModelConfig cannot
-represent. Writing gives the nearest keys: whoever writes a config.json reads it again and compares.
+represent. Writing gives the nearest keys; `Architecture.roundtrip_differences` reads them again to find differences.
 """
 
 import json
@@ -133,7 +133,7 @@ def effective_attention_scale(model: ModelConfig) -> float:
 
 
 def canonical_config(model: ModelConfig) -> dict[str, Any]:
-    """Return the knobs that affect logits, with defaults and patterns expanded, without those that nothing reads."""
+    """Return the knobs that affect the logits of a model, with defaults and patterns expanded."""
     patterns = {
         knob: expand_pattern(getattr(model, knob), model.n_layers) for knob in ("mixers", "feedforwards", "positions")
     }
@@ -200,14 +200,14 @@ Keys = dict[str, Any]
 
 
 class KeyMapping(NamedTuple):
-    """A bidirectional mapping: `read` gives knobs of a config.json, `write` gives the keys of a model."""
+    """A bidirectional mapping: `read` returns the knobs for a config.json, `write` the keys for a model."""
 
     read: Callable[[HFConfigReader], Knobs]
     write: Callable[[ModelConfig], Keys]
 
 
 def direct(key: str, knob: str, of: Callable[[ModelConfig], Any] | None = None) -> KeyMapping:
-    """Map a key to a knob; `of` computes the written value if it differs from the knob's."""
+    """Map a key to a knob; `of` computes the value to write if it is not the knob itself."""
     return KeyMapping(
         lambda reader: {knob: reader.parse(key, knob)},
         lambda model: {key: get_path(model, knob) if of is None else of(model)},
@@ -215,7 +215,7 @@ def direct(key: str, knob: str, of: Callable[[ModelConfig], Any] | None = None) 
 
 
 def fixed(knobs: Knobs) -> KeyMapping:
-    """Set knobs for which there are no keys."""
+    """Set knobs that have no keys."""
     return KeyMapping(lambda reader: knobs, lambda model: {})
 
 
@@ -296,7 +296,7 @@ def attention_bias(key: str) -> KeyMapping:
 
 
 def softcap(key: str, knob: str) -> KeyMapping:
-    """Map a softcap, which is null there and 0 here if disabled."""
+    """Map a softcap. If disabled, it is null in config.json and 0 in ModelConfig."""
     return KeyMapping(
         lambda reader: {knob: 0.0 if reader[key] is None else reader.parse(key, knob)},
         lambda model: {key: get_path(model, knob) or None},
@@ -320,7 +320,7 @@ def query_pre_attn_scalar(key: str) -> KeyMapping:
 
 
 def scale_attn_weights(key: str) -> KeyMapping:
-    """Map whether attention scores are multiplied by head_dim^-1/2 (GPT-2)."""
+    """Map the switch that multiplies attention scores by head_dim^-1/2 (GPT-2)."""
     return KeyMapping(
         lambda reader: {"attention.scale": None if reader.parse(key, "bias") else 1.0},
         lambda model: {key: effective_attention_scale(model) != 1.0},
@@ -345,7 +345,7 @@ LayerType = Callable[[HFConfigReader, int], str]
 
 
 def sliding_window_in_all_layers(switch: str | None = None) -> KeyMapping:
-    """Map a sliding window in all layers, or null (Mistral); with a `switch`, only if that key is true."""
+    """Map a sliding window in all layers, or null for none (Mistral). If given, the key `switch` must enable it."""
 
     def read(reader: HFConfigReader) -> Knobs:
         if reader["sliding_window"] is None or (switch is not None and not reader.boolean(switch)):
@@ -396,7 +396,7 @@ def layer_types(default: LayerType, *, has_switch: bool = False, has_local_rope:
 
 
 def sliding_window_after_first_layers() -> KeyMapping:
-    """Map max_window_layers, the number of first layers with full attention (Qwen2); layer_types has precedence."""
+    """Map max_window_layers, the number of initial layers with full attention (Qwen2); layer_types takes precedence."""
 
     def default(reader: HFConfigReader, layer: int) -> str:
         has_window = reader.boolean("use_sliding_window") and reader["sliding_window"] is not None
@@ -518,7 +518,7 @@ def moe_in_some_layers(activation: str) -> KeyMapping:
 
 # RoPE: rope_theta and rope_scaling, or rope_parameters as written by transformers 5.
 
-# Our names of rope_type, and the knobs for the keys of each type.
+# Our name for each rope_type. ROPE_KEYS has the knobs for the keys of each type.
 ROPE_SCALINGS = {
     "default": "none",
     "linear": "linear",

@@ -1,4 +1,4 @@
-"""Converts Hugging Face folders to runs and runs to Hugging Face folders, and checks the logits."""
+"""Conversion of Hugging Face folders to runs and of runs to Hugging Face folders, with a comparison of the logits."""
 
 import contextlib
 import functools
@@ -40,7 +40,8 @@ from rustgpt_jax.workdir.run_dir import RunDir, create_run_dir, load_config
 
 # The number of tokens for the comparison of logits.
 N_COMPARED_TOKENS = 64
-# Logits in float32 are sums of thousands of products. Differences up to this share of the largest logit are rounding.
+# Logits in float32 are sums of thousands of products: differences up to this share of the largest logit are attributed
+# to rounding.
 TOLERANCE = 1e-3
 # Tokens in a training sequence of an imported model by default.
 SEQ_LEN = 256
@@ -63,9 +64,9 @@ class LogitComparison(NamedTuple):
 
 
 def compare_logits(folder: Path, read: Callable[[], Params], model: ModelConfig) -> LogitComparison:
-    """Compare the logits of a Hugging Face folder in `transformers`, on random tokens, with those of parameters here.
+    """Compare the logits that `transformers` computes for a Hugging Face folder with ours, on random tokens.
 
-    The parameters are read last, so that only one model at a time is in memory.
+    `read` returns our parameters. It is called last, so that only one model at a time is in memory.
     """
     length = min(N_COMPARED_TOKENS, model.context_length)
     rng = np.random.default_rng(0)
@@ -133,7 +134,7 @@ def _quiet(transformers: Any) -> Any:
 
 
 def import_run(source: Path, path: Path, tree: Any, origins: Mapping[str, str], log: Log) -> None:
-    """Create a run folder with the model and tokenizer of a Hugging Face folder, and a config `tree` for the rest.
+    """Create a run folder with the model and tokenizer of a Hugging Face folder; `tree` holds the other config fields.
 
     The folder is created atomically.
 
@@ -145,7 +146,9 @@ def import_run(source: Path, path: Path, tree: Any, origins: Mapping[str, str], 
     origins = _override_model(tree, info.knobs, origins, f"import from {source}")
     config = resolve(tree)
     if uses_epochs(config):
-        raise UserError(f"config.{EPOCHS}: import reads no text; give the number of epochs to train instead.")
+        raise UserError(
+            f"config.{EPOCHS}: `import` reads no text, so it cannot convert epochs to steps; give them to `train`."
+        )
     model, name = fill_vocab_size(config, tokenizer).model, info.architecture.name
     shapes = parameter_shapes(model)
     log(f"{source}: {name}, {format_count(total_size(shapes))} parameters")
@@ -166,7 +169,7 @@ def export_run(path: Path, folder: Path, which: str, dtype: str | None, log: Log
     Args:
         path: The run.
         folder: The folder to create, atomically.
-        which: The checkpoint.
+        which: The checkpoint: 'last', 'best' or a step.
         dtype: The dtype; None for that of the imported tensors if the run was not trained, else float32.
         log: Called with messages.
 

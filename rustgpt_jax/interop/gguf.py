@@ -39,7 +39,7 @@ from rustgpt_jax.training.load_model import load_model
 from rustgpt_jax.training.run_inputs import load_run_tokenizer
 from rustgpt_jax.workdir.run_dir import RunDir, load_config
 
-# Tokenizers. One is converted only if llama.cpp produces the same tokens for the same text.
+# Tokenizers. A tokenizer is converted only if llama.cpp produces the same tokens for the same text.
 
 SPACE = "▁"
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -243,7 +243,7 @@ def _prepends_space(settings: Mapping[str, Any]) -> bool:
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "Q8_0"}
 # The number of 8-bit values with a common scale; rows must be divisible by it.
 BLOCK = 32
-# Looked up by row, so that it is stored in float32.
+# The position table is looked up by row, so it is stored in float32.
 POSITIONS = "position_embd.weight"
 
 LAYER = "blk.{layer}."
@@ -402,7 +402,7 @@ def _convert_tokenizer(tokenizer: Tokenizer, is_dialogue: bool) -> tuple[GGUFVoc
 
 
 def _metadata(architecture: GGUFArchitecture, model: ModelConfig, dtype: str, gguf: Any) -> dict[str, Any]:
-    """Return the metadata of the model by the names of the writer's methods."""
+    """Return the metadata of the model by the names of the writer's methods, without their prefix add_."""
     values = {
         "context_length": model.context_length,
         "embedding_length": model.d_model,
@@ -462,12 +462,14 @@ def _storage_type(tensor: TensorPlan, dtype: str) -> str:
     if len(tensor.shape) == 1 or tensor.name == POSITIONS:
         return DTYPES["float32"]
     if dtype == "int8" and tensor.shape[-1] % BLOCK:
-        raise UserError(f"int8 requires rows of multiples of {BLOCK} values; {tensor.name} has {tensor.shape[-1]}.")
+        raise UserError(
+            f"int8 requires rows of a multiple of {BLOCK} values; those of {tensor.name} have {tensor.shape[-1]}."
+        )
     return DTYPES[dtype]
 
 
 def _add_tensor_info(writer: Any, tensor: TensorPlan, kind: Any, gguf: Any) -> None:
-    """Add the header of a tensor; the data follow after all headers."""
+    """Add the header of a tensor. The data are written after all headers."""
     native = {"F32": np.float32, "F16": np.float16}.get(kind.name)
     if native is not None:
         n_bytes = np.dtype(native).itemsize * int(np.prod(tensor.shape))

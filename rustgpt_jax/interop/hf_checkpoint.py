@@ -1,4 +1,4 @@
-"""Reads and writes Hugging Face checkpoints: the config, tensors and tokenizer in a folder."""
+"""Import and export of Hugging Face checkpoints: the config, tensors and tokenizer in a folder."""
 
 import json
 import os
@@ -111,7 +111,7 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
 def _missing_tensors_error(folder: Path) -> UserError:
     if any(folder.glob(f"{PICKLE}*.bin*")):
         return UserError(
-            f"{folder} has its tensors only as pickles ({PICKLE}*.bin), which can run any code and are never read. "
+            f"{folder} stores its tensors only as pickles ({PICKLE}*.bin), which can run any code and are never read. "
             "If you trust them, convert them with transformers: "
             "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)."
         )
@@ -122,12 +122,12 @@ def _missing_tensors_error(folder: Path) -> UserError:
 
 
 def import_parameters(source: Path, file: Path, model: ModelConfig, architecture: Architecture) -> None:
-    """Convert the tensors of a Hugging Face folder to a file of our parameters, one tensor at a time, in their dtypes.
+    """Convert the tensors of a Hugging Face folder to a file of our parameters, one by one, keeping their dtypes.
 
     All names, shapes and dtypes are checked before anything is written.
 
     Raises:
-        UserError: A tensor is missing, unknown or of another shape, or a file is damaged.
+        UserError: A tensor is missing, is unknown or has the wrong shape, or a file is damaged.
     """
     stored = _with_embedding_table(read_folder(source), model, architecture)
     plan = _match_tensors(source, stored, model, architecture)
@@ -138,7 +138,7 @@ def import_parameters(source: Path, file: Path, model: ModelConfig, architecture
 def _match_tensors(
     source: Path, stored: Stored, model: ModelConfig, architecture: Architecture
 ) -> dict[str, TensorPlan]:
-    """Return the plan of the model's tensors with the names of this folder. Raises UserError unless they match."""
+    """Return the plan of the model's tensors with this folder's names for them. Raises UserError unless they match."""
     layouts = [plan_tensors(rules, model) for rules in _layouts(architecture)]
     plan = max(layouts, key=lambda layout: len(layout.keys() & stored.keys()))
     for name, tensor in plan.items():
@@ -340,7 +340,7 @@ def _read_chat_format(source: Path, tokenizer: Tokenizer, log: Callable[[str], o
         chat_format = ChatFormat(stops[0], tuple(dict.fromkeys(stops)), template, named)
     except ValueError as error:
         raise UserError(f"{source}: a special token or the chat template is not valid text ({error}).") from None
-    # A base model may have this token without stopping at it; after training on dialogues it stops.
+    # A base model may have this token and not stop at it, but should stop after training on dialogues.
     turn_end = find_turn_end_token(chat_format, tokenizer.special_tokens)
     if turn_end is None or turn_end in chat_format.stop_tokens:
         return chat_format

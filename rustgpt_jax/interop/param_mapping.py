@@ -1,8 +1,8 @@
 """Mapping between our parameters and the tensors of other formats.
 
-A rule gives the tensor name for a parameter of a block or of the whole model. Blocks are stacked here, while tensors
-belong to one layer (and one expert), so a parameter consists of slices, one for each of them. A tensor is one slice, or
-several concatenated along the last axis, transposed if linear layers are stored as (outputs, inputs).
+A rule gives the tensor name for a parameter of a block or of the whole model. Blocks are stacked here, while a tensor
+belongs to one layer (and one expert), so a parameter consists of one slice per layer (and expert). A tensor is one
+slice, or several concatenated along the last axis, transposed if linear layers are stored as (outputs, inputs).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -122,7 +122,7 @@ def slices_by_param(plan: Iterable[TensorPlan]) -> dict[str, list[TensorSlice]]:
 
 
 def _rule_key(path: str, model: ModelConfig, rules: TensorRules) -> tuple[str, tuple[int, ...]]:
-    """Return the key of a parameter's rule, which is its path without the stack, and the layers it is stacked over.
+    """Return the key of a parameter's rule (its path without the stack) and the layers that it is stacked over.
 
     For rules of a specific mixer, the key has the mixer's name in place of 'mixer'.
     """

@@ -1,4 +1,4 @@
-"""Warm start: creates a run with the matching parameters of another run and initializes the rest from the seed."""
+"""Warm starts: runs whose parameters are those of another run where they match, and are initialized where not."""
 
 import dataclasses
 import json
@@ -79,7 +79,9 @@ def create_warm_started_run(source: str, path: Path, config: Config, origins: Ma
         recorded = read_import_record(run).get("source")
         if recorded is None or _resolve_source(recorded) != _resolve_source(source):
             how = f"with the parameters of {recorded}" if recorded else "without a warm start"
-            raise UserError(f"{path} was created {how}, not with those of {source}; choose another --run folder.")
+            raise UserError(
+                f"{path} was created {how}, not with the parameters of {source}; choose another --run folder."
+            )
         return warm_start if is_given else _with_tokenizer_of(load_config(path), config, origins, recorded)
     folder, which = parse_source(source)
     loaded = load_model(folder, which)
@@ -230,7 +232,7 @@ def _qualify_reason(reason: str, keys: Sequence[tuple[str, int | None]], some: S
 
 
 def _initial_array(name: str, fresh: Any, wanted: Layers, given: Layers, report: WarmStartReport) -> Any:
-    """Return the initial array of the new model with the loaded layers replaced."""
+    """Return a freshly initialized array with its matching layers replaced by those of the source."""
     if name not in report.loaded and name not in report.partially_loaded:
         return fresh
     array = np.array(fresh)

@@ -16,7 +16,7 @@ from rustgpt_jax.errors import UserError, short_repr
 
 ROLES = ("system", "user", "assistant")
 
-# Limits of one rendering of a chat template.
+# Limits for rendering a chat template once.
 MAX_CPU_SECONDS = 5.0
 MAX_CHARACTERS = 2**24
 MAX_MEMORY_BYTES = 2**30
@@ -37,7 +37,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Document:
-    """A plain text (a single message with the role 'text') or a dialogue. The name tells users its origin."""
+    """A plain text (a single message with the role 'text') or a dialogue. `name` identifies its source in messages."""
 
     name: str
     messages: tuple[Message, ...]
@@ -167,7 +167,7 @@ class _Renderer:
         except BrokenPipeError:
             line = b""
         except BaseException:
-            # A late response would be taken for that of the next request.
+            # Otherwise a late response could be mistaken for the response to the next request.
             self.end()
             raise
         if line.endswith(b"\n"):
@@ -180,7 +180,7 @@ class _Renderer:
         raise UserError(f"The model's chat template rejects this dialogue: {reason}.")
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        # After a fork, the process belongs to the parent.
+        # After a fork, the renderer process belongs to the parent.
         if self._process is None or self._owner != os.getpid():
             script = Path(__file__).with_name("template_worker.py")
             self._process = subprocess.Popen(

@@ -26,14 +26,14 @@ from rustgpt_jax.tokenizers.tokenizer import (
 
 # BPE takes quadratic time in the length of a word.
 MAX_WORD_CHARACTERS = 2**16
-# Upper bound of what byte-level tokenizers treat as one word: letters, digits, punctuation or spaces.
+# Matches everything that byte-level tokenizers treat as one word: a run of letters, digits, punctuation or spaces.
 _WORD = re.compile(r"[^\W\d_]+|\d+|(?:[^\w\s]|_)+|\s+")
-# Texts are encoded in pieces of about this many characters, in parallel, if the tokenizer was trained here ...
+# If the tokenizer was trained here, texts are split into pieces of about this many characters, encoded in parallel.
 PIECE_CHARACTERS = 2**14
-# ... and about this many characters per call, because the library allocates over 100 bytes per token.
+# Each call of the library encodes about this many characters, because it allocates over 100 bytes per token.
 CALL_CHARACTERS = 2**20
 
-# The token ids of a document (int32), and whether each is a target (bool).
+# The token ids of a document (int32), and a mask of those that are targets of the loss (bool).
 EncodedDocument = tuple[np.ndarray, np.ndarray]
 
 
@@ -61,7 +61,7 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
 
 
 def encode_document(tokenizer: Tokenizer, document: Document, loss_mask: str) -> EncodedDocument:
-    """Encode a document, as `encode_documents` does."""
+    """Encode one document; see `encode_documents`."""
     return next(encode_documents(tokenizer, [document], loss_mask))
 
 
@@ -71,11 +71,11 @@ def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document], loss_m
     Args:
         tokenizer: The tokenizer.
         documents: The documents.
-        loss_mask: 'all' for all tokens as targets; 'assistant' for only the assistant's messages in dialogues, with
-            the token that ends each, which is the role token of the next message, or END.
+        loss_mask: 'all' makes every token a target. With 'assistant', the only targets in dialogues are the assistant's
+            messages and the token that ends each of them: the role token of the next message, or END.
 
     Yields:
-        The token ids of each document and whether each is a target.
+        The token ids of each document and a mask of its targets.
     """
     if tokenizer.chat_format is not None:
         yield from _encode_imported(tokenizer, tokenizer.chat_format, documents, loss_mask)
@@ -142,13 +142,13 @@ def _encode_imported_dialogue(
         for before, after in zip(parts[::2], parts[1::2], strict=True):
             is_open = _set_reply_weights(weights, ends, is_stop, _reply_span(text, before, after), chat_format)
     if is_open:
-        # The template ends this reply only by the next message, so append the token that ends a text.
+        # The template marks the end of this reply only by the start of the next message, so append the end token.
         ids, weights = np.append(ids, np.int32(tokenizer.end_id)), np.append(weights, True)
     return ids, weights
 
 
 def _reply_span(text: str, before: str, after: str) -> tuple[int, int]:
-    """Return the start and end of a reply in a rendered dialogue, given the text before it and up to its end."""
+    """Return the start and end of a reply in a rendered dialogue, given the text up to its start and up to its end."""
     if not (text.startswith(before) and text.startswith(after)):
         raise UserError(
             "The model's chat template renders earlier messages differently when others follow, so the assistant's "

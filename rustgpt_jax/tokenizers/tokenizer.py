@@ -25,10 +25,10 @@ USER = "<|user|>"
 ASSISTANT = "<|assistant|>"
 SPECIAL_TOKENS = (END, SYSTEM, USER, ASSISTANT)
 ROLE_TOKENS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
-# Not special in the sense of the library, so that decoding shows it.
+# Not a special token for the library, so that `decode` keeps it.
 UNKNOWN = "<unk>"
 
-# The library takes time and memory for each id below the largest.
+# The time and memory that the library takes are proportional to the largest token id.
 MAX_VOCAB_SIZE = 2**24
 
 # Characters that start a word or are dropped between words, regardless of context.
@@ -159,7 +159,7 @@ def decode_continuation(tokenizer: Tokenizer, before: Sequence[int], ids: Iterab
 
 @contextmanager
 def translate_library_errors(what: str = "The tokenizer does not accept this text") -> Iterator[None]:
-    """Translate errors of the `tokenizers` library to UserError, with `what` before the library's message."""
+    """Translate errors of the `tokenizers` library to UserError, prefixing the library's message with `what`."""
     try:
         yield
     except BaseException as error:
@@ -191,7 +191,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         raise UserError(f"{path}: the tokenizer cannot be read ({error.strerror}).") from None
     with translate_library_errors(f"{path}: this is not a tokenizer.json"):
         backend = HFTokenizer.from_buffer(data)
-    # A file may enable these; `transformers` enables them only if its caller does.
+    # A file may enable truncation and padding; like `transformers`, ignore that.
     backend.no_truncation()
     backend.no_padding()
     tokenizer = Tokenizer(backend, _load_chat_format(chat_format_file(path)))
@@ -240,7 +240,7 @@ def _train_word(texts: Iterable[str], vocab_size: int | None) -> HFTokenizer:
     return _add_special_tokens(_word_tokenizer(tokenizer.get_vocab()))
 
 
-# In the word tokenizer, punctuation marks and line breaks have a joiner on each side without a space. 'Yes, "no".' is
+# In the word tokenizer, punctuation marks and line breaks have a joiner on each side that has no space: 'Yes, "no".' is
 # encoded as Yes  ￭,  "￭  no  ￭"  ￭.  so that each word is one token and spacing is preserved.
 JOINER = "￭"
 _MARK = r"(?!(?<=\w)['’](?=\w))(?:[^\w\s]|\n)"
