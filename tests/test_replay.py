@@ -89,7 +89,7 @@ def test_every_step_has_its_recorded_bits(finished: Path) -> None:
             assert {"train/loss", "train/gradient_norm", "train/learning_rate"} <= set(replayed.recorded)
             assert replayed.from_step == max(each for each in saved if each < step)
             assert replayed.stage == ("first" if step <= BORDER else "second")
-            assert "the same, bit for bit" in replayed.verdict
+            assert "are bit-identical" in replayed.verdict
         for step in (0, -1, STEPS + 1):
             with pytest.raises(UserError, match=f"has no step {step}: its steps are 1 to 10"):
                 replay_one_step(run, step, with_intermediates=False)
@@ -127,7 +127,7 @@ def test_many_missing_steps_are_announced_and_counted(copy: Path, monkeypatch: p
             run.compute_state(8)
             if is_announced:
                 run.train(run.restore_nearest(0), 8, progress.append)
-        assert ("8 steps are recomputed first, from the start on." in output_of(console)) == is_announced
+        assert ("Recomputing 8 earlier steps, from the start." in output_of(console)) == is_announced
     assert progress == [3, 5, 8]
 
 
@@ -160,7 +160,9 @@ def test_missing_or_truncated_record_does_not_match(copy: Path, n_lines: int | N
     assert not replay(copy, STEPS, False, console) or n_lines == -1
     last = json.loads(lines[n_lines - 1])["step"] if n_lines else 0
     reason = "is missing" if n_lines is None else "is empty" if n_lines == 0 else f"ends at step {last}"
-    assert n_lines == -1 or f"There is nothing to compare this with: metrics.jsonl {reason}." in output_of(console)
+    assert n_lines == -1 or f"The step cannot be compared with the record: metrics.jsonl {reason}." in output_of(
+        console
+    )
 
 
 def test_step_that_is_not_logged_by_config_matches(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +170,7 @@ def test_step_that_is_not_logged_by_config_matches(copy: Path, monkeypatch: pyte
     edit_metrics(copy, lambda line: line if line["step"] % 3 == 0 else None)
     console = new_console()
     assert replay(copy, 2, False, console)
-    assert "The run does not record step 2 (config.logging.log_every=1): there is nothing to" in output_of(console)
+    assert "Step 2 was not logged (config.logging.log_every=1), so it cannot be compared" in output_of(console)
 
 
 def test_verdict_gives_reasons_and_nan_equals_nan() -> None:
@@ -192,7 +194,7 @@ def test_reasons_come_from_the_journal(copy: Path) -> None:
         EventLog(file).append_all([launch | {"mode": "fused", "width": 4, "step": 2}])
         assert "fused with 3 others" in reasons(4)[0] and reasons(2) == ()
         file.write_text(original.replace(f'"code": "{code}"', '"code": "0123456789ab"'))
-        assert reasons(2) == (f"the code was 0123456789ab and is {code}",)
+        assert reasons(2) == (f"the hash of the code was 0123456789ab and is now {code}",)
         file.unlink()
         assert "were not recorded" in reasons(2)[0]
 
@@ -201,7 +203,7 @@ def test_changed_text_is_named_by_its_stage(copy: Path) -> None:
     text = write_text()
     try:
         text.write_text(text.read_text().replace("question", "answer"))
-        with pytest.raises(UserError, match="stage 'first' is not what the run read"):
+        with pytest.raises(UserError, match="stage 'first' has changed since the run"):
             replay(copy, 2, False, new_console())
     finally:
         write_text()

@@ -78,7 +78,7 @@ def test_rerun_is_bit_identical(pair: tuple[Path, str]) -> None:
     folder, output = pair
     assert "bit-identical for 6 steps: " in output
     first, second = RunDir(folder / "run"), RunDir(folder / "run.rerun")
-    assert f"After step 6 {(n := compare_checkpoints(first, second).n_arrays)} of {n} arrays are the same." in output
+    assert f"After step 6, {(n := compare_checkpoints(first, second).n_arrays)} of {n} arrays are the same." in output
     assert n > 10
     for name in ("config.json", "tokenizer.json", "data.json"):
         assert (first.path / name).read_bytes() == (second.path / name).read_bytes(), name
@@ -184,7 +184,7 @@ CHANGES: dict[str, tuple[Callable[[RunDir, RunDir], None], bool, list[str]]] = {
         False,
         [
             "bit-identical for 6 steps",
-            "The data differ, but no step read the difference:",
+            "The data differ, but no step read the changed part:",
             "data:\n  stage train: ",
         ],
     ),
@@ -221,7 +221,7 @@ def test_differing_array_is_named(copies: tuple[RunDir, RunDir], monkeypatch: py
     monkeypatch.setattr(compare_metrics, "read_metadata", read_changed)
     is_same, output = rerun(copies[0].path)
     assert not is_same
-    assert f"arrays are the same; the first that is not: {changed[0]}." in output
+    assert f"arrays are the same; the first that differs: {changed[0]}." in output
     assert "bit-identical for 6 steps" in output and "environment: the same" in output
 
 
@@ -232,7 +232,7 @@ def test_fused_run_is_compared_within_a_tolerance(copies: tuple[RunDir, RunDir])
     loss = next(json.loads(line)["train/loss"] for line in run.metrics_file.read_text().splitlines())
     edit_lines(run.metrics_file, 1, "train/loss", loss * 1.0005)
     is_same, output = rerun(run.path)
-    assert is_same and "bits are not compared" in output and "within 0.001 for 6 steps" in output, output
+    assert is_same and "the comparison is not bitwise" in output and "within 0.001 for 6 steps" in output, output
     edit_lines(run.metrics_file, 1, "train/loss", loss * 1.002)
     is_same, output = rerun(run.path)
     assert not is_same and "Step 1 is the first that differs: train/loss" in output

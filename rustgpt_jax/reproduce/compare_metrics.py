@@ -21,7 +21,7 @@ TIMED = ("train/tokens_per_second", "train/flops_share")
 TIMED_IN_LINE = re.compile(rb', "train/tokens_per_second": [^,}"]+(?:, "train/flops_share": [^,}"]+)?')
 STEP_IN_LINE = re.compile(rb'\{"step": (\d{1,10}), "')
 LINES_PER_BLOCK = 4096
-# Stands for a value that one side lacks.
+# Shown for a value that one of the runs lacks.
 ABSENT = "nothing"
 
 
@@ -182,7 +182,7 @@ def _read_samples(path: Path) -> list[dict[str, Any]]:
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     samples = []
     for number, line in enumerate(lines, start=1):
-        # A kill may have left half a line.
+        # A killed process may have left an incomplete line.
         if line.endswith(b"\n"):
             try:
                 samples.append(json.loads(line))
@@ -194,7 +194,7 @@ def _read_samples(path: Path) -> list[dict[str, Any]]:
 
 
 def describe_missing_record(run: RunDir, stage: Stage, step: int) -> str:
-    """Explain why metrics.jsonl ends before a logged step of a stage; '' if it does not."""
+    """Return how metrics.jsonl falls short of a logged step of a stage, such as 'is empty'; '' if it does not."""
     if not run.metrics_file.exists():
         return "is missing"
     last = last_step(run.path)

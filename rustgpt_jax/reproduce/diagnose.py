@@ -40,9 +40,9 @@ from rustgpt_jax.tracking.console import replace_control_characters, show_spinne
 from rustgpt_jax.training.train_step import stack
 
 LOSS, NORM = "train/loss", "train/gradient_norm"
-# A loss above this multiple of the first loss, or of that of a uniform guess, counts as diverged.
+# A loss above this multiple of the first loss, or of the loss of a uniform guess, counts as diverged.
 DIVERGENCE_FACTOR = 1.5
-# The number of earlier losses that a loss is compared with to find spikes.
+# To find spikes, each loss is compared with this many earlier losses.
 LOSSES_BEFORE = 20
 BLOCK_LINES = 2**15
 # The number of recorded steps whose median is the usual loss and gradient norm.
@@ -81,7 +81,7 @@ def compute_divergence_threshold(run: RecordedRun, history: History) -> Divergen
     first = next((float(loss) for loss in history.loss[:1] if math.isfinite(loss)), 0.0)
     if first > math.log(n_tokens):
         return DivergenceThreshold(DIVERGENCE_FACTOR * first, f"{DIVERGENCE_FACTOR:g} times the first loss")
-    meaning = f"{DIVERGENCE_FACTOR:g} times ln {n_tokens}, the loss of guessing among {n_tokens} tokens"
+    meaning = f"{DIVERGENCE_FACTOR:g} times ln {n_tokens}, the loss of a uniform guess among {n_tokens} tokens"
     return DivergenceThreshold(DIVERGENCE_FACTOR * math.log(n_tokens), meaning)
 
 
@@ -99,7 +99,7 @@ def find_anomaly(run: RecordedRun, step: int | None) -> Anomaly | None:
         run.check_step(step)
         rewind = next((rewind for rewind in run.rewinds[::-1] if rewind.step == step), None)
         is_finite = history.is_finite[history.steps == step]
-        given = Anomaly(step, "it was given", bool(len(is_finite)) and not is_finite[-1])
+        given = Anomaly(step, "--step selects it", bool(len(is_finite)) and not is_finite[-1])
         return given if rewind is None else _rewound_fault(rewind)
     faults = history.where(~history.is_finite)
     if len(faults.steps):
@@ -155,7 +155,7 @@ def _last_spike(run: RecordedRun, before: int, after: int) -> Anomaly:
 def find_spike(history: History) -> int | None:
     """Return the recorded step whose loss stands out most from earlier losses, or None.
 
-    The measure is the distance above the highest earlier loss, relative to the range of earlier losses.
+    A loss is rated by its distance above the highest of the preceding losses, relative to the range of those losses.
     """
     largest, step = 1.0, None
     # Process a block at a time, because the windows take several times the memory of the losses.
@@ -178,7 +178,7 @@ class Failure:
     Attributes:
         step: The step at which it began, which may be before the examined step.
         threshold: The loss above which the run counts as failed.
-        usual_norm: The usual gradient norm before it; 0 if unknown.
+        usual_norm: The typical gradient norm before it; 0 if unknown.
     """
 
     step: int
@@ -205,7 +205,7 @@ def find_failure(run: RecordedRun, replayed: ReplayedStep) -> Failure | None:
     # A spike may be no higher than the losses at the start of training, so only later losses count.
     usual_loss = float(np.median(usual.loss))
     spike = usual_loss + SPIKE_FRACTION * (loss - usual_loss)
-    meaning = f"half way from the losses before step {replayed.step} to its loss"
+    meaning = f"halfway between the losses before step {replayed.step} and its loss"
     return Failure(replayed.step, DivergenceThreshold(spike, meaning, int(usual.steps[0])), usual_norm)
 
 
@@ -263,7 +263,7 @@ def diagnose_run(path: Path, step: int | None, console: Console) -> None:
             anomaly = find_anomaly(run, step)
         if anomaly is None:
             show(f"{path} is healthy: every recorded loss and gradient is finite, and no loss stands out.")
-            show("To examine a step all the same, give --step=K.")
+            show("To examine a step anyway, give --step=K.")
             return
         if anomaly.rewind is not None:
             run.undo_rewind(anomaly.rewind)
@@ -295,12 +295,12 @@ def diagnose_run(path: Path, step: int | None, console: Console) -> None:
 
 
 def describe_anomaly(run: RecordedRun, anomaly: Anomaly, replayed: ReplayedStep, internals: StepInternals) -> list[str]:
-    """Describe what the tensors and the batch of a bad step show about its cause."""
+    """Describe the tensors and the batch of a bad step, which may reveal the cause."""
     loss, norm = replayed.metrics[LOSS], replayed.metrics[NORM]
     if anomaly.is_fault and is_finite(replayed.metrics):
         return [
-            f"Replayed, the step is finite: loss {loss:.4g}, gradient norm {norm:.4g}. The cause is neither the data "
-            "nor the arithmetic, but the machine, or code other than that of the run."
+            f"The replayed step is finite: loss {loss:.4g}, gradient norm {norm:.4g}. The cause is neither the data "
+            "nor the computation, but a hardware error, or code that differs from the code of the run."
         ]
     sentences = [f"Its loss is {loss:.4g}, its gradient norm {norm:.4g}."]
     if not is_finite(replayed.metrics):
@@ -411,7 +411,7 @@ def try_interventions(run: RecordedRun, failure: Failure) -> InterventionTrial:
 
 
 def describe_earlier_failure(trial: InterventionTrial, failure: Failure, step: int, path: Path) -> list[str]:
-    """Say at which earlier step the run had already failed, if it had."""
+    """Return a message about the earlier step at which the run had already failed; empty if it had not."""
     control = next(
         (trial.find_first_bad_step(result) for result in trial.results if result.intervention.name == CONTROL), None
     )
@@ -451,8 +451,8 @@ def format_advice(trial: InterventionTrial, config: Config, stage: str) -> list[
     sentences: list[str] = []
     if len(helpful) < len(survivors):
         sentences.append(
-            "Without a change, but beside the others in one program, the run survived, too: another order of sums was "
-            "enough, so the survival of an intervention proves nothing."
+            "Without a change, the run survived, too, when trained in one program with the interventions: another "
+            "order of sums was enough, so the survival of an intervention proves nothing."
         )
     if not helpful:
         lowest = min(
@@ -460,8 +460,8 @@ def format_advice(trial: InterventionTrial, config: Config, stage: str) -> list[
         )
         return [
             *sentences,
-            f"No intervention is enough, not even a learning rate of {format_value(lowest)}. Look at the tensor and "
-            "the batch, or try a lower learning rate.",
+            f"No intervention is enough, not even a learning rate of {format_value(lowest)}. Inspect the tensor and "
+            "the batch named above, or try a lower learning rate.",
         ]
     best = helpful[0].name
     if len(helpful) > 1:

@@ -41,7 +41,7 @@ FLOAT32 = {
 
 @dataclass(frozen=True)
 class Intervention:
-    """Changed knobs, or the reason why they are unavailable."""
+    """Changed knobs, or the reason why they cannot be changed."""
 
     name: str
     knobs: tuple[tuple[str, Any], ...] = ()
@@ -65,7 +65,7 @@ class InterventionResult(NamedTuple):
 def list_interventions(config: Config, usual_norm: float) -> list[Intervention]:
     """Return the interventions for a stage, the control first, given its usual gradient norm (0 if unknown)."""
     rates = ["learning_rate"] + (["muon_learning_rate"] if config.optimizer.name == "muon" else [])
-    # The changed knobs, or the reason why they are unavailable.
+    # The changed knobs, or the reason why they cannot be changed.
     found: dict[str, dict[str, Any] | str] = {CONTROL: {}}
     for name, divisor in LEARNING_RATE_DIVISORS.items():
         found[name] = {f"optimizer.{knob}": getattr(config.optimizer, knob) / divisor for knob in rates}
@@ -132,7 +132,7 @@ def run_interventions(
 def compute_curves(
     statics: tuple[StaticConfig, ...], lanes: list[tuple[State, Hyperparams]], batches_S: Batch, first_step: jax.Array
 ) -> list[tuple[jax.Array, jax.Array]]:
-    """Train several interventions.
+    """Train with each of several interventions.
 
     Args:
         statics: The static configs.
@@ -173,7 +173,7 @@ def fit_state(state: State, static: StaticConfig, hparams: Hyperparams) -> State
 
 
 def format_flags(intervention: Intervention, config: Config, stage: str) -> Iterator[str]:
-    """Yield the command-line flags of an intervention: for the stage where that overrides a knob, else for the run."""
+    """Yield the command-line flags of an intervention; knobs that the stage overrides are set for the stage only."""
     overridden = {path for each in config.stages if each.name == stage for path, _ in each.overrides}
     for path, value in intervention.knobs:
         name = f"stages.{stage}.{path}" if path in overridden else path

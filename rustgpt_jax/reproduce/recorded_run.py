@@ -1,4 +1,4 @@
-"""Read-only view of a recorded run: its state after any step, its steps recomputed bit for bit, and their tensors."""
+"""Read-only access to a recorded run: the state after any step, and bit-identical replays of steps."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -61,7 +61,7 @@ class StepTensor(NamedTuple):
         layer: The index of its layer; None outside the layers.
         site: The name without the layer.
         norm: The root of the sum of squares of the finite elements.
-        largest: The largest magnitude of the finite elements.
+        largest: The largest magnitude among the finite elements.
         nonfinite: The number of elements that are not finite.
         size: The number of elements.
         fingerprint: A fingerprint of its bits.
@@ -152,7 +152,7 @@ def _step_tensor(kind: str, name: str, layer: int | None, site: str, size: int, 
 
 # Recorded runs.
 
-# Replaying more steps than this first is announced.
+# A message is printed before more than this many steps are recomputed.
 FAR = 20
 
 
@@ -166,7 +166,7 @@ class StepInternals(NamedTuple):
 
 
 class Rewind(NamedTuple):
-    """A rewind of a run: the failed step, the step it continued from, and the state's counters then."""
+    """A rewind of a run: the failed step, the step that it returned to, and the state's counters after the rewind."""
 
     step: int
     to: int
@@ -189,7 +189,7 @@ class History(NamedTuple):
 
     @property
     def is_finite(self) -> np.ndarray:
-        """Whether the loss, gradient norm and update norm of each line are finite."""
+        """True for each line whose loss, gradient norm and update norm are finite."""
         return np.isfinite(self.loss) & np.isfinite(self.gradient_norm) & np.isfinite(self.update_norm)
 
 
@@ -199,7 +199,8 @@ HISTORY = tuple(f"train/{name}" for name in History._fields[1:])
 class RecordedRun:
     """A read-only view of a recorded run, which takes no lock. Use it in a `with` statement.
 
-    Step K, counted from 1, is the one whose record has "step": K; it starts from the state after step K - 1.
+    Steps are counted from 1: step K turns the state after step K - 1 into the one after step K, and its metrics are
+    recorded with "step": K.
 
     Raises:
         UserError: The folder is not a run, or its training text has changed.
@@ -212,7 +213,8 @@ class RecordedRun:
         changed = find_changed_stages(self.folder.data_file, self.inputs.stages)
         if changed:
             raise UserError(
-                f"{path}: the text of stage {changed[0]!r} is not what the run read, so its steps cannot be recomputed."
+                f"{path}: the text of stage {changed[0]!r} has changed since the run, so its steps cannot be "
+                "recomputed."
             )
         mesh = self._choose_mesh()
         self._placement = plan_for_all_devices(mesh)
@@ -232,8 +234,8 @@ class RecordedRun:
         except UserError:
             print_line(
                 self._console,
-                f"The run was on another mesh ({describe_mesh(mesh)}); on these devices, "
-                "results are close to its results, not equal.",
+                f"The run used another mesh ({describe_mesh(mesh)}), which does not fit these devices; "
+                "results are close to the recorded ones, but not bit-identical.",
             )
             return MeshConfig(data=-1, fsdp=1, expert=1, context=1, tensor=1)
         return mesh
@@ -254,7 +256,7 @@ class RecordedRun:
             raise UserError(f"{self.folder.path} has no step {step}: its steps are 1 to {self.inputs.total_steps}.")
 
     def get_stage(self, step: int) -> tuple[StageData, StageProgram]:
-        """Return the data and the program of the stage of a step."""
+        """Return the data and the program of the stage that contains a step."""
         pairs = zip(self.inputs.stages, self.inputs.programs, strict=True)
         return next((data, program) for data, program in pairs if step <= data.stage.last_step)
 
@@ -273,7 +275,7 @@ class RecordedRun:
         return history.where(steps <= self._last_visible)
 
     def undo_rewind(self, rewind: Rewind) -> None:
-        """View the run as it was before a rewind, without anything written later."""
+        """Show the run as it was before a rewind, and hide everything recorded after it."""
         self.rewinds = [earlier for earlier in self.rewinds if earlier.faults < rewind.faults]
         self._last_visible = rewind.to
 
@@ -304,12 +306,12 @@ class RecordedRun:
         first = int(state.step)
         missing = step - first
         if missing > FAR:
-            print_line(self._console, f"{missing:,} steps are recomputed first, from {describe_start(first)} on.")
+            print_line(self._console, f"Recomputing {missing:,} earlier steps, from {describe_start(first)}.")
         with show_progress(self._console, "steps recomputed") as progress:
             return self.train(state, missing, lambda done: progress(done, missing))[0]
 
     def load_batches(self, state: State, count: int) -> list[Batch]:
-        """Return the batches that the run read in the `count` steps after a state, which must be of one stage."""
+        """Return the batches that the run read in the `count` steps after a state, which must belong to one stage."""
         first = int(state.step)
         source = self.get_stage(first + 1)[0].training_batches()
         indices = []
@@ -356,7 +358,7 @@ class RecordedRun:
         return state, every
 
     def _apply_rewind(self, state: State) -> State:
-        """Set the counters of a state to those after the last rewind, if the run rewound to its step."""
+        """Set the counters of a state to those after the last rewind, if that rewind was to the step of the state."""
         last = self._last_rewind(int(state.step))
         if last is None or last.to < int(state.step):
             return state
@@ -386,5 +388,5 @@ def read_rewinds(folder: RunDir) -> list[Rewind]:
 
 
 def describe_start(step: int) -> str:
-    """Describe what the state after a step is restored from."""
+    """Describe the state after a step: a checkpoint, or the start of the run."""
     return f"the checkpoint of step {step:,}" if step else "the start"

@@ -68,13 +68,13 @@ class ReplayedStep:
 
     @property
     def recorded(self) -> dict[str, float]:
-        """The recorded metrics that are a function of the config."""
+        """The recorded metrics, without those that depend on the clock."""
         record = self.record or {}
         return {name: value for name, value in record.items() if name.startswith("train/") and name not in TIMED}
 
     @property
     def unequal(self) -> list[str]:
-        """The recorded metrics that are not bit-identical now."""
+        """The recorded metrics that differ bitwise from the replayed ones."""
         return [name for name, value in self.recorded.items() if not values_match(value, self.metrics.get(name))]
 
     @property
@@ -84,24 +84,24 @@ class ReplayedStep:
 
     @property
     def is_same(self) -> bool:
-        """Whether the step matches its record, or was not meant to be recorded."""
+        """True if the step matches its record, or the run does not log the step."""
         return not (self.unequal or self.lacking or self.missing)
 
     @property
     def verdict(self) -> str:
-        """A sentence that says whether the step matches its record."""
+        """The result of the comparison with the record, as a sentence."""
         if self.missing:
-            return f"There is nothing to compare this with: metrics.jsonl {self.missing}."
+            return f"The step cannot be compared with the record: metrics.jsonl {self.missing}."
         if self.record is None:
             every = f"config.logging.log_every={self.log_every}"
-            return f"The run does not record step {self.step} ({every}): there is nothing to compare this with."
+            return f"Step {self.step} was not logged ({every}), so it cannot be compared with the record."
         names = ", ".join(name.removeprefix("train/") for name in self.unequal or self.lacking)
         if not self.unequal and self.lacking:
             return f"The recorded values are the same, but metrics.jsonl lacks values of this step: {names}."
         if not self.unequal:
-            return f"All {len(self.recorded)} recorded values of the step are the same, bit for bit."
+            return f"All {len(self.recorded)} recorded values of the step are bit-identical."
         if not self.reasons:
-            return f"Not bit-identical: {names}, although the code and the recorded environment are those of the run."
+            return f"Not bit-identical: {names}, although the code and the recorded environment are the same."
         return f"Not bit-identical: {names}. Possible reasons: {'; '.join(self.reasons)}."
 
 
@@ -113,11 +113,11 @@ def is_finite(metrics: Mapping[str, Any]) -> bool:
 def replay(path: Path, step: int, with_intermediates: bool, console: Console) -> bool:
     """Recompute a step of a run and print its metrics.
 
-    With intermediates, also measures the step's tensors and writes them to RUN/replay/step_K.html, or to a temporary
+    With intermediates, also measure the step's tensors and write them to RUN/replay/step_K.html, or to a temporary
     folder if the run folder is not writable.
 
     Returns:
-        Whether the step matches its record bitwise, or was not meant to be recorded.
+        True if the step matches its record bitwise, or the run does not log the step.
 
     Raises:
         UserError: As for `RecordedRun`, or the run does not have the step.
@@ -185,17 +185,17 @@ def _find_reasons(run: RecordedRun, step: int) -> tuple[str, ...]:
     reasons: list[str] = []
     code = hash_running_code(run.folder)
     if launch.code != code:
-        reasons.append(f"the code was {launch.code} and is {code}")
+        reasons.append(f"the hash of the code was {launch.code} and is now {code}")
     if launch.mode == "fused":
-        reasons.append(f"the run was trained fused with {launch.width - 1} others, which changes the order of sums")
+        reasons.append(f"the run was trained fused with {launch.width - 1} other runs, which changes the order of sums")
     then, now = flatten_environment(launch.environment), flatten_environment(collect_environment())
     changed = [name for name in then | now if name.startswith(BIT_RELEVANT) and then.get(name) != now.get(name)]
-    reasons += [f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in changed[:MOST_CHANGES_NAMED]]
+    reasons += [f"{name} was {then.get(name)!r} and is now {now.get(name)!r}" for name in changed[:MOST_CHANGES_NAMED]]
     return tuple(reasons)
 
 
 def print_tensors(tensors: Sequence[StepTensor], console: Console) -> None:
-    """Print a table with a row per hook point: the layer with the largest magnitude, forward and backward."""
+    """Print a table with a row per hook point, for the layers with the largest activation and the largest gradient."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("site", no_wrap=True)
     for head in ("largest", "layer", "norm", "not finite", "gradient", "layer", "norm", "not finite"):
@@ -217,7 +217,7 @@ def print_tensors(tensors: Sequence[StepTensor], console: Console) -> None:
 ASSETS = Path(__file__).parent / "assets"
 # With at most this many columns, the cells of a heat map show their values.
 MOST_COLUMNS_WITH_VALUES = 14
-# Colors beyond this share of the color scale are light, so the text on them is dark.
+# Colors beyond this fraction of the color scale are light and get dark text.
 LIGHT_FROM = 0.45
 
 
@@ -371,8 +371,8 @@ def _render_table(tensors: Sequence[StepTensor]) -> str:
         rows.append(f"<tr{' class=broken' if tensor.nonfinite else ''}>{row}</tr>")
     return (
         "<section><h2>All tensors, in order of computation</h2>"
-        '<p class="soft small">Norms and largest magnitudes are those of the finite elements. '
-        "Tensors of two runs with equal fingerprints have equal bits.</p>"
+        '<p class="soft small">Norms and largest magnitudes are computed over the finite elements. '
+        "If tensors of two runs have equal fingerprints, they are bit-identical.</p>"
         f'<div class="table tensors"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div></section>"
     )

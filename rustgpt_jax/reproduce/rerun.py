@@ -1,4 +1,4 @@
-"""The verb `rerun`: train a run again with the code saved in its folder, and compare both."""
+"""The verb `rerun`: repeat a run with the code saved in its folder, and compare the two runs."""
 
 import hashlib
 import shutil
@@ -21,7 +21,7 @@ from rustgpt_jax.tracking.metric_writer import last_step
 from rustgpt_jax.workdir.event_log import EventLog, Launch, load_first_launch, load_launches
 from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_stages
 
-# Training in `fused` mode takes sums in another order than training alone.
+# Training in `fused` mode computes sums in a different order than training alone.
 FUSED_TOLERANCE = 1e-3
 MOST_NAMED = 4
 # The files that a run starts from, and the autotuning results of its compiler.
@@ -29,7 +29,7 @@ INITIAL_FILES = ("config.json", "tokenizer.json", "parameters.safetensors", "imp
 
 
 def rerun(path: Path, to: Path | None, console: Console, is_trusted: bool = False) -> int:
-    """Rerun a run in the folder `to` and compare the results.
+    """Repeat a run in the folder `to` and compare the results.
 
     Args:
         path: The folder of the run.
@@ -42,12 +42,12 @@ def rerun(path: Path, to: Path | None, console: Console, is_trusted: bool = Fals
         same command then resumes the rerun.
 
     Raises:
-        UserError: The code is missing or neither installed here nor trusted, `to` holds anything else, or the rerun
-            fails.
+        UserError: The code is missing, or neither installed here nor trusted; `to` contains anything but a rerun of
+            this run; or the rerun fails.
     """
     run = RunDir(path)
     if not run.config_file.exists():
-        load_config(path)  # Raises an error that says what the folder is.
+        load_config(path)  # Raises an error that explains what is wrong with the folder.
     named = path if path.name else path.absolute()
     new = RunDir(to or named.with_name(f"{named.name}.rerun"))
     launch = load_first_launch(run)
@@ -56,7 +56,7 @@ def rerun(path: Path, to: Path | None, console: Console, is_trusted: bool = Fals
         print_line(console, f"{path} was trained by {len(codes)} versions of the code; this is the first, {codes[0]}.")
     if launch.left_out:
         files = ", ".join(launch.left_out[:MOST_NAMED]) + (", ..." if len(launch.left_out) > MOST_NAMED else "")
-        print_line(console, f"Files beside the code of {path} that are not in its snapshot, nor in the rerun: {files}.")
+        print_line(console, f"The rerun lacks files that were next to the code but not in its snapshot: {files}.")
     with load_snapshot_code(run, launch, is_trusted) as code:
         print_line(console, code.note)
         _create_folder(run, new, launch)
@@ -68,7 +68,7 @@ def rerun(path: Path, to: Path | None, console: Console, is_trusted: bool = Fals
 
 
 def _create_folder(run: RunDir, new: RunDir, launch: Launch) -> None:
-    """Create the folder of the new run, or check that it is one of the same run."""
+    """Create the folder of the new run, or check that an existing one is a rerun of the same run."""
     source = {"code": launch.code, "config": hashlib.sha256(run.config_file.read_bytes()).hexdigest()}
     if new.path.exists() and not new.path.is_dir():
         raise UserError(f"{new.path} is a file, not a folder for the rerun; choose another.")
@@ -109,24 +109,24 @@ def _total_steps(run: RunDir) -> int:
     try:
         return load_stages(run.path)[-1].end_step
     except UserError:
-        # The code of the run may read a config that this code cannot.
+        # The config may be valid only in the run's own version of the code.
         return 0
 
 
 def _compare(run: RunDir, new: RunDir, console: Console) -> bool:
-    """Print how far two runs are identical and, if they are not, what differs in their inputs."""
+    """Print for how many steps two runs are identical and, if they differ, the differences of their inputs."""
     metrics, arrays = compare_records(run.path, new.path), compare_checkpoints(run, new)
     n_texts, text = compare_samples(run.path, new.path, metrics.last_step)
     first = min(filter(None, (metrics.first_difference, text)), key=lambda each: each.step, default=None)
     if first is not None:
         print_line(console, f"bit-identical for {min(metrics.agreed, first.step - 1):,} steps. {first}")
     else:
-        counts = f"{metrics.n_values:,} values and {n_texts:,} texts"
-        print_line(console, f"bit-identical for {metrics.last_step:,} steps: {counts} of the record")
+        counts = f"{metrics.n_values:,} recorded values and {n_texts:,} texts"
+        print_line(console, f"bit-identical for {metrics.last_step:,} steps: {counts}")
     if arrays.n_arrays:
         same = f"{arrays.n_arrays - len(arrays.unequal)} of {arrays.n_arrays} arrays are the same"
-        unequal = f"; the first that is not: {arrays.unequal[0]}" if arrays.unequal else ""
-        print_line(console, f"After step {arrays.step:,} {same}{unequal}.")
+        unequal = f"; the first that differs: {arrays.unequal[0]}" if arrays.unequal else ""
+        print_line(console, f"After step {arrays.step:,}, {same}{unequal}.")
     is_recorded = _check_record(run, console)
     sections = compare_metadata(run, new)
     if first is not None or arrays.unequal or not metrics.last_step:
@@ -135,7 +135,7 @@ def _compare(run: RunDir, new: RunDir, console: Console) -> bool:
         return False
     data = next(section for section in sections if section.kind == "data")
     if data.differences:
-        print_line(console, "The data differ, but no step read the difference:")
+        print_line(console, "The data differ, but no step read the changed part:")
         print_section(data, console)
     return is_recorded and not data.differences
 
@@ -158,10 +158,10 @@ def _compare_fused(run: RunDir, new: RunDir, console: Console) -> bool:
     metrics = compare_records(run.path, new.path, FUSED_TOLERANCE)
     print_line(
         console,
-        f"{run.path} was trained together with others, with its sums in another order: bits are not compared.",
+        f"{run.path} was trained together with others, which changes the order of sums; the comparison is not bitwise.",
     )
     if metrics.first_difference is None:
-        counts = f"{metrics.n_values:,} values of the record"
+        counts = f"{metrics.n_values:,} recorded values"
         print_line(console, f"within {FUSED_TOLERANCE:g} for {metrics.last_step:,} steps: {counts}")
         return metrics.last_step > 0
     print_line(console, f"within {FUSED_TOLERANCE:g} for {metrics.agreed:,} steps. {metrics.first_difference}")

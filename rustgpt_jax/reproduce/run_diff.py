@@ -1,4 +1,4 @@
-"""The verb `diff`: compare the inputs of two runs, their losses, and find the first tensor that differs."""
+"""The verb `diff`: compare the inputs and losses of two runs, and find the first tensor that differs."""
 
 import ast
 import difflib
@@ -35,7 +35,7 @@ class Difference(NamedTuple):
         first: Its value in the first run.
         second: Its value in the second run.
         patch: For a file of the code, the lines of a unified diff.
-        matters: Whether it can change a run; a comment cannot.
+        matters: Whether it can affect results, unlike a changed comment.
     """
 
     name: str
@@ -101,7 +101,7 @@ def _diff_initial_params(first: RunDir, second: RunDir) -> list[Difference]:
         for name in ("loaded", "partially_loaded", "initialized", "fingerprints")
         if left.get(name) != right.get(name)
     ]
-    return [Difference(f"init_from: {name}", "some", "others") for name in names]
+    return [Difference(f"init_from: {name}", "one set", "another set") for name in names]
 
 
 def _read_knobs(run: RunDir) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _read_knobs(run: RunDir) -> dict[str, Any]:
 
 
 def diff_code(first: RunDir, second: RunDir) -> list[Difference]:
-    """Return the files in which the code of the first launches differs, those that matter first."""
+    """Return the files that differ between the code of the first launches, the ones that matter first."""
     runs = {run: load_first_launch(run) for run in (first, second)}
     if runs[first].code == runs[second].code:
         return []
@@ -171,11 +171,11 @@ def _diff_stage(prefix: str, left: Mapping[str, Any], right: Mapping[str, Any]) 
         if not here.keys() & there.keys():
             # The files are in different folders.
             here, there = (_relative_to_common_folder(side) for side in (here, there))
-        # A text that is not made of files has only one hash.
+        # A text that was not read from files has a single hash.
         text = Difference(f"{prefix}the text", left["source"][:HASH_DIGITS], right["source"][:HASH_DIGITS])
         yield from _list_unequal(here, there, prefix) or [text]
     elif left["splits"] != right["splits"] and left["tokenizer"] == right["tokenizer"]:
-        yield Difference(f"{prefix}the splits", "one", "another")
+        yield Difference(f"{prefix}the splits", "one split", "another split")
     if left["tokenizer"] != right["tokenizer"]:
         yield Difference(f"{prefix}the tokenizer", left["tokenizer"][:HASH_DIGITS], right["tokenizer"][:HASH_DIGITS])
 
@@ -244,7 +244,7 @@ LOSSES = ("train/loss", "valid/loss")
 
 
 class PartInputs(NamedTuple):
-    """The inputs that a part of a step depends on.
+    """Inputs that can affect a part of a step.
 
     Attributes:
         label: The name of the part in messages.
@@ -290,7 +290,7 @@ def diff(first: Path, second: Path, console: Console, is_trusted: bool = False) 
     Steps are recomputed only with code that is also installed here, unless the runs' code `is_trusted`.
 
     Returns:
-        Whether the runs are known to be the same; False if something could not be compared.
+        True if the runs are known to be the same; False if they differ or something could not be compared.
 
     Raises:
         UserError: A folder is not a run.
@@ -298,7 +298,7 @@ def diff(first: Path, second: Path, console: Console, is_trusted: bool = False) 
     runs = RunDir(first), RunDir(second)
     for run in runs:
         if not run.config_file.exists():
-            load_config(run.path)  # Raises an error that says what the folder is.
+            load_config(run.path)  # Raises an error that explains what is wrong with the folder.
     print_line(console, f"{first} -> {second}")
     sections = compare_metadata(*runs)
     for section in sections:
@@ -327,7 +327,7 @@ def _compare_steps(first: RunDir, second: RunDir, sections: list[Section], conso
         verdict = f"not found. {error}"
     else:
         steps = f"steps {max(last_equal, 1):,} to {first_different:,}"
-        verdict = f"none. {steps} are the same in both when recomputed here, so the cause is not in their code."
+        verdict = f"none. when recomputed here, {steps} are the same in both, so the cause is not in their code."
         if tensor is not None:
             verdict = f"step {tensor.step:,}, {INPUTS[tensor.part].label}: {tensor.name}"
     print_line(console, f"first tensor: {verdict}")
@@ -336,13 +336,13 @@ def _compare_steps(first: RunDir, second: RunDir, sections: list[Section], conso
 
 
 def _likely_causes(tensor: TensorDifference | None, sections: Iterable[Section]) -> list[Difference]:
-    """Return the differences that can cause a difference in a tensor; all of them if none is known to."""
+    """Return the differences that can explain a difference in a tensor, or all differences if none can."""
     by_kind = {section.kind: section for section in sections}
     program = by_kind.pop("program")
     found = [(kind, each) for kind, section in by_kind.items() for each in section.differences if each.matters]
     likely = []
     if tensor is not None:
-        # Equal programs cannot differ because of the code.
+        # If the compiled programs are equal, the code is not the cause.
         is_same_program = not program.missing and not program.differences and tensor.part not in NOT_COMPILED
         likely = [
             each

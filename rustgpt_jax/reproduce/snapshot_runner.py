@@ -1,4 +1,4 @@
-"""Runs the code snapshot of a run in a process that is set up like the launch of the run."""
+"""Run the code snapshot of a run in a process with the same cores, devices and variables as the original launch."""
 
 import os
 import signal
@@ -54,19 +54,19 @@ class SnapshotCode(NamedTuple):
         return FinishedProcess(status if status >= 0 else 128 - status, signals.first)
 
     def _start(self, arguments: Sequence[str], errors: IO[bytes] | None) -> "subprocess.Popen[bytes]":
-        # Paths of the config may be relative to where the run was launched.
+        # Paths in the config may be relative to the folder in which the run was launched.
         cwd = Path(self.launch.cwd) if Path(self.launch.cwd).is_dir() else self.folder
         cores = os.sched_getaffinity(0)
         # XLA splits its sums by the number of cores.
         os.sched_setaffinity(0, sorted(cores)[: self.launch.environment["machine"]["cores"]])
         try:
             return subprocess.Popen(
-                # -P: not from the current folder, which may have another version of the code.
+                # -P: do not import from the current folder, which may have another version of the code.
                 [sys.executable, "-P", *arguments],
                 cwd=cwd,
                 env=self._variables(),
                 stderr=errors,
-                # Ctrl-C goes to this process only, which passes it on.
+                # Ctrl-C reaches only this process, which passes it on.
                 start_new_session=True,
             )
         finally:
@@ -113,7 +113,7 @@ class _SignalForwarder:
 
 @contextmanager
 def _forward_signals() -> Iterator[_SignalForwarder]:
-    """Collect signals that ask to stop, for a child."""
+    """Collect signals that request a stop, to forward them to a child process."""
     forwarder = _SignalForwarder()
     # A process started by nohup ignores SIGHUP, and so should its child.
     ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN

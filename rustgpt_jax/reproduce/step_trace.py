@@ -2,9 +2,10 @@
 
     python -m rustgpt_jax.reproduce.step_trace RUN FIRST LAST OUT.json [--intermediates]
 
-writes a trace: a JSON list with an object per step, which has its number, "step", and for each of PARTS the
-fingerprints of its arrays by name, in order of computation, or the value of the loss. "before" and "after" are the
-states before and after the step. Activations and gradients are included with --intermediates only.
+writes a trace: a JSON list with an object per step. The object has the number of the step as "step" and, for each of
+PARTS, the fingerprints of its arrays by name, in order of computation ("loss" has the value of the loss instead).
+"before" and "after" are the states before and after the step. Activations and gradients are included only with
+--intermediates.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from rustgpt_jax.workdir.run_dir import RunDir
 
 # The parts of a step in order of computation.
 PARTS = ("batch", "before", "activations", "loss", "gradients", "after")
-# Intermediates are traced right away for fewer steps than this.
+# Intermediates are traced in the first pass if there are fewer steps than this.
 FEW_STEPS = 3
 # The parts of each step by its number, each a mapping from names to fingerprints.
 Trace = dict[int, dict[str, dict[str, str]]]
@@ -78,7 +79,7 @@ def trace_steps(run: RunDir, first: int, last: int, with_intermediates: bool, is
     """Recompute the steps `first` to `last` of a run with the code and settings of its first launch.
 
     Raises:
-        UserError: This is impossible, or the code may not be run.
+        UserError: The steps cannot be recomputed, or the code is not trusted.
         KeyboardInterrupt: A signal requests a stop.
     """
     with load_snapshot_code(run, load_first_launch(run), is_trusted) as code, tempfile.TemporaryDirectory() as folder:
@@ -125,7 +126,7 @@ def find_first_tensor(
     with_intermediates = first_different - begin < FEW_STEPS
     found = find_between(begin, first_different, with_intermediates)
     if found is not None and found.part == "before" and found.step > 1:
-        # The runs differed before their records did.
+        # The states differed before the logged metrics did.
         found, with_intermediates = find_between(1, begin, False) or found, False
     if found is None or found.part in ("batch", "before") or with_intermediates:
         return found
