@@ -42,28 +42,29 @@ _CAUSES: dict[Sequence[str], dict[Callable[[Component], str], str]] = {
         numerics_checks.precision: "A softmax, a norm or a state that is computed in the dtype of the activations; "
         "cast to float32 first.",
         numerics_checks.gradients: "A stop_gradient, a wrong custom derivative, or values that are cast to float32 on "
-        "the way (use `matmul.to_float32`, which keeps float64).",
+        "the way (use `matmul.to_float32`, which leaves float64 as it is).",
         masking_checks.causality: "A mask that is off by one, a convolution padded on both sides, or a mean, norm or "
         "sort over the tokens.",
         masking_checks.isolation: "inputs.segments_BT is not used: a mask without documents, a state or a convolution "
         "that continues from one document into the next, positions that are counted within the row, or statistics "
         "over the batch.",
-        masking_checks.rows: "The index of a row, the size of the batch, the first row, or the length of the rows is "
-        "used.",
+        masking_checks.rows: "The result depends on the index of a row, the batch size, the first row, or the length "
+        "of the rows.",
         masking_checks.padding: "Tokens of segment 0 take part in a sum, a mean or a state, or all of a softmax is "
         "masked.",
         masking_checks.cache: "A token is written to the wrong slot, the new tokens do not see the cached ones (or see "
         "empty slots), positions restart at 0, or padding is written to the cache.",
         masking_checks.prefill: "Prompts of some lengths take another code path, a ring buffer wraps wrongly, or a "
         "position leaves the range of its dtype.",
-        masking_checks.heads: "Query heads are matched with key-value heads for one number of them only.",
+        masking_checks.heads: "Query heads are mapped to key-value heads correctly for only one number of the latter.",
         program_checks.dropout: "inputs.dropout_key is None in evaluation, when nothing must be dropped or scaled.",
         numerics_checks.drift: "A state, a decay or a position in bfloat16, or a decay computed as a^t / a^s instead "
         "of a^(t - s).",
-        program_checks.layers: "The component keeps something in Python between calls, such as a counter of layers.",
-        program_checks.remat: "The component is not a pure function: it keeps something in Python, or draws randomness "
+        program_checks.layers: "The component keeps Python state between calls, such as a counter of layers.",
+        program_checks.remat: "The component is not a pure function: it keeps Python state, or draws randomness "
         "without a key.",
-        program_checks.vmap: "Python looks at a traced value (`if`, `float`, `int`), or a shape depends on it.",
+        program_checks.vmap: "Python code needs the value of a traced array (`if`, `float`, `int`), or a shape depends "
+        "on it.",
         program_checks.devices: "Something is computed over the batch, or depends on its size or on the devices.",
         program_checks.parameters: "A parameter is not used, or has no effect.",
         program_checks.flops: "Work that is not a matmul, such as a product written as a broadcast and a sum, or a "
@@ -72,20 +73,20 @@ _CAUSES: dict[Sequence[str], dict[Callable[[Component], str], str]] = {
         "weights are not initialized with init_std.",
     },
     ("optimizers",): {
-        non_model_checks.optimizer_update: "A state of another dtype than the parameters', or a division by a norm "
+        non_model_checks.optimizer_update: "A state whose dtype is not that of the parameters, or a division by a norm "
         "that may be 0.",
         non_model_checks.optimizer_descent: "The sign of the update, or a learning rate that is not used.",
-        non_model_checks.optimizer_traced: "Python looks at a traced value (`if`, `float`), or a transformation needs "
-        "a constant.",
+        non_model_checks.optimizer_traced: "Python code needs the value of a traced array (`if`, `float`), or a "
+        "transformation needs a constant.",
     },
     ("schedules",): {
         non_model_checks.schedule_range: "A run that is shorter than its warmup, or a division by a number of steps "
         "that is 0.",
-        non_model_checks.schedule_traced: "Python looks at a traced value (`if`, `int`).",
+        non_model_checks.schedule_traced: "Python code needs the value of a traced array (`if`, `int`).",
     },
     ("samplers",): {
-        non_model_checks.sampler_distribution: "-inf minus -inf or times 0, ties with the last token that is kept, or "
-        "a threshold that excludes everything.",
+        non_model_checks.sampler_distribution: "-inf minus -inf, -inf times 0, ties with the last token that is kept, "
+        "or a threshold that excludes everything.",
         non_model_checks.sampler_rows: "A sum, sort or maximum over all rows instead of within each row.",
     },
     ("tokenizers",): {
@@ -109,7 +110,7 @@ CHECKS: dict[str, Check] = {
 
 
 def checks_for(component: Component, only: Sequence[str] = ()) -> dict[str, Check]:
-    """Return the checks that apply to a component, restricted to those in `only` if there are any.
+    """Return the checks that apply to a component, restricted to the names in `only` if it is not empty.
 
     `prefill` compares ways to fill a cache, so it does not apply to a mixer without one.
     """
@@ -121,7 +122,7 @@ def checks_for(component: Component, only: Sequence[str] = ()) -> dict[str, Chec
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a check: a note on what was measured or what is wrong, and the seconds it took."""
+    """The result of a check, with a note on what was measured or is wrong, and the seconds that it took."""
 
     component: Component
     check: str
@@ -131,7 +132,7 @@ class Outcome:
 
 
 def run_check(name: str, component: Component) -> Outcome:
-    """Run a check; failures and exceptions of the component become a note.
+    """Run a check; a failure or an exception in the component is described in the note of the outcome.
 
     Raises:
         UserError: The component's config is invalid.
@@ -147,14 +148,14 @@ def run_check(name: str, component: Component) -> Outcome:
     except UserError:
         raise
     except Exception as error:
-        # JAX's error for a traced value that Python looks at has one cause, whatever the check.
+        # A ConcretizationTypeError has the same usual cause in every check.
         is_concretization = isinstance(error, jax.errors.ConcretizationTypeError)
         note = format_exception(error) + (f". Usual cause: {CHECKS['vmap'].cause}" if is_concretization else "")
     return Outcome(component, name, is_ok, note, time.perf_counter() - began)
 
 
 def run_checks(components: Sequence[Component], only: Sequence[str], console: Console) -> list[Outcome]:
-    """Run all checks of all components and prints each outcome. Components with the same model share outcomes."""
+    """Run all checks of all components and print each outcome. Components with the same model share outcomes."""
     known: dict[Any, Outcome] = {}
     outcomes = []
     width = max(len(component.title) for component in components) + 2 if len(components) > 1 else 0
@@ -179,7 +180,7 @@ def run_checks(components: Sequence[Component], only: Sequence[str], console: Co
 
 
 def make_table(outcomes: Sequence[Outcome]) -> Table:
-    """The checks of one component, or several components and how many of their checks they pass."""
+    """Return a table of the checks of one component, or of several components with the names of their failed checks."""
     components = list(dict.fromkeys(outcome.component for outcome in outcomes))
     if len(components) == 1:
         table = Table("check", "", "measured, or what is wrong", title=components[0].title, title_justify="left")
@@ -206,14 +207,14 @@ def check_components(
     changes: Mapping[str, Any] | None = None,
     is_exhaustive: bool = False,
 ) -> int:
-    """Run the `check` command: checks components and prints the results.
+    """Run the `check` command: check components and print the results.
 
     Args:
         names: The components to check, as named by the user; all components if empty.
         console: The console to print to.
         only: Names of the checks to run; all checks if empty.
         changes: Overrides for the small model that components are checked in, such as `extra` or `model.extra`.
-        is_exhaustive: Covers every length, batch size, dtype and mode, which takes minutes per component.
+        is_exhaustive: True to cover all lengths, batch sizes, dtypes and modes, which takes minutes per component.
 
     Returns:
         The exit status: 1 if any check fails, else 0.
@@ -224,7 +225,7 @@ def check_components(
     for name in only:
         if name not in CHECKS:
             raise UserError(f"check: unknown check {name!r}.{suggest_names(name, CHECKS)}")
-    # Too late if JAX has started: then the check of eight devices runs in a child process.
+    # If JAX has already started, this fails, and the check of eight devices runs in a child process.
     with contextlib.suppress(RuntimeError):
         program_checks.use_eight_cpu_devices()
     fields = {path.removeprefix("model."): value for path, value in (changes or {}).items()}

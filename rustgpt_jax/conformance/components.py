@@ -1,4 +1,4 @@
-"""Components to check, found by name: registered ones, whole registries, and import paths of the user's own."""
+"""Lookup of components to check, by the name of a component or registry or by the import path of your own component."""
 
 import dataclasses
 import enum
@@ -79,7 +79,7 @@ class Component:
         name: Its name in the registry, or its import path.
         value: The class, function or preset.
         model: The small model that uses it; None if it is not part of a model.
-        scope: How much the checks cover.
+        scope: The coverage of the checks.
     """
 
     kind: str
@@ -90,7 +90,7 @@ class Component:
 
     @property
     def title(self) -> str:
-        """The registry and the name: 'mixers/attention'."""
+        """The registry and the name, as in 'mixers/attention'."""
         return f"{self.kind}/{self.name}"
 
     @property
@@ -101,7 +101,7 @@ class Component:
 
 
 def find_components(name: str | None = None, changes: Mapping[str, Any] | None = None) -> list[Component]:
-    """Return the components that a name stands for.
+    """Return the components that a name refers to.
 
     Args:
         name: A component ('attention'), a registry ('mixers'), both ('mixers/attention'), an import path
@@ -140,9 +140,9 @@ def make_component(kind: str, name: str, changes: Mapping[str, Any] | None = Non
 
 
 def _model_with(kind: str, name: str, changes: Mapping[str, Any]) -> ModelConfig:
-    """The small model with a component in it and some fields changed.
+    """Return the small model with a component in it and some fields changed.
 
-    A family whose layer pattern is longer than one gets one layer more than the pattern: layers may be left over.
+    A family with a pattern of several layers gets one layer more than the pattern, to test an incomplete repeat.
     """
     if kind == "families":
         preset = lookup(FAMILIES, name, "check families")
@@ -164,7 +164,7 @@ def _model_with(kind: str, name: str, changes: Mapping[str, Any]) -> ModelConfig
 
 
 def infer_kind(value: Any, name: str) -> str:
-    """Return the registry that a component belongs to, judged by its interface.
+    """Return the registry that a component belongs to according to its interface.
 
     Raises:
         UserError: It has the interface of no model component.

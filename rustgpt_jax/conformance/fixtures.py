@@ -1,4 +1,4 @@
-"""Shared by all checks: assertions, the small model, its parameters and batches, and compiled programs."""
+"""Fixtures that all checks share: assertions, the small model, its parameters and batches, and compiled programs."""
 
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ MAX_MESSAGE_LENGTH = 240
 
 
 class CheckFailure(Exception):
-    """Raised if a component fails a check; says what is wrong, where, and by how much."""
+    """The failure of a component in a check: what is wrong, where, and by how much."""
 
     def __init__(self, what: str, where: str, how_much: str) -> None:
         super().__init__(what, where, how_much)
@@ -59,7 +59,7 @@ def assert_shape(array: Any, shape: Sequence[int], dtype: Any, what: str) -> Non
 
 
 def _broadcast_mask(where: Any, array: np.ndarray) -> np.ndarray:
-    """A mask over the leading axes of an array, broadcast to its shape."""
+    """Broadcast a mask over the leading axes of an array to its shape."""
     return np.broadcast_to(np.reshape(where, np.shape(where) + (1,) * (array.ndim - np.ndim(where))), array.shape)
 
 
@@ -91,16 +91,16 @@ def assert_close(
     where: Any = None,
     min_scale: float = 1e-30,
 ) -> float:
-    """Return the largest difference of two arrays, relative to the root mean square of `expected`.
+    """Return the largest difference between two arrays, relative to the root mean square of `expected`.
 
     Args:
-        found: An array.
-        expected: What it should be.
+        found: The computed array.
+        expected: The array that it should equal.
         tolerance: The largest allowed relative difference.
         what: The first part of the message.
         axes: Names of the axes, for the message.
-        where: A mask over the leading axes of the elements to compare; all if None.
-        min_scale: The least root mean square to divide by.
+        where: A mask, over the leading axes, of the elements to compare; None for all.
+        min_scale: A lower bound for the root mean square to divide by.
 
     Raises:
         CheckFailure: The largest difference is above the tolerance, or NaN.
@@ -116,7 +116,7 @@ def assert_close(
         raise CheckFailure(
             what,
             format_index(index, axes),
-            f"{found[index]:.7g} and {expected[index]:.7g}, a difference of {largest:.2g} root mean squares "
+            f"{found[index]:.7g} and {expected[index]:.7g}, a difference of {largest:.2g} times the root mean square "
             f"({tolerance:.0e} is allowed)",
         )
     return largest
@@ -128,7 +128,7 @@ def assert_finite(array: Any, what: str, axes: Sequence[str]) -> None:
     wrong = ~np.isfinite(array)
     if wrong.any():
         first = tuple(np.argwhere(wrong)[0])
-        shown = f"{array[first]}; so are {wrong.sum()} of {wrong.size} elements"
+        shown = f"{array[first]}; {wrong.sum()} of {wrong.size} elements are not finite"
         raise CheckFailure(what, format_index(first, axes), shown)
 
 
@@ -165,7 +165,7 @@ def check_settings() -> Iterator[None]:
 
 @cache
 def _quick_options() -> dict[str, Any]:
-    """Compiler options that make compilation fast, if this version of XLA has them."""
+    """Return compiler options that make compilation fast, if this version of XLA has them."""
     options = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
     try:
         jax.jit(jnp.negative, compiler_options=options).lower(0.0).compile()
@@ -175,7 +175,7 @@ def _quick_options() -> dict[str, Any]:
 
 
 def quick_jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`jax.jit` with compiler options for fast compilation. Does not initialize JAX before the first call."""
+    """Apply `jax.jit` with compiler options for fast compilation, without initializing JAX before the first call."""
 
     @cache
     def jitted() -> Any:
@@ -245,7 +245,7 @@ def small_model(**changes: Any) -> ModelConfig:
 
 
 def traced_fields(config: Any) -> dict[str, Any]:
-    """The fields of a config that are arguments of a training program, as arrays."""
+    """Return the fields of a config that are arguments of a training program, as arrays."""
     return {
         path: np.float32(get_path(config, path))
         for path, field in fields_by_path(type(config)).items()
@@ -261,13 +261,13 @@ _init = quick_jit(transformer.init, static_argnums=1)
 
 @cache
 def initial_params(model: ModelConfig, seed: int = 0) -> Any:
-    """Initial parameters, as NumPy arrays. Do not write to them."""
+    """Return initial parameters, as NumPy arrays that must not be modified."""
     return jax.device_get(_init(jax.random.key(seed), model))
 
 
 @cache
 def random_params(model: ModelConfig, seed: int = 0) -> Any:
-    """Initial parameters plus noise, so that parameters initialized to 0 or 1 matter too. Do not write to them."""
+    """Return initial parameters plus noise, so that those initialized to 0 or 1 matter too. Do not modify them."""
     rng = np.random.default_rng(seed)
 
     def add_noise(leaf: np.ndarray) -> np.ndarray:
@@ -278,12 +278,12 @@ def random_params(model: ModelConfig, seed: int = 0) -> Any:
 
 
 def random_tokens(model: ModelConfig, seed: int = 0) -> np.ndarray:
-    """ROWS rows of LENGTH random tokens."""
+    """Return ROWS rows of LENGTH random tokens."""
     return np.random.default_rng(seed).integers(0, model.vocab_size or 0, (ROWS, LENGTH)).astype(np.int32)
 
 
 class Batch(NamedTuple):
-    """Inputs of the model, with the weights of the scalar that gradients are taken of.
+    """Inputs of the model, with the weights of the scalar whose gradient is computed.
 
     Attributes:
         weights_BTV: The weights of the logits.
@@ -315,7 +315,7 @@ class Outputs(NamedTuple):
 
 
 def _weighted_sum(params: Any, batch: Batch, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """The sum of the weighted logits and of the auxiliary loss, and the logits."""
+    """Return the sum of the weighted logits and the weighted auxiliary loss, and the logits."""
     hidden_BTD, _, layer_metrics = transformer.hidden_states(
         params, batch.tokens_BT, model, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT
     )
@@ -327,7 +327,7 @@ def _weighted_sum(params: Any, batch: Batch, model: ModelConfig) -> tuple[jax.Ar
 
 
 def forward_and_backward(params: Any, batch: Batch, model: ModelConfig) -> Outputs:
-    """Logits and gradients of the model without a cache. Most checks call this one program."""
+    """Compute logits and gradients of the model without a cache. Most checks share this program."""
     (total, logits_BTV), gradient = jax.value_and_grad(_weighted_sum, has_aux=True)(params, batch, model)
     return Outputs(total, logits_BTV, gradient)
 
@@ -336,13 +336,13 @@ _forward_and_backward = quick_jit(forward_and_backward, static_argnums=2)
 
 
 def run_model(params: Any, batch: Batch, model: ModelConfig) -> Outputs:
-    """Compiled `forward_and_backward`; returns NumPy arrays."""
+    """Run the compiled `forward_and_backward` and return NumPy arrays."""
     return jax.device_get(_forward_and_backward(params, batch, model))
 
 
 @cache
 def reference_outputs(model: ModelConfig) -> Outputs:
-    """Outputs for random rows of one document each."""
+    """Return the outputs for random rows of one document each."""
     return run_model(random_params(model), make_batch(random_tokens(model), model), model)
 
 

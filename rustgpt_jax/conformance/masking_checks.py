@@ -49,11 +49,12 @@ from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.pytrees import flatten_paths
 
 TOLERANCE, BFLOAT16_TOLERANCE = 1e-4, 0.02
-# The check of rows: lengths, batch sizes that are compared with each row alone, and with a cache with MAX_ROWS rows.
+# The length of rows and the largest batch in the check of rows.
 ROW_LENGTH, MAX_ROWS = 40, 33
+# Batch sizes that are compared with each row alone, and those that are compared, with a cache, with MAX_ROWS rows.
 BATCHES = {Scope.SMALL: (2, 17), Scope.QUICK: (2, MAX_ROWS), Scope.EXHAUSTIVE: (1, 2, 3, 17, MAX_ROWS)}
 CACHED_BATCHES = {Scope.QUICK: (1,), Scope.EXHAUSTIVE: (2, 1)}
-# Lengths of rows that are compared with the beginning of the longest.
+# Lengths of rows whose outputs are compared with the beginning of the longest row.
 LENGTHS = {
     Scope.SMALL: (17, ROW_LENGTH),
     Scope.QUICK: (15, 32, 33, ROW_LENGTH, 130, 521),
@@ -67,7 +68,7 @@ VARIANTS = {
 
 
 def causality(component: Component) -> str:
-    """Checks, by full Jacobians and bit for bit, that outputs depend on their own token and on no later one.
+    """Check, by full Jacobians and bit for bit, that outputs depend on their own token and on no later one.
 
     Covers rows of many lengths with one to five documents, both dtypes, training and evaluation.
     """
@@ -111,9 +112,9 @@ def _assert_causal(found: Influence, case: Case) -> float:
 
 
 def isolation(component: Component) -> str:
-    """Checks, by full Jacobians and bit for bit, that packed documents, padding and rows are independent.
+    """Check, by full Jacobians and bit for bit, that packed documents, padding and rows are independent.
 
-    Each document must also give the same outputs as it does alone.
+    Each document must also give the same outputs as when it is alone in a row.
     """
     worst = 0.0
     cases, model = CASES[component.scope], model_for_long_rows(component)
@@ -214,7 +215,7 @@ def rows(component: Component) -> str:
 
 
 def _assert_same_at_all_lengths(model: ModelConfig, scope: Scope, is_training: bool) -> float:
-    """Check in float32 that rows of all lengths have the outputs of the first tokens of the longest."""
+    """Check in float32 that rows of all lengths have the same outputs as the first tokens of the longest row."""
     lengths = LENGTHS[Scope.QUICK if is_training else scope]
     # Lengths that causality covers share its compiled programs.
     shared = {case.length: case for case in CASES[scope] if case[2:] == ("float32", False) and not is_training}
@@ -314,14 +315,14 @@ def cache(component: Component) -> str:
 
 
 def assert_cached_equals_uncached(model: ModelConfig) -> float:
-    """Return the largest relative difference of cached and uncached logits; see `cache`."""
+    """Return the largest relative difference between cached and uncached logits; see `cache`."""
     params, tokens_BT = random_params(model), random_tokens(model)
     expected_BTV = reference_outputs(model).logits_BTV
     prefix_B = np.arange(ROWS) % LENGTH + 1
     end_B = np.where(np.arange(ROWS) < LENGTH, LENGTH, np.minimum(prefix_B + 3, LENGTH))
 
     def read(cached: Any, start_B: np.ndarray, stop_B: np.ndarray, length: int, when: str) -> tuple[Any, float]:
-        """Read the tokens from start to stop of each row; returns the cache, and the difference of the logits."""
+        """Read the tokens from start to stop of each row; return the cache and the difference between the logits."""
         positions_BT = (start_B[:, None] + np.arange(length)).astype(np.int32)
         is_token_BT = positions_BT < stop_B[:, None]
         source_BT = np.minimum(positions_BT, LENGTH - 1)
@@ -370,7 +371,7 @@ def prefill(component: Component) -> str:
 
 
 def _shapes(model: ModelConfig) -> list[Any]:
-    """The shapes of the model's parameters and of its cache."""
+    """Return the shapes of the model's parameters and of its cache."""
     cached = jax.eval_shape(lambda: transformer.init_cache(model, 1, SLOTS))
     return [leaf.shape for leaf in jax.tree.leaves((parameter_shapes(model), cached))]
 
@@ -401,7 +402,7 @@ def _assert_ragged_prompts(model: ModelConfig) -> float:
 
 
 def _assert_prompts(model: ModelConfig, lengths: tuple[int, ...]) -> float:
-    """Check prompts of each length from an empty cache with some tokens after them, then pieces of all lengths."""
+    """Check prompts of each length with some tokens after them, from an empty cache, then pieces of all lengths."""
     params = random_params(model)
     packed = single_document_rows(model, 2, SLOTS)
     expected = run_forward(params, packed, model)
@@ -431,7 +432,7 @@ def _assert_prompts(model: ModelConfig, lengths: tuple[int, ...]) -> float:
 
 
 def heads(component: Component) -> str:
-    """Check that all parameters are used and the cache is right with one, two and all key-value heads."""
+    """Check that all parameters are used and the cache is correct with one, two and all key-value heads."""
     model = dataclasses.replace(component.small_model, n_layers=component.small_model.period)
     counts = [count for count in (1, 2, model.attention.n_heads) if model.attention.n_heads % count == 0]
     others = {count: replace_paths(model, {"attention.n_kv_heads": count}) for count in counts}

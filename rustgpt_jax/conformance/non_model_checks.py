@@ -40,7 +40,7 @@ from rustgpt_jax.training.optimizers import get_eval_params, make_optimizer, sch
 OPTIMIZER = OptimizerConfig(
     learning_rate=0.02, momentum=0.9, weight_decay=0.01, weight_decay_groups=((r".*", 1.0),), clip_norm=0.0
 )
-# As in a model: stacked over layers inside the blocks, plain outside.
+# Shapes as in a model: stacked over layers inside the blocks, unstacked outside.
 PARAM_SHAPES = {
     "embedding": {"table": (7, 4)},
     "blocks": {"0": {"mixer": {"query": {"kernel": (2, 4, 6), "bias": (2, 6)}}, "mixer_norm": {"scale": (2, 4)}}},
@@ -63,7 +63,7 @@ def _params(seed: int = 0, scale: float = 1.0) -> Any:
 
 
 def optimizer_update(component: Component) -> str:
-    """Check that updates have the parameters' shapes and dtypes, the state keeps its own, and all stays finite."""
+    """Check that updates have the parameters' shapes and dtypes, the state keeps its own, and all values are finite."""
     config = dataclasses.replace(OPTIMIZER, name=component.name)
 
     def update(gradients: Any, params: Any) -> Any:
@@ -84,7 +84,7 @@ def optimizer_update(component: Component) -> str:
 
 
 def _descend(learning_rate: Any, config: OptimizerConfig, steps: int) -> tuple[Any, Any]:
-    """Half the squared distance to a target before and after some steps, and the parameters."""
+    """Return half the squared distance to a target before and after some steps, and the parameters."""
     config = dataclasses.replace(config, learning_rate=learning_rate)
     start, target = _params(0), _params(1)
 
@@ -127,9 +127,7 @@ def optimizer_traced(component: Component) -> str:
     compiled = quick_jit(run)
     alone = [jax.device_get(compiled(rate, hparams)) for rate in LEARNING_RATES]
     if len(traced) > 1:
-        raise CheckFailure(
-            "another learning rate compiles another program", "the second rate", f"{len(traced)} programs"
-        )
+        raise CheckFailure("a new learning rate compiles a new program", "the second rate", f"{len(traced)} programs")
     together = jax.device_get(quick_jit(jax.vmap(run, in_axes=(0, None)))(LEARNING_RATES, hparams))
     constant = jax.device_get(quick_jit(lambda: _descend(float(LEARNING_RATES[0]), config, FEW_STEPS)[1])())
     worst = 0.0
@@ -191,7 +189,7 @@ def schedule_traced(component: Component) -> str:
 
 
 def sampler_distribution(component: Component) -> str:
-    """Check that logits keep shape and dtype, each row keeps some token, and no excluded token comes back."""
+    """Check that logits keep shape and dtype, each row keeps a token, and no excluded token comes back."""
     shares, compiled = [], _compiled_sampler(component)
     for value in _sampler_values(component.name):
         logits_BV, seen_BV = _random_logits(0)
@@ -237,7 +235,7 @@ def _compiled_sampler(component: Component) -> Any:
 
 
 def _sampler_values(name: str) -> tuple[float, ...]:
-    """Values in the range of the sampler's config field."""
+    """Return values in the range of the sampler's config field."""
     try:
         limits = get_field(f"sampling.{name}").metadata
     except KeyError:
@@ -298,7 +296,7 @@ def tokenizer_determinism(component: Component) -> str:
     if first.serialized != second.serialized:
         index = next(i for i, (a, b) in enumerate(itertools.zip_longest(first.serialized, second.serialized)) if a != b)
         shown = f"{first.serialized[index : index + 30]!r} and {second.serialized[index : index + 30]!r}"
-        raise CheckFailure("the same texts give another tokenizer", f"character {index} of its JSON", shown)
+        raise CheckFailure("the same texts give different tokenizers", f"character {index} of the JSON", shown)
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(first, Path(folder) / "tokenizer.json")
         loaded = load_tokenizer(Path(folder) / "tokenizer.json")
@@ -312,7 +310,7 @@ def tokenizer_determinism(component: Component) -> str:
 
 
 def corpus_documents(component: Component) -> str:
-    """Check that the same documents come every time, each with the name of its source."""
+    """Check that two passes give the same documents, and that each names its source."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("a.txt", "b.txt"):
             (Path(folder) / name).write_text(f"The text of {name}.\n", encoding="utf-8")
@@ -322,7 +320,7 @@ def corpus_documents(component: Component) -> str:
         raise CheckFailure("there are no documents", component.name, "0")
     for index, (one, other) in enumerate(itertools.zip_longest(first, second)):
         if one != other:
-            what = "the second pass gives another document"
+            what = "the second pass gives a different document"
             raise CheckFailure(what, f"document {index}", f"{one!r:.60} and {other!r:.60}")
         if not one.name:
             raise CheckFailure("a document has no name", f"document {index}", repr(one.text[:60]))
@@ -333,7 +331,7 @@ def launcher_interface(component: Component) -> str:
     """Check that a launcher is a function of (launch, chunks) with a docstring."""
     names = list(inspect.signature(component.value).parameters)
     if names != ["launch", "chunks"]:
-        raise CheckFailure("a launcher is a function of (launch, chunks)", component.name, f"({', '.join(names)})")
+        raise CheckFailure("a launcher must be a function of (launch, chunks)", component.name, f"({', '.join(names)})")
     if not inspect.getdoc(component.value):
-        raise CheckFailure("a launcher has a docstring that says where trials run", component.name, "it has none")
+        raise CheckFailure("a launcher needs a docstring that says where trials run", component.name, "it has none")
     return "(launch, chunks)"

@@ -101,7 +101,7 @@ def _assert_block_shapes(model: ModelConfig, blocks: Any, batch: int, length: in
             positions,
             positions,
         )
-        # The residual stream has the model's dtype whatever is added to it, so the sublayers' own results are checked.
+        # The residual stream has the model's dtype regardless of what is added to it, so check the sublayers' results.
         for name, config in (("mixer", group.block.mixer_config), ("feedforward", group.block.feedforward_config)):
             # One result for each `__call__` in the class hierarchy; that of a subclass follows `super().__call__`'s.
             result = captured["intermediates"][name]["__call__"][-1]
@@ -138,9 +138,9 @@ def _scaled(params: Any, names: tuple[str, ...], factor: np.float32) -> Any:
 
 # Rounding to bfloat16.
 
-# Of the logits, in the median token: several times what rounding costs in a few layers.
+# The largest relative error of the logits in the median token: several times that of rounding in a few layers.
 BFLOAT16_TOLERANCE = 0.05
-# Operations not to do in bfloat16: their results are used as exponents, divisors or long sums.
+# Operations that must not be done in bfloat16: exponentials, logarithms, inverse roots, and long sums and products.
 SENSITIVE = ("exp", "exp2", "log", "rsqrt", "reduce_sum", "cumsum", "cumprod", "cumlogsumexp", "reduce_prod")
 # Row lengths to compare: values that are rounded once per token or chunk are rounded more often in the longer row.
 FEW_TOKENS, MANY_TOKENS = 96, 384
@@ -191,7 +191,7 @@ def _find_repeated_roundings(block: ModelConfig, params: Any, model: ModelConfig
         longest_paths.append(max(outputs, key=lambda output: output.depth))
     few, many = longest_paths
     if many.depth > few.depth:
-        what = f"roundings to fewer bits than float32 add up: {few.depth}, one on top of another, in "
+        what = f"roundings to fewer bits than float32 add up: {few.depth} in succession in "
         more = count_roundings_by_line(many) - count_roundings_by_line(few)
         line = more.most_common(1)[0][0] if more else format_line(many.path[0])
         yield what + f"{FEW_TOKENS} tokens and {many.depth} in {MANY_TOKENS}", line, model.dtype
@@ -210,9 +210,9 @@ def _find_repeated_roundings(block: ModelConfig, params: Any, model: ModelConfig
 def _analyze_block(
     block: ModelConfig, params: Any, model: ModelConfig, length: int, cached: Any = None, followed: int = -1
 ) -> tuple[RoundingAnalysis, list[Rounding]]:
-    """Analyze a block over some tokens; returns the analysis, and the roundings of its output and each cache array.
+    """Analyze a block over some tokens; return the analysis, and the roundings of its output and each cache array.
 
-    The cache array with the index `followed` counts as if it had been rounded MANY_TOKENS times.
+    The cache array with the index `followed` is treated as if it had been rounded MANY_TOKENS times.
     """
     x = jax.ShapeDtypeStruct((1, length, model.d_model), model.dtype)
     positions = jax.ShapeDtypeStruct((1, length), jnp.int32)
@@ -233,7 +233,7 @@ def _analyze_block(
 
 # Gradients.
 
-# Relative steps of finite differences: a kink or a rounding error spoils one, hardly all.
+# Steps of finite differences: a kink or rounding errors may spoil one of them, but hardly all.
 STEPS = (1e-5, 1e-4, 1e-6)
 # Lengths on both sides of the thresholds at which components switch to chunked computation.
 GRADIENT_LENGTHS = {
@@ -245,7 +245,7 @@ GRADIENT_LENGTHS = {
 TOKENWISE_LENGTHS = (40,)
 WITH_MIXERS = ("mixers", "families")
 GRADIENT_TOLERANCE = 1e-4
-# Of the derivatives in bfloat16, in the median.
+# The largest median of the relative errors of derivatives in bfloat16.
 BFLOAT16_GRADIENT_TOLERANCE = 0.2
 
 
@@ -283,7 +283,7 @@ def _assert_gradients(model: ModelConfig, length: int) -> float:
         params = jax.tree.map(lambda leaf: leaf.astype(np.float64), random_params(model))
         batch = batch._replace(weights_BTV=batch.weights_BTV.astype(np.float64), aux_weight=np.float64(1.0))
         gradient = flatten_paths(run_model(params, batch, double).gradient)
-        # Floor below rounding error; some gradients would be 0 without rounding.
+        # A lower bound for the scale of errors, since some gradients would be 0 without rounding.
         noise = 1e-6 * max(float(np.linalg.norm(leaf)) for leaf in gradient.values())
         # One wrong derivative makes the gradients of all parameters before it wrong; the worst is reported.
         worst, failure = 0.0, None
@@ -315,7 +315,7 @@ def _assert_gradients(model: ModelConfig, length: int) -> float:
 
 
 def _total_at(params: Any, name: str, change: np.ndarray, batch: Batch, model: ModelConfig) -> float:
-    """The weighted sum with one parameter changed. Reuses the program that also computes gradients."""
+    """Return the weighted sum with one parameter changed, by the same program that computes gradients."""
     changed = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf + change if format_path(path) == name else leaf, params
     )
@@ -329,11 +329,12 @@ def _total_at(params: Any, name: str, change: np.ndarray, batch: Batch, model: M
 EARLY, LATE = slice(64, 256), slice(MAX_LENGTH - 512, MAX_LENGTH)
 # Largest allowed ratio of the error at the end to the error near the beginning. For attention it is below 1.5.
 MAX_GROWTH = 3.0
-# Quantile of the output errors. Smaller errors come from single operations; larger ones are wrong at any position.
-# Rounding can change a few tokens a lot, for example by changing the choice of an expert, so those are ignored.
+# Quantile of the output errors that may be at most MAX_ERROR. The largest errors are ignored, because rounding can
+# change a few tokens a lot, for example by changing the choice of an expert.
 QUANTILE = 0.95
-NOISE = {"bfloat16": 3e-3, "float32": 1e-6}
 MAX_ERROR = {"bfloat16": 0.2, "float32": 1e-3}
+# The error of single operations, and thus a lower bound for the error near the beginning.
+NOISE = {"bfloat16": 3e-3, "float32": 1e-6}
 
 
 def drift(component: Component) -> str:
@@ -369,7 +370,7 @@ def drift(component: Component) -> str:
 
 
 def _with_one_head(model: ModelConfig) -> ModelConfig:
-    """The model with one head, since long rows need much memory, if it can be initialized with one."""
+    """Return the model with one head, to save memory in long rows, or unchanged if it needs several."""
     heads = {"attention.n_heads": 1, "attention.n_kv_heads": 1, "attention.head_dim": model.head_width}
     one = replace_paths(model, heads)
     try:
@@ -391,7 +392,7 @@ USUAL_STD = 0.02
 
 @partial(quick_jit, static_argnums=2)
 def _profile(key: jax.Array, init_std: Any, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """The root mean square of the residual stream after each layer of initial parameters, and the loss."""
+    """Return the root mean square of the residual stream after each layer, and the loss, with initial parameters."""
     model = dataclasses.replace(model, init_std=init_std)
     init_key, x_key, tokens_key = jax.random.split(key, 3)
     params = transformer.init(init_key, model)
@@ -415,7 +416,7 @@ def _profile(key: jax.Array, init_std: Any, model: ModelConfig) -> tuple[jax.Arr
 
 
 def initial_scale(component: Component) -> str:
-    """Check that the residual stream keeps its scale over 16 initial layers, and the loss is a uniform guess's."""
+    """Check that initially the residual stream keeps its scale over 16 layers and the loss is ln(vocab_size)."""
     model = component.small_model
     model = dataclasses.replace(model, n_layers=model.period * math.ceil(DEPTH / model.period))
     # Norms on the outputs of sublayers make each of these as large as what they are added to.

@@ -58,7 +58,7 @@ LONG_LENGTHS, LONG_BATCHES = (127, 128, 129, 255, 256, 257, 521), (2, 1, 3)
 
 
 def _exhaustive_cases() -> tuple[Case, ...]:
-    """All dtypes and modes at lengths around each power of two, with all batch sizes in turn."""
+    """Return cases of all dtypes and modes at lengths around each power of two, with all batch sizes in turn."""
     dtypes_and_modes = itertools.cycle(DTYPES_AND_MODES)
     cases = list(QUICK)
     for lengths, batches in (SHORT_LENGTHS, SHORT_BATCHES), (LONG_LENGTHS, LONG_BATCHES):
@@ -81,13 +81,13 @@ class PackedRows(NamedTuple):
 class Influence(NamedTuple):
     """Influence of tokens on each other in a batch.
 
-    There are K probes: first one per probed position, in every row at once, and then B probes, one per row, of all its
-    positions.
+    A probe is a set of tokens. The first probes are a position each, in all rows at once; the last B probes are a whole
+    row each.
 
     Attributes:
-        positions_K: The position of each of the first probes.
-        gradients_KBT: Largest derivative of the outputs at probe k with respect to token (b, t).
-        changes_KBT: Whether the output at (b, t) changes with the tokens of probe k.
+        positions_K: The positions of the first probes, without the last B.
+        gradients_KBT: The largest derivative of the outputs at the tokens of probe k with respect to token (b, t).
+        changes_KBT: True where the output at (b, t) changes with the tokens of probe k.
     """
 
     packed: PackedRows
@@ -98,7 +98,7 @@ class Influence(NamedTuple):
 
 
 def model_for_long_rows(component: Component) -> ModelConfig:
-    """The component's small model with one repeat of its layer pattern and positions for long rows."""
+    """Return the component's small model with one repeat of its layer pattern and positions for long rows."""
     model = component.small_model
     return dataclasses.replace(
         model,
@@ -110,19 +110,19 @@ def model_for_long_rows(component: Component) -> ModelConfig:
 
 
 def for_case(model: ModelConfig, dtype: str, is_training: bool) -> ModelConfig:
-    """The model in another dtype; for training, with a dropout rate that never drops anything."""
+    """Return the model with a dtype and, for training, a dropout rate that never drops anything."""
     return dataclasses.replace(model, dtype=dtype, dropout=DROPS_NOTHING if is_training else 0.0)
 
 
 def activations(model: ModelConfig, batch: int, length: int, seed: int = 0) -> np.ndarray:
-    """Random x_BTD. Row b is a prefix of the same longer row for every batch size and length."""
+    """Return random x_BTD, whose row b is a prefix of the same longer row for every batch size and length."""
     rows = [np.random.default_rng((seed, row)).standard_normal((length, model.d_model)) for row in range(batch)]
     return 0.5 * np.stack(rows).astype(np.float32)
 
 
 @cache
 def document_layout(length: int, row: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and segments of a row of one to five documents of uneven lengths.
+    """Return the positions and segments of a row of one to five documents of uneven lengths.
 
     Some rows end in padding. In every other row one border is at a multiple of STRIDE tokens, unless that would remove
     a document.
@@ -144,18 +144,18 @@ def document_layout(length: int, row: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def layouts(batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """positions_BT and segments_BT of the first rows of `document_layout`."""
+    """Return positions_BT and segments_BT of the first rows of `document_layout`."""
     positions, segments = zip(*(document_layout(length, row) for row in range(batch)), strict=True)
     return np.stack(positions), np.stack(segments)
 
 
 def packed_rows(model: ModelConfig, batch: int, length: int) -> PackedRows:
-    """Rows of one to five documents each."""
+    """Return rows of one to five documents each."""
     return PackedRows(activations(model, batch, length), *layouts(batch, length))
 
 
 def single_document_rows(model: ModelConfig, batch: int, length: int) -> PackedRows:
-    """Rows of one document each."""
+    """Return rows of one document each."""
     positions_BT = np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length))
     return PackedRows(activations(model, batch, length), positions_BT, np.ones_like(positions_BT))
 
@@ -216,7 +216,7 @@ def _run_probes(
 
 
 def _probe_positions(length: int, limit: int) -> np.ndarray:
-    """The positions to probe: all, or in long rows those on both sides of borders and the last ones."""
+    """Return the positions to probe: all, or in long rows those on both sides of borders and the last ones."""
     if length <= limit:
         return np.arange(length)
     borders = np.arange(STRIDE, length, STRIDE)
@@ -224,7 +224,7 @@ def _probe_positions(length: int, limit: int) -> np.ndarray:
 
 
 def _make_probes(case: Case) -> np.ndarray:
-    """probes_KBT: one probe for each position, in all rows, and one for each row."""
+    """Return probes_KBT: one probe for each position, in all rows, and one for each row."""
     positions_K = _probe_positions(case.length, MAX_GRADIENT_PROBES)
     is_position_KBT = np.broadcast_to(
         np.arange(case.length)[None, None, :] == positions_K[:, None, None],
@@ -237,7 +237,7 @@ def _make_probes(case: Case) -> np.ndarray:
 def run_case(
     model: ModelConfig, case: Case, packed: PackedRows, with_gradients: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return output_BTD of a case, in float32, and gradients_KBT of all probes or zeros."""
+    """Return output_BTD of a case, in float32, and gradients_KBT of all probes (zeros unless `with_gradients`)."""
     probes_KBT = _make_probes(case)
     weights_BTD = np.random.default_rng(7).standard_normal(packed.x_BTD.shape).astype(np.float32)
     count = np.int32(len(probes_KBT) if with_gradients else 0)

@@ -67,19 +67,19 @@ LARGE: dict[str, Any] = {
     "mla.kv_lora_rank": 512,
     "mla.qk_rope_head_dim": 64,
     "recurrent.width": 1024,
-    # A smaller fraction of this many channels could be odd; it does not change any matmul.
+    # A smaller fraction could give an odd number of channels; the fraction does not change any matmul.
     "rope.fraction": 1.0,
 }
 FLOPS_TOKENS = 128
 
 
 def parameters(component: Component) -> str:
-    """Check that `init` makes as many parameters as a run plans for, and that every one of them is used."""
+    """Check that `init` creates as many parameters as a run plans for, and that each of them is used."""
     model = component.small_model
     planned = total_size(parameter_shapes(model))
     count = sum(leaf.size for leaf in jax.tree.leaves(initial_params(model)))
     if count != planned:
-        raise CheckFailure("init makes another number of parameters than planned", "init", f"{count}, not {planned}")
+        raise CheckFailure("init does not create the planned number of parameters", "init", f"{count}, not {planned}")
     assert_parameters_used(model)
     return f"{count} in the small model"
 
@@ -103,7 +103,7 @@ def assert_parameters_used(model: ModelConfig, where: str = "") -> None:
 def flops(component: Component) -> str:
     """Check that the FLOPs that runs report, those of matmuls, are close to XLA's count.
 
-    XLA counts the body of a loop once. Layers in a loop must be reported to cost what they cost without one.
+    XLA counts the body of a loop once. The reported FLOPs must be the same for layers in a loop and without one.
     """
     period = component.small_model.period
     model = replace_paths(component.small_model, LARGE | {"attention.n_kv_heads": 2, "n_layers": period})
@@ -115,7 +115,7 @@ def flops(component: Component) -> str:
     reported = FLOPS_TOKENS * forward_flops_per_token(model, FLOPS_TOKENS, loops_once=True)
     if abs(reported / counted - 1) > FLOPS_TOLERANCE:
         raise CheckFailure(
-            "the reported FLOPs are not those that XLA counts",
+            "the reported FLOPs differ from XLA's count",
             f"a forward pass over {FLOPS_TOKENS} tokens with d_model {model.d_model}",
             f"{reported:.4g} reported, {counted:.4g} counted, {reported / counted - 1:+.0%} "
             f"({FLOPS_TOLERANCE:.0%} is allowed)",
@@ -129,7 +129,7 @@ def flops(component: Component) -> str:
     with_loop, without = (forward_flops_per_token(each, FLOPS_TOKENS) for each in (deep, listed))
     if with_loop != without:
         raise CheckFailure(
-            "layers in a loop are reported to cost other FLOPs than without one",
+            "the reported FLOPs of layers in a loop differ from those without one",
             f"{deep.n_layers} layers with d_model {model.d_model}",
             f"{with_loop:.6g} a token in a loop, {without:.6g} without",
         )
@@ -139,19 +139,19 @@ def flops(component: Component) -> str:
 # Transformations.
 
 LOGIT_TOLERANCE = 5e-5
-# A gradient is a sum over all tokens, in which much may cancel.
+# A gradient is a sum over all tokens, in which terms may cancel.
 GRADIENT_TOLERANCE = 5e-4
 TRIALS = 3
 DEVICES = 8
 
 
 def assert_close_outputs(found: Outputs, expected: Outputs, what: str) -> float:
-    """Return the largest relative difference of logits and gradients; raises CheckFailure above rounding error."""
+    """Return the largest relative difference of logits and gradients. Raises CheckFailure if it exceeds rounding."""
     worst = assert_close(
         found.logits_BTV, expected.logits_BTV, LOGIT_TOLERANCE, f"{what}: the logits differ", LOGIT_AXES
     )
     gradients = flatten_paths(found.gradient)
-    # A gradient that is only rounding error, such as that of a key bias, has no scale of its own.
+    # A gradient that is only rounding error, such as that of a key bias, has no meaningful scale.
     noise = 1e-3 * max(float(np.sqrt(np.mean(np.square(leaf)))) for leaf in jax.tree.leaves(expected.gradient))
     for name, leaf in flatten_paths(expected.gradient).items():
         gradient = f"{what}: the gradient of {name}"
@@ -222,7 +222,7 @@ def _run_trials(keys: Any, params: Any, hparams: Any, batch: Batch, model: Model
 def vmap(component: Component) -> str:
     """Check that trials under vmap, with traced fields such as norm_eps as arguments, equal each trial alone.
 
-    This is what a sweep in one program needs.
+    A sweep in one program relies on this.
     """
     model = component.small_model
     hparams = {name: np.repeat(value, TRIALS) for name, value in traced_fields(model).items()}
@@ -274,7 +274,7 @@ def _check_in_child_process(component: Component) -> str:
 
 
 def main(title: str, changes: str) -> None:
-    """Run the check on eight virtual CPU devices, and prints its result as a line of JSON."""
+    """Run the check on eight virtual CPU devices, and print its result as a line of JSON."""
     use_eight_cpu_devices()
     (component,) = find_components(title, json.loads(changes))
     answer: dict[str, Any]
@@ -290,7 +290,7 @@ def main(title: str, changes: str) -> None:
 
 
 def use_eight_cpu_devices() -> None:
-    """Make eight CPU devices. Call it before JAX is used; an accelerator is left as it is."""
+    """Create eight virtual CPU devices. Call this before JAX is used; accelerators are not affected."""
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", DEVICES)
 

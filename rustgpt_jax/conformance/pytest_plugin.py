@@ -1,10 +1,10 @@
-"""Pytest plugin: the checks as tests of another project's components.
+"""Pytest plugin that turns the checks into tests of your own components.
 
     @pytest.mark.conforms("my_lab.mixers:Retention")
     def test_retention(conformance_check):
         conformance_check()
 
-makes one test for each check that applies. Fields of the small model can be set: `conforms(NAME, n_heads=2)`.
+creates one test for each check that applies. Fields of the small model can be set: `conforms(NAME, n_heads=2)`.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,12 @@ ARGUMENT = "conformance_check"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker."""
+    """Register the marker `conforms`."""
     config.addinivalue_line("markers", MARKER)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make one test for each component and check. JAX is imported only if a test asks for this."""
+    """Create one test for each component and check. JAX is imported only if a test uses `conformance_check`."""
     if ARGUMENT not in metafunc.fixturenames:
         return
     markers = list(metafunc.definition.iter_markers("conforms"))

@@ -1,4 +1,4 @@
-"""Analysis of a traced program that finds states and decays which are rounded again and again along a row.
+"""Analysis of a traced program that finds states and decays which are rounded repeatedly along a row.
 
 Each array of the program is followed from where it is created. Its depth is the largest number of successive roundings
 to fewer bits than float32 on any path to it. In attention the depth does not depend on the row length; in a recurrence
@@ -46,9 +46,9 @@ class Rounding(NamedTuple):
 
     Attributes:
         depth: Number of roundings on the longest path.
-        is_exact: Whether few bits represent its values exactly.
+        is_exact: Whether its values are exact in a dtype of few bits.
         kind: Provenance of its values.
-        rounded: For a constant or gate, the array as it was when it was rounded.
+        rounded: For a constant or gate that was rounded, the shape and dtype of the rounded array.
         is_state: Whether it depends on a state from before the row.
         suspects: Products of a state and a rounded decay that it depends on.
         path: The last rounding on the longest path, linked to the path before it.
@@ -67,7 +67,7 @@ EXACT = Rounding(is_exact=True)
 
 
 def _is_low_precision(array: Any) -> bool:
-    """True for an array with a floating-point dtype of fewer bits than float32."""
+    """Return whether an array has a floating-point dtype of fewer bits than float32."""
     dtype = getattr(array, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
 
@@ -83,7 +83,7 @@ def count_roundings_by_line(traced: Rounding) -> Counter[str]:
 
 
 class RoundingAnalysis:
-    """Follows roundings through a program. `found` holds errors that are certain regardless of context."""
+    """An analysis that follows roundings through a program and collects errors in `found`."""
 
     def __init__(self) -> None:
         self.found: list[tuple[str, Any, Any]] = []
@@ -204,7 +204,7 @@ def _is_in_associative_scan(equation: Any) -> bool:
 
 
 def format_line(equation: Any) -> str:
-    """The source location of an equation outside the libraries: 'mixers.py, line 12, in __call__'."""
+    """Return the source location of an equation outside the libraries, as in 'mixers.py, line 12, in __call__'."""
     traceback = equation.source_info.traceback
     for frame in traceback.frames if traceback else ():
         if not any(library in frame.file_name for library in LIBRARIES):
