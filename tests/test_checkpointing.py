@@ -178,13 +178,13 @@ def test_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wanted", "sentence"),
     [
-        ({"a": [0.0, 0.0], "c": [0.0]}, r"/4: params/c is missing in the checkpoint, and float32\[1\] by the config\."),
-        ({}, r"/4: params/a is float32\[2\] in the checkpoint, and missing by the config\."),
-        ({"a": [0.0]}, r"/4: params/a is float32\[2\] in the checkpoint, and float32\[1\] by the config\."),
-        ({"a": [[0.0, 0.0]]}, r"params/a is float32\[2\] in the checkpoint, and float32\[1, 2\] by the config\."),
+        ({"a": [0.0, 0.0], "c": [0.0]}, r"/4: params/c is missing in the checkpoint, and float32\[1\] in the config\."),
+        ({}, r"/4: params/a is float32\[2\] in the checkpoint, and missing in the config\."),
+        ({"a": [0.0]}, r"/4: params/a is float32\[2\] in the checkpoint, and float32\[1\] in the config\."),
+        ({"a": [[0.0, 0.0]]}, r"params/a is float32\[2\] in the checkpoint, and float32\[1, 2\] in the config\."),
         (
             {"a": jnp.zeros(2, jnp.bfloat16)},
-            r"params/a is float32\[2\] in the checkpoint, and bfloat16\[2\] by the config\.",
+            r"params/a is float32\[2\] in the checkpoint, and bfloat16\[2\] in the config\.",
         ),
     ],
     ids=["missing", "extra", "shape", "rank", "dtype"],

@@ -201,7 +201,7 @@ def test_losses_on_other_batches_do_not_count_for_the_best_checkpoint(finished: 
 
 
 def test_extend_requires_a_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--extend: there is no run .*none to extend"):
+    with pytest.raises(UserError, match=r"--extend: .*none has no run to extend"):
         resolve_change(tmp_path / "none", tiny(), extends=True)
     assert resolve_change(tmp_path / "none", tiny()).earlier == ()
 

@@ -121,7 +121,7 @@ def test_policy_stop_ends_at_the_non_finite_step(tmp_path: Path) -> None:
     config = make_config("stop")
     for _ in range(2):
         with pytest.raises(
-            UserError, match=r"step 6 is not finite.* last checkpoint is that of step 4\. .*launch.py doctor "
+            UserError, match=r"step 6 is not finite.* last checkpoint is from step 4\. .*launch.py doctor "
         ):
             train(config, tmp_path)
         assert math.isnan(metrics(tmp_path)[-1]["train/loss"]) and metrics(tmp_path)[-1]["step"] == 6
@@ -144,7 +144,7 @@ def test_policy_skip_skips_the_update_and_counts_it(tmp_path: Path) -> None:
 def test_policy_rewind_equals_a_run_without_the_bad_batches(tmp_path: Path, bad_batches: dict[str, Any]) -> None:
     config = make_config("rewind")
     is_complete, printed = train(config, tmp_path / "rewound")
-    assert is_complete and "step 6 is not finite: back to step 4" in printed and "(2 of 10 tolerated)" in printed
+    assert is_complete and "step 6 is not finite: going back to step 4" in printed and "(2 of 10 tolerated)" in printed
     rewound = stored_state(config, tmp_path / "rewound")
     # Batch 5 is that of step 6: back to step 4, and the next step reads batch 6. Batch 16 is then that of step 15: back
     # to step 12, and on with batch 17.
@@ -192,7 +192,7 @@ def test_more_than_max_skipped_ends_the_run(tmp_path: Path, nonfinite_policy: st
 
 def test_number_of_rewinds_is_bounded(tmp_path: Path, bad_batches: dict[str, Any]) -> None:
     bad_batches["bad"] = frozenset(range(1000))
-    with pytest.raises(UserError, match=r"the update of step 1 is not finite.* last checkpoint is that of step 0"):
+    with pytest.raises(UserError, match=r"the update of step 1 is not finite.* last checkpoint is from step 0"):
         train(make_config("rewind", **{"faults.max_skipped": 3}), tmp_path)
 
 

@@ -19,7 +19,7 @@ def count_exact_matches(
     """Count the assistant messages that the model reproduces exactly with greedy decoding.
 
     Each message is generated after the true messages before it. It has to equal the true one after a round trip through
-    the tokenizer. Messages whose prompt does not fit the context count as wrong.
+    the tokenizer. Messages whose prompt does not fit into the context count as wrong.
 
     Args:
         generator: The model.

@@ -1,4 +1,4 @@
-"""Training loss: mean next-token cross-entropy over the tokens with loss weight; and evaluation on held-out text."""
+"""The loss, which is the mean next-token cross-entropy over weighted tokens, and evaluation on held-out text."""
 
 import math
 import time
@@ -25,7 +25,7 @@ class LossSums(NamedTuple):
     Attributes:
         loss: Sum of the cross-entropy.
         squared_normalizer: Sum of the squared log normalizer, for z-loss.
-        weight: Sum of the weights, that is the number of tokens with loss.
+        weight: Sum of the weights, which is the number of tokens that count in the loss.
         layer_metrics: Metrics of the blocks, times `weight`.
     """
 
@@ -143,10 +143,10 @@ def eval_loss_sums(
     return jax.tree.map(jnp.sum, sums_P)
 
 
-# The number of batches whose sums may be pending on the device. Each holds its batch and some KB of Python objects, so
+# Maximum number of batches whose sums are pending on the device. Each holds its batch and some KB of Python objects, so
 # without a limit the memory of an evaluation would grow with the corpus.
 MOST_PENDING = 128
-# The computation that may be pending, in seconds, because an evaluation cannot be stopped before it is done.
+# Maximum seconds of pending computation, because an evaluation cannot be stopped before it is done.
 MOST_SECONDS_PENDING = 5.0
 
 
@@ -161,24 +161,24 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate a model on batches.
 
-    Bits per byte, the loss in bits divided by the average number of bytes of text per token, are comparable between
+    Bits per byte, the loss in bits divided by the average number of bytes of text per token, can be compared between
     tokenizers, except for word tokenizers, which lose spacing and unknown words.
 
     Args:
         params: The parameters.
         model: The config of the model.
         batches: The batches.
-        bytes_per_token: The average number of bytes per token with loss in the split.
+        bytes_per_token: The average number of bytes per token that counts in the loss, in the validation split.
         loss_chunk_size: As for `loss_sums`.
         n_parts: The number of microbatches of a batch.
         progress: Called before each batch with the number of batches done. It may raise an exception to stop.
 
     Returns:
-        Mean loss in nats per token, perplexity and bits per byte; empty if there are no batches.
+        Mean loss in nats per token, perplexity and bits per byte; an empty dict if there are no batches.
     """
     model = for_inference(model)
     losses, weights, pending = array("d"), array("d"), deque[LossSums]()
-    # Wait for the first batch, because the time of a batch is not known yet.
+    # Wait for the first batch, because the duration of a batch is not known yet.
     limit, start = 1, time.monotonic()
     for batch in batches:
         if progress is not None:

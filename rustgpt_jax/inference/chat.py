@@ -42,14 +42,14 @@ class Conversation:
         return Conversation((*self.messages, *messages))
 
     def reply_seed(self, seed: int) -> int:
-        """Return the seed of the next reply; that of the first is `seed`, so it equals the output of `generate`."""
+        """Return the seed of the next reply. The first reply uses `seed`, so it equals the output of `generate`."""
         # Multiples of 2^32 / golden ratio keep the replies of adjacent seeds apart.
         return (seed + sum(message.role != "user" for message in self.messages) * 0x9E3779B9) % 2**32
 
     def prompt(
         self, message: Message, generator: TextGenerator, room: int, history_turns: int | None = None
     ) -> tuple[list[int], int]:
-        """Return the prompt for replying to `message`, and how many of the oldest messages it omits.
+        """Return the prompt for a reply to `message`, and the number of oldest messages that it omits.
 
         Args:
             message: The new message. Plain text is continued without the earlier messages.
@@ -82,7 +82,7 @@ class Conversation:
 
 
 class Session:
-    """A chat session: the conversation and the settings that its user has changed."""
+    """A chat session: the conversation and the sampling settings, which its user can change."""
 
     def __init__(self, generator: TextGenerator, sampling: SamplingConfig, console: Console) -> None:
         self.conversation = Conversation()
@@ -121,7 +121,7 @@ class Session:
             self.show(f"{error}\n", "red")
 
     def note(self, text: str) -> None:
-        """Print a line that is not the model's."""
+        """Print a line that is not output of the model."""
         self.show(f"{text}\n", "dim")
 
     def show(self, text: str, style: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Parameters prepared for decoding: converted once instead of for every token.
+"""Parameters for decoding, converted once instead of for every token.
 
 Trained parameters are float32 and stacked over layers. Here each layer has its own arrays, so the loop over tokens
 copies none of them; matrices have the dtype in which they are multiplied, or a narrower one, and the layout that is

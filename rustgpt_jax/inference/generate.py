@@ -34,7 +34,7 @@ class DecodeState(NamedTuple):
         tokens_BS: Prompt and generated tokens, each at its position.
         lengths_B: Number of tokens in each row, a generated stop token included.
         logits_BV: Logits of the next token.
-        is_done_B: Whether a row has a stop token or no room left.
+        is_done_B: Whether a row has generated a stop token or has no room left.
         seen_BV: Whether a row contains a token.
         cache: Cache of `transformer.apply`.
     """
@@ -150,7 +150,7 @@ def decode_steps(
         )
 
     _, state = jax.lax.while_loop(is_unfinished, decode_step, (jnp.zeros((), jnp.int32), state))
-    # Replicated, for every process of a mesh reads them.
+    # Replicated, because every process of a mesh reads them.
     return state._replace(
         tokens_BS=shard_activations(state.tokens_BS, ".."), lengths_B=shard_activations(state.lengths_B, ".")
     )
@@ -185,7 +185,7 @@ def start_generation(
 def generate(
     params: transformer.Params, prompts: Sequence[Sequence[int]], model: ModelConfig, *, max_tokens: int, **options: Any
 ) -> list[list[int]]:
-    """Return the tokens generated after each prompt, without the stop token; `options` are those of `stream_tokens`."""
+    """Return the tokens generated after each prompt, without the stop token; `options` are as for `stream_tokens`."""
     *_, (outputs, _) = stream_tokens(
         params, prompts, model, max_tokens=max_tokens, tokens_per_call=max_tokens, **options
     )
@@ -210,7 +210,7 @@ def stream_tokens(
     which is processed again from position 0.
 
     Yields:
-        After each call, the tokens of each row so far, without the stop token, and the reasons why rows have ended.
+        After each call, the tokens of each row so far, without the stop token, and why it ended, or None.
 
     Raises:
         UserError: A prompt is empty or leaves no room in the model's context.
@@ -254,7 +254,7 @@ def _slide(tokens: Sequence[int], model: ModelConfig) -> list[int]:
 
 
 def pad_stop_ids(stop_ids: Sequence[int]) -> np.ndarray:
-    """Return stop tokens as an array whose size is a multiple of 8, so that their number rarely causes compilation."""
+    """Return stop tokens as an array padded to a multiple of 8, so that their number rarely causes recompilation."""
     padded = np.full(-(-max(len(stop_ids), 1) // 8) * 8, -1, np.int32)
     padded[: len(stop_ids)] = stop_ids
     return padded

@@ -1,7 +1,7 @@
 """Samplers, which transform the logits of the next token, and sampling from the result.
 
-A sampler is a frozen dataclass whose setting is a pytree leaf, so a new value does not trigger a recompilation. It
-excludes a token by setting its logit to -inf. Samplers are combined in a tuple and applied in order.
+A sampler is a frozen dataclass whose setting is a pytree leaf, so a new value does not trigger a recompilation. A
+sampler excludes a token by setting its logit to -inf. Samplers are combined in a tuple and applied in order.
 """
 
 from collections.abc import Callable
@@ -94,7 +94,7 @@ class MinP:
 @pytree_dataclass()
 @dataclass(frozen=True)
 class RepetitionPenalty:
-    """Make the tokens seen so far less likely: positive logits divided, negative ones multiplied (arXiv 1909.05858)."""
+    """Make the tokens seen so far less likely: divide positive logits, multiply negative ones (arXiv 1909.05858)."""
 
     penalty: Any
 

@@ -1,4 +1,4 @@
-"""Text generation: encodes prompts, and decodes generated tokens at the end or as a stream."""
+"""Text generation: encoding of prompts, and decoding of generated tokens at the end or as a stream."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -104,7 +104,7 @@ def _stable_prefix(generator: TextGenerator, prompt: Sequence[int], tokens: Sequ
     """Return the part of the text of `tokens` that later tokens cannot change.
 
     An incomplete character decodes to U+FFFD. With byte fallback, an invalid byte changes the text of the whole run of
-    byte tokens that it ends, so the prefix must also be that of the tokens followed by an invalid byte.
+    byte tokens that it ends, so the prefix must also be a prefix of the text of the tokens followed by an invalid byte.
     """
     text = generator.decode(prompt, tokens)
     invalid_byte = generator.tokenizer.token_to_id("<0xFF>")

@@ -1,4 +1,4 @@
-"""Estimate the memory of a training step per chip by purpose, and bounds on its time."""
+"""Estimates of the memory of a training step, per chip and purpose, and bounds on its time."""
 
 import dataclasses
 import math
@@ -100,7 +100,7 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """The total."""
+        """Total bytes."""
         return sum(dataclasses.astuple(self))
 
 
@@ -129,7 +129,7 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether the step fits in the memory of a chip."""
+        """True if the step fits in the memory of a chip."""
         return self.memory.peak <= self.room
 
     def utilization(self, seconds: float) -> float:
@@ -198,7 +198,7 @@ class Suggestion(NamedTuple):
 
 
 def list_suggestions(config: Config, seq_len: int, n_devices: int) -> Iterator[list[Suggestion]]:
-    """Yield the changes of each kind, smallest first, except those that the config already has."""
+    """Yield the changes of each kind, smallest first, except changes that the config already has."""
     sizes = axis_sizes(config.mesh, n_devices)
     n_shards = sizes["data"] * sizes["fsdp"] * sizes["expert"]
     steps = config.training.grad_accum_steps
@@ -222,5 +222,5 @@ def list_suggestions(config: Config, seq_len: int, n_devices: int) -> Iterator[l
 
 
 def _power_of_two_divisors(number: int) -> list[int]:
-    """Return the powers of two that divide a number, from 2 on."""
+    """Return the powers of two that divide a number, starting with 2."""
     return [2**power for power in range(1, number.bit_length()) if number % 2**power == 0]

@@ -43,7 +43,7 @@ class Instruction:
 
     @property
     def calls(self) -> tuple[str, ...]:
-        """The names of the computations that it runs. The end of an asynchronous operation only repeats its start's."""
+        """The names of the computations that it runs. The end of an asynchronous operation only names them."""
         if self.opcode.endswith(("-done", "-update")):
             return ()
         listed = (name for names in _LISTED.findall(self.attributes) for name in re.findall(r"[\w.\-]+", names))

@@ -131,7 +131,7 @@ def _stage_costs(stage: Stage) -> tuple[str, str, str]:
 def print_plan(config: Config, chip_name: str, n_devices: int, console: Console) -> bool:
     """Print the resources of a step of a config per chip, and return whether it fits.
 
-    No parameters are allocated and no data are read. JAX, which must not have been used, gets as many virtual devices.
+    No parameters are allocated and no data are read. JAX, which must not have been used, gets virtual devices.
 
     Raises:
         UserError: The chip is unknown, the mesh or the batch does not match the number of devices, or the size of the
@@ -171,7 +171,7 @@ def set_vocab_size(config: Config) -> Config:
 
 def _virtual_devices(count: int) -> list[jax.Device]:
     jax.config.update("jax_platforms", "cpu")
-    # The programs are never run, so do not cache them; and the compiler does not repeat its warnings for a cached one.
+    # The programs are never run, so do not cache them. The compiler would not repeat its warnings for a cached one.
     jax.config.update("jax_enable_compilation_cache", False)
     use_cpu_devices(count)
     devices = jax.devices()

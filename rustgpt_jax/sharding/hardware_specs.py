@@ -33,9 +33,9 @@ class Chip:
         float8: FLOP/s of float8 matrix products; None if they are no faster than bfloat16.
         memory: Bytes of memory.
         bandwidth: Memory bandwidth.
-        links: Total bandwidth of the fast links to the `linked` chips, which include this one.
-        linked: The number of chips connected by fast links.
-        network: Bandwidth to all other chips, as a share of the network adapters of its host.
+        links: Total bandwidth of the fast links of this chip, to the other `linked` chips.
+        linked: The number of chips connected by fast links, including this one.
+        network: Bandwidth to all other chips: this chip's share of the network adapters of its host.
     """
 
     kind: str
@@ -61,7 +61,7 @@ CHIPS = {
     "h100": Chip("H100", 989 * T, 1979 * T, 80 * GB, 3.35e12, 450 * GB, 8, 50 * GB),
     # NVIDIA H200 data sheet (SXM).
     "h200": Chip("H200", 989 * T, 1979 * T, 141 * GB, 4.8e12, 450 * GB, 8, 50 * GB),
-    # NVIDIA DGX B200 data sheet, an eighth of it: 1,440 GB, 64 TB/s, 72 PFLOP/s of float8, NVLink 14.4 TB/s.
+    # NVIDIA DGX B200 data sheet, divided by eight chips: 1,440 GB, 64 TB/s, 72 PFLOP/s of float8, NVLink 14.4 TB/s.
     "b200": Chip("B200", 2250 * T, 4500 * T, 180 * GB, 8e12, 900 * GB, 8, 50 * GB),
     # docs.cloud.google.com/tpu/docs/v4; six links of 50 GB/s (arXiv 2304.01433).
     "v4": Chip("TPU v4", 275 * T, None, 32 * GIB, 1.2e12, 300 * GB, 4096, 6.25 * GB),
@@ -179,7 +179,7 @@ def _free_address_space() -> int:
 
 # CPU features with instructions that multiply bfloat16 numbers.
 BFLOAT16_FEATURES = re.compile(r"\b(avx512_bf16|amx_bf16|bf16)\b")
-# For CPUs with such instructions, on which model.dtype='bfloat16' is slower (docs/performance.md).
+# Used on CPUs with such instructions, where model.dtype='bfloat16' would be slower (docs/performance.md).
 BFLOAT16_MATMULS = {"model.precision.matmul_dtype": "bfloat16", "model.precision.logits_dtype": "bfloat16"}
 
 

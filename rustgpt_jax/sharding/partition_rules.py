@@ -1,4 +1,4 @@
-"""Partition rules: how parameters are sharded, by one ordered table of regular expressions on their paths.
+"""Partition rules: one ordered table of regular expressions on paths, which determines how parameters are sharded.
 
 The path of an optimizer state ends with the path of its parameter, so it is sharded like the parameter.
 """
@@ -13,8 +13,8 @@ from rustgpt_jax.pytrees import format_path
 
 Axes = tuple[str | None, ...]
 
-# (expression, mesh axes of the last array axes); the first match applies. Leading array axes, such as that of stacked
-# layers, are not sharded. fsdp shards the contracted axis, or else the output axis; tensor shards heads, hidden
+# (expression, mesh axes of the last array axes); the first match applies. Leading array axes, such as the axis of
+# stacked layers, are not sharded. fsdp shards the contracted axis, or else the output axis; tensor shards heads, hidden
 # channels and the vocabulary.
 RULES: tuple[tuple[str, Axes], ...] = (
     (r"embedding/table$", ("tensor", "fsdp")),
@@ -82,7 +82,7 @@ def infer_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def constrain(tree: Any) -> Any:
-    """Constrain parameters, gradients or a state to the rules' sharding on the mesh of `jax.set_mesh`."""
+    """Constrain parameters, gradients or a state to the sharding of the rules, on the mesh of `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree

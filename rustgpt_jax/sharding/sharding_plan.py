@@ -65,7 +65,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
         UserError: As for `axis_sizes`.
     """
     sizes = axis_sizes(config, len(devices))
-    # Not `jax.make_mesh`, which refuses GPUs of several hosts.
+    # Not `jax.make_mesh`, which rejects GPUs of several hosts.
     grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
     # Axis type Auto: the compiler propagates the sharding of some arrays to all others.
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
@@ -165,17 +165,17 @@ class ShardingPlan:
 
 
 def plan_for_all_devices(config: MeshConfig) -> ShardingPlan:
-    """Use all devices of all processes. Raises UserError as `axis_sizes` does."""
+    """Return a plan for all devices of all processes. Raises UserError as `axis_sizes` does."""
     return plan_for_devices(config, jax.devices())
 
 
 def plan_for_local_devices() -> ShardingPlan:
-    """Shard every array over all devices of this process, to load what one device could not hold."""
+    """Return a plan that shards arrays over all devices of this process, to load what one device could not hold."""
     return plan_for_devices(MeshConfig(data=1, fsdp=-1, expert=1, context=1, tensor=1), jax.local_devices())
 
 
 def plan_for_devices(config: MeshConfig, devices: Sequence[jax.Device]) -> ShardingPlan:
-    """Use the given devices. Raises UserError as `axis_sizes` does."""
+    """Return a plan for the given devices. Raises UserError as `axis_sizes` does."""
     axis_sizes(config, len(devices))
     return ShardingPlan(make_mesh(config, devices) if len(devices) > 1 else None)
 

@@ -1,4 +1,4 @@
-"""Sources of batches: a token stream in device memory if it fits, else files.
+"""Sources of training batches: a token stream in device memory if it fits, else files.
 
 Both give identical batches, so the choice does not change the results of a run.
 """
@@ -19,7 +19,7 @@ from rustgpt_jax.model.kernels import default_device
 from rustgpt_jax.sharding.hardware_specs import free_device_memory
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 
-# Flags of a token: it has loss as a target, and it is the first one of a document.
+# Flags of a token: it counts in the loss as a target, and it is the first one of a document.
 LOSS_MASK, DOC_START = np.uint8(1), np.uint8(2)
 
 
@@ -92,8 +92,8 @@ def _read_sequence(stream: DeviceTokenStream, within_S: jax.Array, start: jax.Ar
     )
 
 
-# A stream on a device takes at most this fraction of its memory, and has at most this many tokens, so that twice the
-# length fits int32.
+# A stream on a device takes at most this fraction of the device's memory, and has at most this many tokens, so that
+# twice the length fits into int32.
 MAX_MEMORY_SHARE = 1 / 32
 MAX_TOKENS = 2**30
 # The number of streams to keep on the devices for later runs.
@@ -101,7 +101,7 @@ CACHED_STREAMS = 4
 
 
 class BatchSource(Protocol):
-    """The batches of a stage of a run, from a step on."""
+    """The batches of a stage of a run, starting at a given step."""
 
     def take(self, count: int, n_slots: int) -> Batch:
         """Return the batches of the next `count` steps, stacked and padded to `n_slots`."""
@@ -111,7 +111,7 @@ class BatchSource(Protocol):
 
 
 def make_batch_source(data: StageData, plan: ShardingPlan, step: int) -> BatchSource:
-    """Return the source of this process's rows of the batches of a stage, from a step on."""
+    """Return the source of this process's rows of the batches of a stage, starting at a given step."""
     stream = data.store.split("train")
     device = default_device() if plan.mesh is None else plan.mesh.local_devices[0]
     fits = n_bytes(stream) <= MAX_MEMORY_SHARE * free_device_memory(device) and stream.n_tokens < MAX_TOKENS
@@ -128,7 +128,7 @@ class FileBatchSource:
         self._batches = data.training_batches(rows).iterate(step)
 
     def take(self, count: int, n_slots: int) -> Batch:
-        """As `BatchSource.take`, in host memory."""
+        """Return the batches of `BatchSource.take`, in host memory."""
         return Batch(*_stack([next(self._batches) for _ in range(count)], n_slots))
 
     def close(self) -> None:
@@ -137,14 +137,14 @@ class FileBatchSource:
 
 
 class DeviceBatchSource:
-    """Batches gathered on the devices from a token stream there."""
+    """Batches gathered from a token stream in device memory."""
 
     def __init__(self, data: StageData, plan: ShardingPlan, step: int, stream: DeviceTokenStream) -> None:
         self._batches, self._step, self._seq_len = data.training_batches(), step, data.seq_len
         self._plan, self._stream = plan, stream
 
     def take(self, count: int, n_slots: int) -> Batch:
-        """As `BatchSource.take`, on the devices."""
+        """Return the batches of `BatchSource.take`, on the devices."""
         steps = range(self._step, self._step + count)
         offsets = SequenceOffsets(*_stack([self._batches.locate(step) for step in steps], n_slots))
         self._step += count
@@ -160,7 +160,7 @@ class DeviceBatchSource:
 @lru_cache(CACHED_STREAMS)
 def _load_device_stream(store: Path, plan: ShardingPlan, device: jax.Device) -> DeviceTokenStream:
     """Load the training stream of a store, whose files never change, to the devices."""
-    # Only for the cache key: plans for one device do not name it.
+    # Only part of the cache key, because a plan for one device does not name the device.
     del device
     return plan.replicate(make_device_stream(open_store(store).split("train")))
 

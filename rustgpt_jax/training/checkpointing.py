@@ -29,15 +29,15 @@ from rustgpt_jax.training.train_step import State
 from rustgpt_jax.workdir.run_dir import describe_differences, is_step_name
 
 N_RECENT = 2
-# The time includes the checksums, for which all files are read again.
+# This includes the time to compute the checksums, which reads all files again.
 MAX_SAVE_SECONDS = 6 * 3600
 CHECKSUMS = "sha256.json"
-# Orbax writes the time to it last; nothing is read from it.
+# Orbax writes a timestamp to this file last; it is never read here.
 NOT_HASHED = "_CHECKPOINT_METADATA"
 MAX_REASON_CHARS = 160
 # The metadata of a checkpoint, in the folder of its step.
 METADATA = "about/metadata"
-# Messages of the operating system, to be found in the long errors of libraries.
+# Messages of the operating system to look for in long errors of libraries.
 KNOWN_REASONS = ("No space left on device", "Read-only file system", "Permission denied")
 
 # Orbax numbers operations with a global counter: two that start concurrently would wait for each other's files.
@@ -52,13 +52,13 @@ class Checkpoints:
     """The checkpoints of a run, in folders named by step. Use it as a context manager.
 
     It preserves the most recent checkpoints, the best one, and the last scheduled one, which does not depend on
-    interruptions. The file `best` names the step of the best checkpoint, and of the previous best, which is valid until
+    interruptions. The file `best` names the step of the best checkpoint, and of the previous best, which is used until
     the new one is written. Only one run may write to a folder.
 
     Args:
         folder: The folder of the checkpoints.
         config: The config of the run.
-        is_writer: Whether checkpoints are to be saved.
+        is_writer: Whether to save checkpoints.
         earlier: Earlier configs of the run, with which older checkpoints were saved.
     """
 
@@ -87,7 +87,7 @@ class Checkpoints:
         try:
             self.wait()
         except UserError:
-            # Report the first error.
+            # Report only the first error.
             if kind is None:
                 raise
         finally:
@@ -114,7 +114,7 @@ class Checkpoints:
     # Writing.
 
     def save(self, state: State, step: int, is_best: bool = False, is_scheduled: bool = True) -> None:
-        """Start to write the state at `step`. Its buffers may be reused on return.
+        """Start writing the state at `step`. Its buffers may be reused when this returns.
 
         An existing checkpoint of this step is preserved, unless its metadata is damaged or belongs to another step.
 
@@ -314,7 +314,7 @@ class Checkpoints:
             if stored.get(path) != expected.get(path):
                 raise UserError(
                     f"{where}: {path} is {stored.get(path, 'missing')} in the checkpoint, "
-                    f"and {expected.get(path, 'missing')} by the config."
+                    f"and {expected.get(path, 'missing')} in the config."
                 )
 
 
@@ -402,7 +402,7 @@ def read_metadata(folder: Path, step: int) -> dict[str, Any]:
     if not isinstance(metadata, dict) or not all(
         name in metadata and is_valid(metadata[name]) for name, is_valid in VALIDATORS.items()
     ):
-        raise CorruptCheckpoint("its metadata is not that of a checkpoint")
+        raise CorruptCheckpoint("its metadata is not valid")
     if metadata["step"] != step:
         raise CorruptCheckpoint(f"it is the checkpoint of step {metadata['step']} under another name")
     return metadata

@@ -58,7 +58,7 @@ def _check_function(table: Mapping[str, Any], name: str, knob: str, *arguments: 
     """Check that a component exists and can be called with these arguments."""
     try:
         inspect.signature(lookup(table, name, knob)).bind(*arguments)
-    except (TypeError, ValueError):  # Not callable, another signature, or a built-in without one.
+    except (TypeError, ValueError):  # Not callable, a different signature, or a built-in without a signature.
         raise UserError(f"{knob}={name!r} is not a function of ({', '.join(arguments)}).") from None
 
 
@@ -80,7 +80,7 @@ def resolve_change(path: Path, config: Config, extends: bool = False) -> Change:
     Args:
         path: The run folder, which may not exist.
         config: The requested config.
-        extends: Whether to allow more steps even if the learning-rate schedule was designed for fewer.
+        extends: Whether to allow more steps than the learning-rate schedule of the run was made for.
 
     Raises:
         UserError: The run cannot continue with this config, or `extends` has no effect.
@@ -88,7 +88,7 @@ def resolve_change(path: Path, config: Config, extends: bool = False) -> Change:
     run = RunDir(path)
     if not run.config_file.exists():
         if extends:
-            raise UserError(f"--extend: there is no run {path} to extend.")
+            raise UserError(f"--extend: {path} has no run to extend.")
         return Change(config)
     stored, earlier = load_config(path), load_earlier(path)
     changed = {knob: values for knob, values in diff_configs(stored, config).items() if affects_result(knob)}
@@ -97,17 +97,19 @@ def resolve_change(path: Path, config: Config, extends: bool = False) -> Change:
         shown = "; ".join(f"{knob} is {there!r} there and {here!r} here" for knob, (there, here) in fixed.items())
         raise UserError(f"{path} has a run with another config: {shown}. Choose another --run folder.")
     n_done = max(run.saved_steps, default=0)
-    # A command that was stopped may be repeated as it is, with --extend.
+    # A command that was stopped may be repeated unchanged, with --extend.
     was_extended = any(stages(each.config)[-1].end_step < stages(stored)[-1].end_step for each in earlier)
     extends = extends and bool(changed or not was_extended)
     messages = _check_steps(path, stored, config, changed, n_done, extends)
     if not changed or stages(config)[-1].end_step == n_done:
         return Change(stored if changed else config, earlier)
-    # Steps after the last checkpoint are trained again. A config without any steps stays in the list.
+    # Steps after the last checkpoint are trained again. A config that no step was trained with stays in the list.
     earlier = tuple(each._replace(until=min(each.until, n_done)) for each in earlier)
     values = "; ".join(f"{knob} is {here!r} instead of {there!r}" for knob, (there, here) in changed.items())
     if any(knob.endswith("logging.eval_batches") for knob in changed):
-        message = "Validation losses before that step are of other batches: they do not count for the best checkpoint."
+        message = (
+            "Validation losses before that step are from other batches, so they do not count for the best checkpoint."
+        )
         messages = (*messages, message)
     return Change(config, (*earlier, Earlier(n_done, stored)), (f"From step {n_done} on, {values}.", *messages))
 

@@ -51,11 +51,11 @@ class NonFiniteStep(NamedTuple):
 
 
 class EvaluationStopped(Exception):
-    """Raised to leave an evaluation after a request to stop."""
+    """An evaluation was left because of a request to stop."""
 
 
 class ProgressSink(Protocol):
-    """Interface to show the progress of a run."""
+    """An interface that shows the progress of a run."""
 
     def update(self, step: int, values: Mapping[str, float], stage: str) -> None:
         """Show the metrics of a step."""
@@ -97,7 +97,7 @@ class Hook(Protocol):
 
 @dataclass
 class LogMetrics:
-    """Writes the metrics of a stage, and detects steps that are not finite.
+    """A hook that writes the metrics of a stage, and detects steps that are not finite.
 
     Metrics are read one call late, so that the device never waits for the host. At a step that is not finite, unless
     the config says to skip it, `nonfinite_step` is set, and the metrics of later steps are not written.
@@ -119,7 +119,7 @@ class LogMetrics:
 
     def restart_clock(self) -> None:
         """Start timing the next call now."""
-        # None if the time at which the device began the call is unknown.
+        # None if it is unknown when the device began the call.
         self._clock: float | None = time.perf_counter()
 
     def __call__(self, event: StepEvent) -> bool:
@@ -178,9 +178,9 @@ class LogMetrics:
 
 @dataclass
 class Evaluate:
-    """Evaluates on the validation split of a stage, and writes samples.
+    """A hook that evaluates on the validation split of a stage, and writes samples.
 
-    Validation losses up to step `incomparable_until` are of other batches and do not count for the best loss.
+    Validation losses up to step `incomparable_until` are from other batches and do not count for the best loss.
     """
 
     data: StageData
@@ -216,7 +216,7 @@ class Evaluate:
         Raises:
             EvaluationStopped: `is_stopped` returned True. Nothing was written.
         """
-        # The static half of the config, so that no value of a hyperparameter compiles anything.
+        # The static half of the config, so that changing a hyperparameter recompiles nothing.
         static = partition(self.data.stage.config)[0]
         params = state.params
         if static.optimizer.name in EVAL_PARAMS:
@@ -273,7 +273,7 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class SaveCheckpoint:
-    """Saves the state if a checkpoint is due, after the best evaluation so far, and after the last step."""
+    """A hook that saves the state if a checkpoint is due, after the best evaluation so far, and after the last step."""
 
     data: StageData
     checkpoints: Checkpoints

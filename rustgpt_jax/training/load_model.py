@@ -1,4 +1,4 @@
-"""Loads a trained model from its run folder."""
+"""Loading of a trained model from its run folder."""
 
 import dataclasses
 import sys
@@ -61,7 +61,7 @@ def load_model(
         path: The run folder.
         which: The checkpoint: "last", "best" or a step. If it is damaged, the previous one is loaded, with a warning.
         is_oversubscribed: Whether to load the model even if the memory is too small.
-        n_generated: The number of tokens of one row in the KV cache, which has to fit the memory too.
+        n_generated: The number of tokens of one row in the KV cache, which has to fit in memory too.
 
     Raises:
         UserError: There is no run, or no valid checkpoint, or the memory is too small.
@@ -82,7 +82,7 @@ def load_model(
 
 
 def _restore(run: RunDir, stored: Config, config: Config, which: str) -> tuple[Params, int]:
-    """Return the parameters for evaluation in a checkpoint, and its step."""
+    """Return the parameters for evaluation from a checkpoint, and its step."""
 
     def on_skipped(step: int, reason: str) -> None:
         warning = f"{run.path}: the checkpoint of step {step} is damaged ({reason}); the previous one is loaded."

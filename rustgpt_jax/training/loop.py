@@ -93,7 +93,7 @@ def _run_hooks(trainer: "Trainer", state: State, is_stopped: Callable[[], bool])
 
 
 class SingleRunExecutor:
-    """Advances one run, on all devices of its mesh."""
+    """An executor that advances one run, on all devices of its mesh."""
 
     def __init__(self, trainer: "Trainer") -> None:
         self._plan, self._static = trainer.plan, trainer.program.static
@@ -124,9 +124,9 @@ class SingleRunExecutor:
 
 
 class PopulationExecutor:
-    """Advances many runs with one program, in a mode of `train_step.population_steps`.
+    """An executor that advances many runs with one program, in a mode of `train_step.population_steps`.
 
-    A program is compiled for a number of slots; it serves fewer runs too, with idle slots.
+    A program is compiled for a number of slots, one per run. If there are fewer runs, the other slots are idle.
     """
 
     def __init__(self, mode: str, trainers: "Sequence[Trainer]", n_slots: int) -> None:
@@ -144,8 +144,8 @@ class PopulationExecutor:
         idle = next(iter(args.values()))._replace(count=np.int32(0))
         batches, *scalars = zip(*(args.get(index, idle) for index in range(self._n_slots)), strict=True)
         # Stack batches where they are, on the devices or the host.
-        is_mesh_cases = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batches))
-        batches_P = _stack_mesh_cases(batches) if is_mesh_cases else stack(batches)
+        are_on_devices = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batches))
+        batches_P = _stack_on_devices(batches) if are_on_devices else stack(batches)
         args_P = StepArgs(batches_P, *map(stack, scalars))
         if self._plan.mesh is None:
             args_P = jax.device_put(args_P)
@@ -168,7 +168,7 @@ class PopulationExecutor:
 
 
 @jax.jit
-def _stack_mesh_cases(trees: Sequence[Any]) -> Any:
+def _stack_on_devices(trees: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 

@@ -17,7 +17,7 @@ from rustgpt_jax.sharding.hardware_specs import Machine
 from rustgpt_jax.tracking.console import format_bytes
 from rustgpt_jax.training.train_step import init_state
 
-# The number of layers to trace. The needs of deeper models are extrapolated.
+# Maximum number of layers to trace. The memory of deeper models is extrapolated.
 MAX_TRACED_LAYERS = 64
 # Bytes of a batch, per token.
 BATCH_BYTES = total_bytes(Batch(*(jax.ShapeDtypeStruct((), dtype) for dtype in ("int32",) * 5)))
@@ -25,7 +25,7 @@ BATCH_BYTES = total_bytes(Batch(*(jax.ShapeDtypeStruct((), dtype) for dtype in (
 ACTIVATIONS_SHARE = 0.5
 # Nothing is traced if a generous upper bound is below this fraction of the memory.
 SKIP_BELOW_SHARE = 0.25
-# The knobs that determine each need.
+# The knobs that determine the memory for each purpose.
 SIZE_KNOBS = ("model.n_layers", "model.d_model", "model.vocab_size")
 KNOBS = {
     "parameters": SIZE_KNOBS,
@@ -68,7 +68,7 @@ def step_bytes(config: Config, seq_len: int) -> int:
 def residual_bytes(config: Config, seq_len: int) -> int:
     """Return the bytes of the residuals of one microbatch, without the parameters.
 
-    They include what the backward pass recomputes at a time: with remat, one repeat of the pattern of blocks; with
+    They include what the backward pass recomputes at one time: with remat, one repeat of the pattern of blocks; with
     chunked loss, the logits of one chunk.
     """
     model, chunk = config.model, config.training.loss_chunk_size
@@ -110,7 +110,7 @@ def _saved_bytes(config: Config, seq_len: int) -> int:
 
 
 def check_training_memory(config: Config, machine: Machine, mesh: Mapping[str, int], is_allowed: bool = False) -> None:
-    """Check that a training step can fit the memory, without allocating or compiling anything.
+    """Check that a training step can fit in memory, without allocating or compiling anything.
 
     It checks a lower bound: an unknown vocabulary does not count, and half of the estimated activations do.
 
@@ -156,7 +156,7 @@ def training_needs(config: Config) -> dict[str, float]:
 def check_inference_memory(
     config: Config, machine: Machine, n_rows: int, is_allowed: bool = False, n_cached: int = 0
 ) -> None:
-    """Check that a model, and the logits of some rows or a KV cache, can fit the memory.
+    """Check that a model, and the logits of some rows or a KV cache, can fit in memory.
 
     Args:
         config: The config, with the vocabulary size.
@@ -190,7 +190,7 @@ def check_inference_memory(
 
 
 def out_of_memory_message(config: Config | None) -> str:
-    """Return the message for a failed allocation: the largest needs, and the knobs that determine them."""
+    """Return the message for a failed allocation: the largest uses of memory, and the knobs that determine them."""
     failure = "There is not enough memory: an allocation failed."
     if config is None:
         return f"{failure} Use a smaller model or a shorter context, or stop other processes."

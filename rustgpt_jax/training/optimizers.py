@@ -2,7 +2,7 @@
 
 Each entry of OPTIMIZERS is a function of (config, lr_multiplier) that returns an `optax.GradientTransformation`, where
 `lr_multiplier` is the value of the schedule at the step. All numbers may be traced: the transformation is built inside
-the step. An optimizer that evaluates other parameters than it trains has an entry in EVAL_PARAMS too.
+the step. An optimizer whose parameters for evaluation are not the trained ones also has an entry in EVAL_PARAMS.
 """
 
 import re
@@ -44,7 +44,7 @@ def lion(config: OptimizerConfig, lr_multiplier: jax.Array | float) -> optax.Gra
 
 
 def muon(config: OptimizerConfig, lr_multiplier: jax.Array | float) -> optax.GradientTransformation:
-    """Orthogonalized momentum for the matrices inside the blocks, AdamW for all else (Jordan 2024, arXiv 2502.16982).
+    """Orthogonalized momentum for the matrices inside the blocks, AdamW for all others (Jordan 2024, arXiv 2502.16982).
 
     Matrices learn at muon_learning_rate, scaled by sqrt(max(1, outputs / inputs)); the rest at learning_rate.
     """
@@ -115,7 +115,7 @@ def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _moment_dtype(config: OptimizerConfig) -> str | None:
-    """Return Optax's argument for the dtype of first moments; None means that of the parameters, float32."""
+    """Return Optax's argument for the dtype of first moments; None means float32, as the parameters."""
     return None if config.state_dtype == "float32" else config.state_dtype
 
 
@@ -169,7 +169,7 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig, jax.Array | float], optax.Gradi
     "schedule_free": schedule_free,
 }
 
-# For optimizers that evaluate other parameters than they train: functions of (params, opt_state) that return them.
+# Functions of (params, opt_state) that return the parameters for evaluation, if they are not the trained ones.
 EVAL_PARAMS: dict[str, Callable[[Any, Any], Any]] = {
     "schedule_free": lambda params, opt_state: optax.contrib.schedule_free_eval_params(opt_state, params)
 }

@@ -14,7 +14,7 @@ STOPPED_BY_CLUSTER = os.EX_TEMPFAIL
 
 
 class StopRequest:
-    """Context manager that handles signals as requests to stop. It is true after a signal.
+    """Context manager that handles signals as requests to stop. It is truthy after a signal.
 
     Python runs signal handlers only between bytecode instructions of the main thread. A background thread waits for a
     second SIGINT, so that it can end the process while the main thread waits for a long computation.
@@ -54,7 +54,7 @@ class StopRequest:
 
     @property
     def exit_status(self) -> int:
-        """The exit status of the process: 0 without a request to stop."""
+        """The exit status of the process; 0 without a request to stop."""
         if self.signal_name is None:
             return 0
         return STOPPED_BY_USER if self.signal_name == "SIGINT" else STOPPED_BY_CLUSTER

@@ -1,4 +1,4 @@
-"""Training of a run from its config to its end: preparation, the loop, and messages to the user."""
+"""Training of a run from start to end: preparation, the loop, and messages to the user."""
 
 import math
 import signal
@@ -35,7 +35,7 @@ from rustgpt_jax.training.trainer import Trainer
 from rustgpt_jax.workdir.code_snapshot import record_code
 from rustgpt_jax.workdir.run_dir import RunDir, scratch_run_dir
 
-# With more separately compiled blocks, compilation takes long.
+# With more blocks than this compiled separately, compilation takes a long time.
 MANY_BLOCKS = 200
 
 
@@ -67,7 +67,7 @@ class StepTracer:
             progress.message(f"Tracing steps {self.start_step + 1} to {self.stop_step}.")
         elif run.step == self.stop_step and self._is_tracing:
             self.stop()
-            progress.message(f"The trace is in {self.folder}; docs/performance.md says how to read it.")
+            progress.message(f"The trace is in {self.folder}; docs/performance.md explains how to read it.")
 
     def stop(self) -> None:
         """Write the trace, if the profiler is on."""
@@ -98,7 +98,7 @@ def train(
         barrier_timeout: Seconds to wait for other processes before exiting.
         profile: The steps to trace with the profiler, as START:STOP.
         is_oversubscribed: Whether to start even if the memory is too small.
-        extends: Whether to allow more steps even if the learning-rate schedule was designed for fewer.
+        extends: Whether to allow more steps than the learning-rate schedule of the run was made for.
 
     Returns:
         The exit status: 0 if training is complete, or the one for a stop by a signal.
@@ -223,7 +223,7 @@ def _divergence_message(run: Trainer, path: Path) -> str:
     before = f", after {n_tolerated} that were tolerated (config.faults.max_skipped)" if n_tolerated > 0 else ""
     return (
         f"{path} diverged: the loss, the gradient or the update of step {run.diverged_at} is not finite{before}, and "
-        f"training ended there. The last checkpoint is that of step {run.checkpoints.step() or 0}. A lower learning "
+        f"training ended there. The last checkpoint is from step {run.checkpoints.step() or 0}. A lower learning "
         f"rate usually helps; `python launch.py doctor {path}` looks for the cause."
     )
 

@@ -21,7 +21,7 @@ from rustgpt_jax.training.optimizers import clip_by_norm, make_optimizer, schedu
 
 # A loss is a spike if it is this many standard deviations above the mean of the previous ones.
 SPIKE_DEVIATIONS = 6.0
-# The number of steps that the averages cover, and of the first steps of a stage, none of which is a spike.
+# The number of steps that the averages cover. No spikes are counted in this many first steps of a stage.
 MEMORY_STEPS = 50
 
 
@@ -90,7 +90,7 @@ class StepIntermediates(NamedTuple):
     Attributes:
         losses_BT: Loss of each token in nats.
         weights_BT: Loss weight of each token.
-        activations: Statistics at the hook points. The last axis but one is the microbatch.
+        activations: Statistics at the hook points. The second to last axis is the microbatch.
         gradients: Statistics of the gradients with respect to these activations.
         parameter_gradients: The gradients of the parameters before clipping.
         updates: The updates of the parameters.
@@ -178,7 +178,7 @@ def train_step(
     Args:
         static: The static half of the config.
         state: The state before the step.
-        batch: The batch of all microbatches.
+        batch: The whole batch, with all microbatches.
         hparams: The traced half of the config.
         first_step: The first step of the stage, from which its learning-rate schedule counts.
         with_intermediates: Whether to compute statistics of the tensors inside the step.
@@ -209,7 +209,7 @@ def train_step(
     )
     intermediates = None
     if inside is not None:
-        # Microbatches from the first axis to the last but one.
+        # Move microbatches from the first axis to the second to last.
         activations, activation_gradients = jax.tree.map(
             lambda leaf: jnp.moveaxis(leaf, 0, -2), (inside.activations, inside.gradients)
         )
@@ -234,7 +234,7 @@ def train_step(
 def step_intermediates(
     static: StaticConfig, state: State, batch: Batch, hparams: Hyperparams, first_step: jax.Array | int = 0
 ) -> tuple[Metrics, StepIntermediates]:
-    """Return the metrics and intermediates of `train_step`, without its new state, which then takes no memory."""
+    """Return the metrics and intermediates of `train_step`, without its new state, so that it takes no memory."""
     _, metrics = train_step(static, state, batch, hparams, first_step, with_intermediates=True)
     assert metrics.intermediates is not None
     return metrics._replace(intermediates=None), metrics.intermediates
@@ -373,9 +373,9 @@ def population_steps(mode: str, static: StaticConfig, states_P: State, args_P: S
     """Take steps of every run of a population. Metrics have shape (P, slots).
 
     Args:
-        mode: "exact" takes the steps of one run after another, with the same bits as for each run alone. "fused" takes
+        mode: "exact" takes the steps of one run after another, bit-identical to training each run alone. "fused" takes
             those of all runs at once with `vmap`, which is faster if one run does not keep the device busy; it takes
-            sums in another order, and all counts that are not 0 must be equal.
+            sums in a different order, and all counts that are not 0 must be equal.
         static: The static half of the configs.
         states_P: The states.
         args_P: The arguments of each run.

@@ -143,13 +143,13 @@ class Trainer:
 
     @property
     def is_over(self) -> bool:
-        """Whether training has reached its end or diverged."""
+        """True if training has reached its end or diverged."""
         is_at_end = self.step >= self.end_step and not self.has_pending_evaluation
         return is_at_end or self.diverged_at is not None
 
     @property
     def has_pending_evaluation(self) -> bool:
-        """Whether the evaluation after the last step was stopped, and has to be repeated before the next step."""
+        """True if the evaluation after the last step was stopped, and has to be repeated before the next step."""
         return self.step == self._stopped_evaluation
 
     @property
@@ -163,7 +163,7 @@ class Trainer:
 
     @property
     def needs_rewind(self) -> bool:
-        """Whether a step is not finite and the run has to go back to a checkpoint."""
+        """True if a step is not finite and the run has to go back to a checkpoint."""
         faults = self.inputs.config.faults
         if self._nonfinite_step is None or faults.nonfinite_policy != "rewind":
             return False
@@ -223,14 +223,14 @@ class Trainer:
         excluded = record_launch(self.folder, self.step, mode, width, self.plan.n_devices, self.plan.sizes)
         if excluded:
             listed = ", ".join(excluded[:MAX_LISTED]) + (", ..." if len(excluded) > MAX_LISTED else "")
-            progress.message(f"Not copied with the code of the run (docs/security.md says why): {listed}.")
+            progress.message(f"Not copied with the code of the run (docs/security.md explains why): {listed}.")
         self._open_metrics()
 
     def _abstract_state(self) -> State:
         return self.plan.add_shardings(state_shapes(stages(self.inputs.full_config)[0].config))
 
     def state(self) -> State:
-        """Return the state of the last valid checkpoint, or the initial state. To be called once."""
+        """Return the state of the last valid checkpoint, or the initial state. Call this only once."""
         state, self._state = self._state, None
         return load_initial_state(self.inputs, self.folder, self.plan) if state is None else state
 
@@ -261,8 +261,9 @@ class Trainer:
         self._skipped += bad_step - self.step
         self._events.append("rewind", step=bad_step, to=self.step, skipped=self._skipped, faults=count)
         self._progress.message(
-            f"Loss, gradient or update of step {bad_step} is not finite: back to step {self.step}, to continue with "
-            f"the batches after that step ({count} of {self.inputs.config.faults.max_skipped} tolerated)."
+            f"The loss, gradient or update of step {bad_step} is not finite: going back to step {self.step}, to "
+            f"continue with the batches after step {bad_step} ({count} of "
+            f"{self.inputs.config.faults.max_skipped} tolerated)."
         )
         self.checkpoints.delete_after(self.step)
         self._close()
@@ -270,7 +271,7 @@ class Trainer:
 
     @property
     def is_program_recorded(self) -> bool:
-        """Whether the program of the next step has been recorded in this launch."""
+        """True if the program of the next step has been recorded in this launch."""
         return self._stage_index in self._recorded_programs
 
     def record_program(self, program: Program) -> None:
@@ -321,7 +322,7 @@ class Trainer:
 
     @property
     def has_event(self) -> bool:
-        """Whether a hook is due after the last step."""
+        """True if a hook is due after the last step."""
         log, evaluate, save = self.hooks
         is_at_end = self.step in (log.data.stage.last_step, self.end_step)
         return evaluate.is_due(self.step) or save.is_due(self.step) or is_at_end
