@@ -157,7 +157,7 @@ MISTAKES = {
     "sweep without trials": ([*SWEEP, "--sweep=empty"], "The sweep has no trials."),
     "sweep of no mapping": ([*SWEEP, "--sweep=words"], "A sweep yields mappings of knobs to values, not 'seed'."),
     "swept knob": ([*SWEEP, "--sweep=typo"], "The trial optimizer.learning_rat=1 is invalid"),
-    "swept twice": ([*SWEEP, "--sweep=twice"], "Two trials are the same config: seed=1 and seed=1."),
+    "swept twice": ([*SWEEP, "--sweep=twice"], "Two trials have the same config: seed=1 and seed=1."),
     "swept and given": ([*SWEEP, "--config.seed=1"], "config.seed is both set on the command line and swept"),
     "swept text": ([*SWEEP, "--config.model.context_length=32768", "--config.data.split=tail"], "one batch needs"),
     "rung": ([*SWEEP, "--sweep=halving"], "no evaluation at step 30"),

@@ -228,7 +228,7 @@ def test_trial_fails_after_repeated_job_failures(config: Path, tmp_path: Path, c
     (failed,) = events(run, "failed")
     log = run / "jobs" / f"{jobs[-1]}_0_log.err"
     assert failed["error"] == (
-        f"its job ended 3 times before the trial did; the last, {jobs[-1]}, as FAILED, and its log is {log}"
+        f"its job ended 3 times before the trial was done; the last job, {jobs[-1]}, ended as FAILED; its log is {log}"
     )
     assert "no disk" in failed["traceback"]
 
@@ -242,8 +242,8 @@ def test_problems_of_the_cluster_are_one_sentence(config: Path, tmp_path: Path, 
     silent.chmod(0o755)
     cases: dict[str, tuple[list[str], Environment, str]] = {
         "module": ([], {"PYTHONPATH": str(tmp_path)}, "--launcher=slurm needs submitit: python -m pip install"),
-        "command": ([], {"PATH": str(tmp_path)}, "--launcher=slurm must run where Slurm is"),
-        "silence": ([], {"PATH": f"{silent.parent}:{os.environ['PATH']}"}, "Slurm does not answer: "),
+        "command": ([], {"PATH": str(tmp_path)}, "--launcher=slurm must run on a machine with Slurm"),
+        "silence": ([], {"PATH": f"{silent.parent}:{os.environ['PATH']}"}, "Slurm does not respond: "),
         "partition": (["--slurm=partition=nowhere"], {}, "invalid partition specified: nowhere"),
         "option": (["--slurm=partitoin=low"], {}, "unrecognized option '--partitoin=low'"),
     }

@@ -458,7 +458,7 @@ def test_data_beyond_an_axis_are_drawn_as_arrows(tmp_path: Path, monkeypatch: py
     assert [row.count("<circle") for row in rows] == [3, 3, 3, 0]
     # An arrow for each seed, and one at each end of the bar.
     assert [row.count('class="beyond"') for row in rows] == [0, 0, 0, 5]
-    assert "an arrow one beyond the axis" in page
+    assert "each arrow a trial beyond the axis" in page
 
 
 def test_parallel_coordinates_end_at_their_losses(tmp_path: Path) -> None:

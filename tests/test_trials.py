@@ -77,7 +77,7 @@ def test_trials_are_in_order_and_duplicates_are_errors(rates: list[float]) -> No
         assert [each.config.optimizer.learning_rate for each in trials] == rates
         assert len({each.id for each in trials}) == len(rates)
     else:
-        with pytest.raises(UserError, match="Two trials are the same config"):
+        with pytest.raises(UserError, match="Two trials have the same config"):
             make_trials(TREE, sweep)
 
 
@@ -98,7 +98,7 @@ def test_overrides_survive_json() -> None:
 
 # Sweeps with mistakes, and parts of their error messages.
 
-SAME = "Two trials are the same config: "
+SAME = "Two trials have the same config: "
 WRONG = {
     "unknown knob": ([{"optimizer.learning_rat": 1}], f"Did you mean config.{RATE}?"),
     "no group": ([{"learning_rate": 1}], f"Did you mean config.{RATE}?"),

@@ -18,8 +18,8 @@ class AssetCache:
     """Builds each tokenizer and token store once, in one thread at a time.
 
     Args:
-        folder: Where tokenizers are loaded from and saved to, so that other processes can use them.
-        progress: Receives the progress of tokenization.
+        folder: The folder that tokenizers are loaded from and saved to, so that other processes can use them.
+        progress: A function that is called with the progress of tokenization.
     """
 
     def __init__(self, folder: Path | None = None, progress: Progress | None = None) -> None:
@@ -38,7 +38,7 @@ class AssetCache:
         return self._tokenizers[key]
 
     def set_folder(self, folder: Path) -> None:
-        """Set the folder of the tokenizers, and save those that it lacks."""
+        """Set the folder of the tokenizers, and save the tokenizers that are missing there."""
         self._folder = folder
         for key, tokenizer in self._tokenizers.items():
             if not (folder / f"{key}.json").exists():

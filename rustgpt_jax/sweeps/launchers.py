@@ -22,7 +22,7 @@ from rustgpt_jax.sweeps.sweep_dir import DONE, Ledger, SweepDir
 from rustgpt_jax.sweeps.worker import Worker
 from rustgpt_jax.workdir.run_dir import check_no_symlinks
 
-# A chunk fails after its process has died this often.
+# A chunk fails after its process has died this many times.
 MAX_DEATHS = 3
 # A worker process is replaced after this many trials, since libraries leak a few KB per checkpoint.
 TRIALS_PER_PROCESS = 500
@@ -39,8 +39,8 @@ class Launch:
         assets: The tokenizers and data of the trials.
         code: The copy of the code that jobs run.
         n_workers: The number of worker processes, or of cluster jobs at a time.
-        slurm_options: Options of Slurm such as {'partition': 'gpu', 'time': '60'}.
-        is_stopped: Returns whether to save and stop.
+        slurm_options: Slurm options, such as {'partition': 'gpu', 'time': '60'}.
+        is_stopped: A function that returns whether to save and stop.
     """
 
     folder: SweepDir
@@ -168,7 +168,7 @@ class _WorkerProcess:
         if process is None:
             return 0
         assert process.stdin and process.stdout
-        # A dead process cannot take what is still in the buffer.
+        # Flushing the buffer fails if the process is dead.
         with suppress(OSError):
             process.stdin.close()
         process.stdout.close()
@@ -187,7 +187,7 @@ def find_visible_gpus() -> list[str]:
 
 
 def _pin_to_cores(index: int, n_workers: int) -> list[str]:
-    """Return the start of a command that pins a worker process to its share of the cores."""
+    """Return the prefix of a command that pins a worker process to its share of the cores."""
     cores = sorted(os.sched_getaffinity(0))
     if n_workers > len(cores) or not shutil.which("taskset"):
         return []

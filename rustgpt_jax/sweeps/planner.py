@@ -1,4 +1,4 @@
-"""Assignment of trials to programs: which trials share one, how many run at a time, and in which mode.
+"""Assignment of trials to compiled programs: which trials share a program, how many run at a time, and in which mode.
 
 Trials with the same static config form a shape class and share one compiled program. Planning uses no device.
 """
@@ -22,7 +22,7 @@ from rustgpt_jax.training.memory_estimate import state_shapes, step_bytes
 MODES = ("auto", "fused", "exact", "solo")
 # Maximum number of trials in a program that runs them sequentially; more would only delay a stop.
 MAX_EXACT = 4
-# The fraction of free memory that is planned for; the compiler needs the rest.
+# The fraction of free memory to plan with; the rest is left to the compiler.
 MEMORY_SHARE = 0.7
 # An accelerator is idle between steps that are shorter than this.
 IDLE_SECONDS = 5e-3
@@ -98,7 +98,7 @@ class Plan:
         return 2 * self.width * cost.state_bytes + steps_at_once * cost.working_bytes
 
     def chunks(self, wanted: Iterable[str], until: int | None = None) -> list[Chunk]:
-        """Divide the wanted trials of the class into chunks; a trial's chunk does not depend on the others wanted."""
+        """Divide all trials of the class into chunks, and return the chunks without the trials that are not wanted."""
         ids, wanted = [trial.id for trial in self.shape_class.trials], set(wanted)
         parts = (ids[first : first + self.width] for first in range(0, len(ids), self.width))
         kept = (tuple(name for name in part if name in wanted) for part in parts)
@@ -118,7 +118,7 @@ def group_by_shape(trials: Sequence[Trial], assets: AssetCache) -> list[ShapeCla
 
 
 def get_class_key(config: Config) -> ClassKey:
-    """Return what selects a trial's programs: static config and sequence length of each stage, and the mesh."""
+    """Return the key of a trial's shape class: static config and sequence length of each stage, and the mesh."""
     return tuple((partition(stage.config)[0], _get_seq_len(stage.config), config.mesh) for stage in stages(config))
 
 
@@ -187,7 +187,7 @@ def _select_mode(shape_class: ShapeClass, machine: Machine) -> tuple[str, str]:
     if shape_class.config.optimizer.offload_state:
         return "solo", "config.optimizer.offload_state leaves the memory of the device to one trial"
     if machine.platform == "cpu":
-        return "exact", f"CPU: one trial on each of {machine.n_devices} cores, bit-identical to runs alone"
+        return "exact", f"CPU: one trial on each of {machine.n_devices} cores, bit-identical to separate runs"
     if len(shape_class.trials) <= machine.n_devices:
         return "solo", "no more trials than devices"
     seconds = shape_class.cost.step_flops / machine.flops

@@ -1,4 +1,4 @@
-"""The `sweep` command: runs a sweep, or previews it, and writes its report."""
+"""Implementation of the `sweep` command: run a sweep and write its report, or preview the sweep."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -50,7 +50,7 @@ def print_preview(
     # A search skips points that cannot run here.
     if errors and not (is_tpe and plans):
         raise errors[0]
-    console.print(_trials_table(plans, "Examples of the search's points" if is_tpe else "Trials"))
+    console.print(_trials_table(plans, "Example points of the search" if is_tpe else "Trials"))
     console.print(_classes_table(plans))
     costs = [(len(plan.shape_class.trials), plan.shape_class.cost) for plan in plans]
     tokens, flops = sum(n * cost.tokens for n, cost in costs), sum(n * cost.total_flops for n, cost in costs)
@@ -85,8 +85,8 @@ def _trials_table(plans: Sequence[Plan], title: str) -> Table:
 
 
 def _classes_table(plans: Sequence[Plan]) -> Table:
-    columns = ("class", "trials", "parameters", "memory", "FLOPs a trial", "mode", "why")
-    table = _make_table("\nShape classes: the trials of each share one compiled program", *columns)
+    columns = ("class", "trials", "parameters", "memory", "FLOPs per trial", "mode", "reason")
+    table = _make_table("\nShape classes (the trials of a class share one compiled program)", *columns)
     for number, plan in enumerate(plans, start=1):
         cost, n_trials = plan.shape_class.cost, len(plan.shape_class.trials)
         mode = f"{plan.mode} x {plan.width}" if plan.width > 1 else plan.mode
@@ -112,7 +112,7 @@ def run_sweep(
 
     Args:
         tree: The config of the sweep.
-        spec: The sweep.
+        spec: The trials or the search, as returned by the sweep function of the config file.
         trials: The trials known in advance; for a TPE search, examples to validate the config with.
         fixed: The knobs set on the command line, which are not searched.
         path: The folder.
@@ -120,7 +120,7 @@ def run_sweep(
         console: The console for the preview, the progress and the report.
 
     Returns:
-        The exit status: 1 if trials failed, or that of a stop if it was stopped.
+        The exit status: 1 if a trial failed, or the exit status for the signal that stopped the sweep.
     """
     options, is_tpe = command.options, isinstance(spec, TPE)
     check_options(options)
@@ -192,7 +192,7 @@ def _finish(sweep: Sweep, path: Path, launcher: str, console: Console) -> int:
     try:
         console.print(f"Report: {report(path, console)}", highlight=False, soft_wrap=True)
     except UserError as error:
-        # All trials diverged or failed, which is the result of the sweep.
+        # No trial finished. This is a result of the sweep, not a usage error.
         console.print(str(error), highlight=False, soft_wrap=True)
         return 1
     return 1 if sweep.failed() else 0

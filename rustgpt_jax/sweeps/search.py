@@ -35,7 +35,7 @@ from rustgpt_jax.training.config_checks import validate_components
 from rustgpt_jax.workdir.run_dir import check_no_symlinks, lock_run_dir
 
 VALID_LOSS = "valid/loss"
-# The user attribute of a suggestion that has the reason for skipping it.
+# The Optuna user attribute that stores why a suggestion was skipped.
 SKIPPED = "skipped"
 MAX_SKIPPED_PER_TRIAL = 20
 
@@ -112,18 +112,18 @@ def run_tpe(sweep: Sweep, search: TPE, tree: Any, fixed: Iterable[str], check: C
     Each suggestion is a function of the seed, its number, and earlier results, so a restarted search suggests the same
     trials. Another config or search space starts a new study.
 
-    Suggestions that cannot run, such as a number of heads that does not divide the width or a mesh of more devices than
-    there are, are skipped: they do not count towards `n_trials`, and the sampler ranks them below all others.
+    Suggestions that cannot run, such as a number of heads that does not divide the width or a mesh with more devices
+    than are available, are skipped: they do not count toward `n_trials`, and the sampler ranks them below all others.
 
     Args:
         sweep: The sweep that runs the trials.
         search: The search.
         tree: The config of the sweep.
         fixed: The knobs set on the command line, which are not searched.
-        check: Raises a UserError if trials cannot run.
+        check: A function that raises UserError if trials cannot run.
 
     Returns:
-        The reasons of all skipped suggestions.
+        The reason for each skipped suggestion.
 
     Raises:
         UserError: Too many suggestions were skipped.
@@ -181,7 +181,7 @@ def _load_study(sweep: Sweep, search: TPE, tree: Any) -> Any:
 
 
 def _check_study(study: Any, search: TPE) -> None:
-    """Raise an arbitrary exception if a study's trials do not match the search."""
+    """Raise an exception, of any type, if a study's trials do not match the search."""
     import optuna
 
     if study.direction != optuna.study.StudyDirection.MINIMIZE:
@@ -194,7 +194,7 @@ def _check_study(study: Any, search: TPE) -> None:
 
 
 def _copy_results(points: Sequence[Any]) -> list[Any]:
-    """Copy Optuna trials with nothing but what the sampler uses."""
+    """Copy the parts of Optuna trials that the sampler uses."""
     from optuna.trial import create_trial
 
     return [
@@ -237,7 +237,7 @@ def _valid(study: Any) -> list[Any]:
 
 
 def _ask(study: Any, search: TPE, make_point_trials: Callable[[Any], list[Trial]], check: Check) -> None:
-    """Ask for suggestions until the batch or the search is complete.
+    """Add suggestions to the study until the batch is full or the search has all its points.
 
     Each suggestion is one line of the journal, and a batch begins only after all results of the previous one have been
     reported: a search that was killed continues with the same suggestions.
@@ -290,7 +290,7 @@ def _to_optuna(distribution: Distribution) -> Any:
 
 
 def decode_params(search: TPE, params: dict[str, Any]) -> Overrides:
-    """Return the overrides for Optuna's parameters, with option indices replaced by the options."""
+    """Return the overrides for Optuna's parameters, with indices of options replaced by the options."""
     return {
         path: distribution.options[params[path]] if isinstance(distribution, Categorical) else params[path]
         for path, distribution in search.space

@@ -30,7 +30,11 @@ DIGITS = 4
 
 
 def values(path: str, *options: Any) -> list[Overrides]:
-    """Vary one knob over several values, in order. Raises UserError for no values, or for a collection of them."""
+    """Vary one knob over several values, in order.
+
+    Raises:
+        UserError: No value is given, or a value is a generator, an array or another collection.
+    """
     if not isinstance(path, str):
         raise UserError(f"values({path!r}, ...): the first argument is the path of a knob: values('seed', 0, 1).")
     if not options:
@@ -50,7 +54,7 @@ def product(*sweeps: Iterable[Overrides]) -> list[Overrides]:
 
 
 def zip_(*sweeps: Iterable[Overrides]) -> list[Overrides]:
-    """Combine sweeps element by element: the first trials of all as one trial, then the second ones, and so on.
+    """Combine sweeps element by element: merge the first overrides of each into a trial, then the second, etc.
 
     Raises:
         UserError: The sweeps have different lengths, or two set the same knob.
@@ -140,31 +144,43 @@ Space = Mapping[str, Distribution]
 
 
 def uniform(low: float, high: float) -> Uniform:
-    """Sample real numbers from low to high. Raises UserError unless low < high and both are finite."""
+    """Return a uniform distribution over real numbers. Raises UserError unless low < high and both are finite."""
     _check_range("uniform", low, high, Real)
     return Uniform(float(low), float(high))
 
 
 def log_uniform(low: float, high: float) -> LogUniform:
-    """Sample real numbers uniformly in log space. Raises UserError unless 0 < low < high < infinity."""
+    """Return a distribution that is uniform in log space. Raises UserError unless 0 < low < high < infinity."""
     _check_range("log_uniform", low, high, Real, above=0)
     return LogUniform(float(low), float(high))
 
 
 def integers(low: int, high: int) -> Integers:
-    """Sample integers from low to high, both included. Raises UserError unless low < high, both integers."""
+    """Return a uniform distribution over the integers from low to high, both included.
+
+    Raises:
+        UserError: low or high is not an integer, or low >= high.
+    """
     _check_range("integers", low, high, Integral)
     return Integers(int(low), int(high))
 
 
 def log_integers(low: int, high: int) -> LogIntegers:
-    """Sample integers uniformly in log space, both ends included. Raises UserError unless 0 < low < high."""
+    """Return a distribution over the integers from low to high, both included, that is uniform in log space.
+
+    Raises:
+        UserError: low or high is not an integer, or not 0 < low < high.
+    """
     _check_range("log_integers", low, high, Integral, above=0)
     return LogIntegers(int(low), int(high))
 
 
 def choice(*options: Any) -> Categorical:
-    """Sample one of several values of any type. Raises UserError for no values, or for a collection of them."""
+    """Return a uniform distribution over unordered values of any type.
+
+    Raises:
+        UserError: No value is given, or a value is a generator, an array or another collection.
+    """
     if not options:
         raise UserError("choice: no options to choose from.")
     return Categorical(tuple(_to_plain("choice(...)", option) for option in options))
@@ -174,7 +190,7 @@ def sample(n: int, space: Space, seed: int = 0) -> list[Overrides]:
     """Sample n independent points of a space.
 
     The points are a function of the seed, the first k of them do not depend on n, and the values of a knob do not
-    depend on the other knobs of the space.
+    depend on which other knobs are in the space.
 
     Raises:
         UserError: n < 1, seed < 0, or the space is empty or contains something other than distributions.
@@ -194,7 +210,7 @@ def sobol(n: int, space: Space, seed: int = 0) -> list[Overrides]:
     The points are a function of the seed, and the first k do not depend on n; powers of two are the most even. Raises
     UserError as `sample` does.
     """
-    # This import takes longer than everything else that listing a sweep needs.
+    # Import here, since this takes longer than everything else that is needed to list a sweep.
     from scipy.stats.qmc import Sobol
 
     _check_space("sobol", space)
@@ -223,7 +239,8 @@ class SuccessiveHalving:
 class TPE:
     """A search whose points are proposed in batches by a tree-structured Parzen estimator.
 
-    Each of the `n_trials` points is one trial, or one for each of `seeds`, over which its result is the mean.
+    Each of the `n_trials` points is run as one trial or, if `seeds` are given, as one trial per seed; then the result
+    is the mean over the seeds.
     Bergstra et al., Algorithms for Hyper-Parameter Optimization, 2011.
     """
 
@@ -298,7 +315,7 @@ def tpe(n_trials: int, space: Space, batch: int = 8, seed: int = 0, seeds: Seque
 
 
 def _to_lists(caller: str, sweeps: Sequence[Iterable[Overrides]]) -> list[list[Overrides]]:
-    """Read each sweep once, since it may be an iterator."""
+    """Convert sweeps to lists. Each is read only once, since it may be an iterator."""
     lists = [list(sweep) if isinstance(sweep, Iterable) else [] for sweep in sweeps]
     for number, (sweep, trials) in enumerate(zip(sweeps, lists, strict=True), 1):
         if not isinstance(sweep, Iterable) or not all(isinstance(trial, Mapping) for trial in trials):

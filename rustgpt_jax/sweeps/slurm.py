@@ -25,7 +25,7 @@ POLL_SECONDS = 2.0
 COMMANDS = ("sbatch", "squeue", "srun")
 # The state of a job that squeue no longer lists.
 FORGOTTEN = "FORGOTTEN"
-# Without PREEMPTED: such a job may be requeued, and if it is not, Slurm forgets it within minutes.
+# PREEMPTED is not included: such a job may be requeued; if it is not, Slurm forgets it within minutes.
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
 ENDED.add(FORGOTTEN)
 # A chunk fails after this many jobs in a row have ended without making progress.
@@ -59,7 +59,8 @@ def _check_cluster() -> None:
     missing = [name for name in COMMANDS if shutil.which(name) is None]
     if missing:
         raise UserError(
-            f"--launcher=slurm must run where Slurm is, such as a cluster's login node; {missing[0]} is missing here."
+            f"--launcher=slurm must run on a machine with Slurm, such as a cluster's login node; {missing[0]} is "
+            "missing here."
         )
 
 
@@ -80,7 +81,7 @@ class _JobMonitor:
         """Find the jobs of an earlier launch, and submit the chunks that have none."""
         queue = _read_queue()
         if queue is None:
-            raise UserError("Slurm does not answer: squeue fails. Try again later.")
+            raise UserError("Slurm does not respond: squeue fails. Try again later.")
         jobs = {event["trial"]: event["job"] for event in self._ledger.events() if event["event"] == "queued"}
         alive = {trial: job for trial, job in jobs.items() if queue.get(job, FORGOTTEN) not in ENDED}
         self.jobs = {chunk: {alive[trial] for trial in chunk.trials if trial in alive} for chunk in chunks}
@@ -97,7 +98,7 @@ class _JobMonitor:
             states = {job: queue.get(job, FORGOTTEN) for job in jobs}
             if set(states.values()) <= ENDED:
                 del self.jobs[chunk]
-                # A completed job leaves only trials that other workers have locked.
+                # The only trials that a completed job leaves unfinished are locked by other workers.
                 failed = {job: state for job, state in states.items() if state != "COMPLETED"}
                 if failed and self._unsettled(chunk) and self._should_retry(chunk, *failed.popitem()):
                     incomplete.append(chunk)
@@ -125,7 +126,10 @@ class _JobMonitor:
         log = self._launch.folder.jobs / f"{job}_0_log.err"
         text = log.read_text(errors="replace")[-4000:] if log.exists() else ""
         where = f"its log is {log}" if log.exists() else "it wrote no log"
-        error = f"its job ended {MAX_DEATHS} times before the trial did; the last, {job}, as {state}, and {where}"
+        error = (
+            f"its job ended {MAX_DEATHS} times before the trial was done; the last job, {job}, ended as {state}; "
+            f"{where}"
+        )
         details = {"error": error, "traceback": text}
         self._ledger.append_all([(trial, "failed", details) for trial in self._unsettled(chunk)])
         return False
@@ -170,7 +174,7 @@ def _submit_array(launch: Launch, chunks: Sequence[Chunk]) -> list[str]:
 
 
 def _read_queue() -> dict[str, str] | None:
-    """Return the states of the user's jobs that Slurm remembers, or None if it does not answer."""
+    """Return the states of the user's jobs that Slurm remembers, or None if Slurm does not respond."""
     # Query all jobs: a query for a single forgotten job returns nothing at all.
     command = ["squeue", "--me", "--all", "--noheader", "--array", "--states=all", "--format=%i %T"]
     shown = subprocess.run(command, capture_output=True, text=True)
@@ -232,7 +236,7 @@ SCRIPT = """\
 cd {folder}
 srun ${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}} {command}
 status=$?
-# 75: saved after a warning; resume when rescheduled. Above 75: a process was killed, or has lost another one.
+# 75: saved after a warning; resume when rescheduled. Above 75: a process was killed, or lost contact with another one.
 if [ $status = 75 ] || {{ [ $status -gt 75 ] && [ ${{SLURM_RESTART_COUNT:-0}} -lt {max_requeues} ]; }}; then
   scontrol requeue $SLURM_JOB_ID
 fi
@@ -245,7 +249,7 @@ def make_job_script(run: Path, command: Sequence[str], options: Mapping[str, str
     log = run.absolute().with_name(f"{run.name}.slurm-%j.log")
     own = {"job_name": run.name, "output": str(log), "open_mode": "append", "signal": f"USR1@{GRACE}"}
     given = {key.replace("-", "_"): value for key, value in options.items()}
-    # A number of tasks determines their distribution as well.
+    # If the number of tasks is given, Slurm distributes them.
     defaults = {} if "ntasks" in given else DEFAULTS
     every = {key.replace("_", "-"): value for key, value in {**own, **defaults, **given}.items()}
     lines = [f"#SBATCH --{key}={value}" if value else f"#SBATCH --{key}" for key, value in every.items()]

@@ -38,14 +38,14 @@ Launcher = Callable[[Launch, Sequence[Chunk]], None]
 LAUNCHERS: dict[str, Launcher] = {"inline": run_inline, "processes": run_in_subprocesses, "slurm": run_on_slurm}
 POLL_SECONDS = 2.0
 DEFAULT_JOBS = 8
-# Workers on other machines are planned for a small GPU, or a core with its share of memory.
+# Workers on other machines are assumed to have a small GPU, or one core and its share of the memory.
 REMOTE_GPU = Machine("gpu", 1, 16e9, 1e14)
 REMOTE_CPU = Machine("cpu", 1, 2e9, 0.0)
 
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """Options for running a sweep; None means chosen automatically."""
+    """Options for running a sweep; None means that the value is chosen automatically."""
 
     launcher: str = "inline"
     mode: str = "auto"
@@ -56,7 +56,7 @@ class SweepOptions:
 
 @dataclass(frozen=True)
 class SweepInfo:
-    """The definition of a sweep: its config file, the name of its function, and the origins of its overrides."""
+    """The definition of a sweep: its config file, the name of its function, and the origins of its config values."""
 
     config_file: str
     sweep: str
@@ -64,7 +64,7 @@ class SweepInfo:
 
     @property
     def name(self) -> str:
-        """The name shown to people."""
+        """The name to display."""
         stem = Path(self.config_file).stem
         return stem if self.sweep == "sweep" else f"{stem} {self.sweep.removeprefix('sweep_')}"
 
@@ -103,7 +103,7 @@ class Sweep:
         self._table.message(text)
 
     def check(self, trials: Sequence[Trial]) -> None:
-        """Check, before trials are added, that they can run on the devices. Raises UserError if one cannot."""
+        """Check that trials can run on the devices, before they are added. Raises UserError if one cannot."""
         check_trials(trials, self.assets)
         self._plan(trials)
 
@@ -132,7 +132,7 @@ class Sweep:
     def run(self, trials: Sequence[Trial], until: int | None = None) -> None:
         """Run trials until each has reached the step `until` or its end, diverged, or failed.
 
-        Trials that another launch has locked are waited for, and taken over if that launch dies.
+        Trials that are locked by another launch are awaited, and taken over if that launch dies.
         """
         plans = self._plan(trials)
         for number, plan in enumerate(plans, start=1) if until is None else ():
@@ -153,7 +153,8 @@ class Sweep:
         several = next((trial for trial in trials if min_devices(trial.config.mesh) > 1), None)
         if several and options.launcher == "processes":
             raise UserError(
-                f"--launcher=processes gives a trial one device: {describe_overrides(several.overrides)} needs several."
+                f"--launcher=processes gives each trial one device, but {describe_overrides(several.overrides)} needs "
+                "several."
             )
         classes = group_by_shape(trials, self.assets)
         return [make_plan(shape_class, self._machine, options.mode, options.width) for shape_class in classes]

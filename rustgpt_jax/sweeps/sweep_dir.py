@@ -93,7 +93,7 @@ def read_sweep_info(path: Path) -> dict[str, Any]:
 
 
 def _find_problem(info: Any) -> str | None:
-    """Return what is wrong with the content of sweep.json, or None if all required values are valid."""
+    """Return a description of an invalid value of sweep.json, or None if all required values are valid."""
     if not isinstance(info, dict):
         return "it is not a JSON object"
     for name in ("name", "command", "config_file", "sweep"):
@@ -144,7 +144,7 @@ MAX_DEPTH = 8
 
 
 class Ledger:
-    """A ledger, which many processes and threads may read and append to at once."""
+    """The event log of a sweep, which many processes and threads may read and append to at once."""
 
     def __init__(self, file: Path) -> None:
         self._file, self._journal = file, EventLog(file)
@@ -224,7 +224,7 @@ def _is_valid(event: Event) -> bool:
     return (
         event["event"] in EVENTS
         and isinstance(trial, str)
-        # It is the name of a folder inside the sweep.
+        # The trial ID is the name of a folder inside the sweep.
         and trial not in ("", ".", "..")
         and not {"/", "\0"} & set(trial)
         and isinstance(event["time"], (int, float))

@@ -44,7 +44,7 @@ def make_trial(tree: Any, overrides: Overrides, get_assets: Callable[[], "AssetC
     Args:
         tree: The config of the sweep.
         overrides: The values of knobs by path. Epochs are converted to steps.
-        get_assets: Returns the data that this conversion needs.
+        get_assets: A function that returns the data needed for this conversion.
 
     Raises:
         UserError: A knob is unknown, a value is out of range, or the config is invalid.
@@ -75,7 +75,7 @@ def make_trials(
         tree: The config of the sweep.
         sweep: The overrides of each trial.
         fixed: Knobs set on the command line, which must not be swept.
-        get_assets: Returns the data that trials with epochs need; called at most once.
+        get_assets: A function that returns the data needed for trials with epochs; called at most once.
 
     Raises:
         UserError: A trial is invalid, two trials have the same config, or there are no trials.
@@ -92,7 +92,7 @@ def make_trials(
         trial = make_trial(tree, dict(overrides), get_assets)
         if trial.id in trials:
             first, second = describe_overrides(trials[trial.id].overrides), describe_overrides(trial.overrides)
-            raise UserError(f"Two trials are the same config: {first} and {second}. Remove one of them.")
+            raise UserError(f"Two trials have the same config: {first} and {second}. Remove one of them.")
         trials[trial.id] = trial
     if not trials:
         raise UserError("The sweep has no trials.")
@@ -145,5 +145,5 @@ def sample_feasible_points(tree: Any, search: TPE, fixed: Iterable[str] = ()) ->
 
 
 def describe_overrides(overrides: Overrides) -> str:
-    """Format overrides for people: 'optimizer.learning_rate=0.001, seed=1'."""
-    return ", ".join(f"{path}={value}" for path, value in overrides.items()) or "of the config as it is"
+    """Format overrides for display: 'optimizer.learning_rate=0.001, seed=1'."""
+    return ", ".join(f"{path}={value}" for path, value in overrides.items()) or "without overrides"

@@ -1,7 +1,7 @@
-"""Worker loop: claims the trials of a chunk, trains them, and records their outcomes.
+"""Worker loop, which claims the trials of a chunk, trains them, and records their outcomes.
 
 A worker process reads chunks from standard input, one JSON object per line, and writes a line to standard output after
-each. At the end of the input, the launcher has exited: the worker saves its trials and exits.
+each. The end of the input means that the launcher has exited: the worker saves its trials and exits, too.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class Worker:
         assets: The tokenizers and data of the trials.
         devices: The devices of this worker.
         code: The hash of the code, for the ledger.
-        is_stopped: Returns whether to save and stop.
+        is_stopped: A function that returns whether to save and stop.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Worker:
             self.run_chunk(dataclasses.replace(chunk, trials=(trial,)))
 
     def _claim(self, trial: str, chunk: Chunk, locks: ExitStack) -> Trainer | None:
-        """Lock a trial, unless it is done, locked by another worker, or invalid."""
+        """Lock a trial and return its trainer, or None if it is done, locked by another worker, or invalid."""
         if self._is_stopped() or self._ledger.is_done(trial):
             return None
         folder = self._folder.trial(trial)
@@ -99,7 +99,7 @@ class Worker:
         except Exception as error:
             self._record_failure(trial, error)
             return None
-        # Another worker may have finished it between the first look and the lock.
+        # Another worker may have finished it between the first check and the lock.
         return None if self._ledger.is_done(trial) else run
 
     def _train(self, runs: Mapping[str, Trainer], chunk: Chunk) -> None:

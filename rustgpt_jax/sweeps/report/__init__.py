@@ -45,7 +45,8 @@ from rustgpt_jax.tracking.console import replace_control_characters
 MAX_ROWS, MAX_ERRORS = 20, 5
 
 ASSETS = Path(__file__).parent / "assets"
-# Size of a strip of dots in the table, in pixels, and the fraction of it beyond the visible losses for intervals.
+# Size and margin of a strip of dots in the table, in pixels. Intervals may extend beyond the visible losses by at most
+# this fraction of their range.
 STRIP_WIDTH, STRIP_HEIGHT, STRIP_MARGIN = 170.0, 26.0, 6.0
 INTERVALS_BEYOND = 0.3
 
@@ -152,13 +153,13 @@ def _render_header(results: Results, ranked: tuple[RankedSetting, ...]) -> str:
 
 def _render_legend(results: Results, ranked: tuple[RankedSetting, ...]) -> str:
     is_clipped = any(trial.final_loss > find_visible_range(results)[1] for trial in results.finished)  # type: ignore[operator]
-    parts = [f"Each dot is a trial{', an arrow one beyond the axis' if is_clipped else ''}"]
+    parts = [f"Each dot is a trial{', each arrow a trial beyond the axis' if is_clipped else ''}"]
     if any(row.interval.n > 1 for row in ranked):
         parts.append("bars are 95% t intervals of a setting's mean over seeds")
     if any(row.comparison for row in ranked):
         parts.append(
             "p-values and 95% intervals (±) of the difference from the best setting are paired by seed, hold for all "
-            "settings at once, and account for selecting the best"
+            "settings at once, and account for the selection of the best setting"
         )
     n_settings = len(group_by_setting(results))
     number = f"{n_settings} settings, best first. " if n_settings > 1 else ""

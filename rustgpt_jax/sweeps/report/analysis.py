@@ -40,7 +40,7 @@ from rustgpt_jax.sweeps.report.stats import (
 
 # Figures clip losses further above the best one than this many times the distance of the median.
 VISIBLE_RANGE = 3.0
-# A best setting with more knobs than this is called "the best setting".
+# Sentences name the best setting by its knobs if it has at most this many, else as "the best setting".
 MAX_KNOBS_NAMED = 2
 MAX_COMPARISONS, MAX_ERRORS = 8, 12
 # Minimum number of values of a knob for notes on its range, and of learning rates for their sensitivity.
@@ -191,7 +191,7 @@ def _compute_sensitivity(trials: list[TrialResult], seed: Any, path: str, rates:
 
 
 def describe_comparison(best: RankedSetting, other: RankedSetting) -> str:
-    """Describe how the best setting compares with another, which is named by its differences, in a sentence."""
+    """Return a sentence that compares the best setting with another, which is described by its differing knobs."""
     it = describe_setting(best.setting.knobs) if len(best.setting.knobs) <= MAX_KNOBS_NAMED else "the best setting"
     knobs = other.setting.knobs
     changed = {path: value for path, value in knobs.items() if to_key(value) != to_key(best.setting.knobs[path])}
@@ -292,7 +292,7 @@ def list_omitted(results: Results) -> list[str]:
         notes.append("The sweep's command reruns trials whose folders were deleted.")
     if results.n_damaged:
         lines = "1 damaged line" if results.n_damaged == 1 else f"{results.n_damaged} damaged lines"
-        notes.append(f"{lines} of ledger.jsonl skipped.")
+        notes.append(f"Skipped {lines} of ledger.jsonl.")
     return notes
 
 

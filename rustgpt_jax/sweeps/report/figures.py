@@ -64,13 +64,13 @@ from rustgpt_jax.sweeps.report.stats import compute_mean_interval
 MAX_POINTS, MAX_POINTS_PER_TRIAL, MAX_MARKERS = 24_000, 160, 12
 # More lines than this share colors and have no bands; more than the second number are not drawn.
 MAX_NAMED_LINES, MAX_LINES = 6, 60
-# Pixels between the crosses of trials that diverged at the same value, and the most for all of them.
+# Pixels between the crosses of trials that diverged at the same value, and the maximum for all of them together.
 CROSS_GAP, MAX_CROSS_WIDTH = 9.0, 40.0
-# Maximum number of rows and of characters of a row's name.
+# Maximum numbers of settings and of knobs in a figure, and of characters in the name of a row.
 MAX_SENSITIVITIES, MAX_KNOBS, MAX_NAME = 24, 12, 46
 # A heat map with more values on one side shows points instead of cells; narrower cells have no text.
 MAX_CELLS, MIN_CELL_WIDTH = 10, 38.0
-# Maximum number of parallel axes, height of the diverged trials, and how far equal values are spread.
+# Maximum number of parallel axes, height of the diverged trials, and the spread of equal values.
 MAX_AXES, DIVERGED_AT, SPREAD = 8, 1.07, 0.06
 DASHED = (0, (3, 2))
 
@@ -149,7 +149,7 @@ def _write_curves_caption(results: Results, knob: str | None, bin_size: int) -> 
     if len(results.trials) > 1:
         parts.append("thick lines belong to the best setting")
     if results.counts.get(DIVERGED):
-        parts.append("dashed lines diverged and end in a cross")
+        parts.append("dashed lines are trials that diverged, and end in a cross")
     if any(status in results.counts for status in (PRUNED, STOPPED, RUNNING, FAILED)):
         parts.append("lines that end early belong to trials that did not finish")
     if bin_size > 1:
@@ -396,7 +396,7 @@ def plot_interactions(results: Results) -> ReportFigure | None:
     axes.set_yticks(np.arange(n) + 0.5, [names[path] for path in knobs[1:]])
     axes.tick_params(labelcolor=get_css_color("ink"))
     caption = (
-        "The share of the variance of the final loss that only two knobs together explain, beyond the sum of each. "
+        "The share of the variance of the final loss that two knobs explain jointly, beyond their separate shares. "
         "Where it is large, the best value of one knob depends on the other."
     )
     title = "Interactions of two knobs"
@@ -437,9 +437,9 @@ def plot_heat_map(results: Results) -> ReportFigure | None:
         caption = "Each point is a finished trial; crosses are trials that diverged"
     _add_colorbar(figure, axes, results, colors)
     share = analysis.compute_interaction_shares(results)[pair]
-    together = f"Together the knobs explain {share:.1%} of the variance beyond the sum of each."
+    together = f"Jointly, the knobs explain {share:.1%} of the variance beyond their separate shares."
     if is_wide:
-        together = f"Of all pairs of knobs, these two explain most of the variance beyond their sum ({share:.1%})."
+        together = f"Of all pairs, these two knobs explain most variance beyond their separate shares ({share:.1%})."
     title = f"Final loss by {names[across]} and {names[up]}"
     return ReportFigure(title, f"{caption}. {together}", to_svg(figure, "map-", title), is_wide)
 
@@ -532,7 +532,7 @@ def plot_parallel_coordinates(results: Results) -> ReportFigure | None:
     caption = (
         "Each line is a trial, through its value of each knob to its final loss, and colored by that loss"
         + (f"; {n_hidden} less important knobs are omitted" if n_hidden else "")
-        + ("; dashed lines diverged" if results.counts.get(DIVERGED) else "")
+        + ("; dashed lines are trials that diverged" if results.counts.get(DIVERGED) else "")
         + ". Lines with equal values are spread slightly."
     )
     title = "All knobs and the final loss"

@@ -138,8 +138,8 @@ class ReportFigure:
     """A figure of the page.
 
     Attributes:
-        title: What it shows in a few words.
-        caption: How to read it and how it was computed.
+        title: A short title.
+        caption: An explanation of how to read the figure and how it was computed.
         svg: The SVG element.
         is_wide: Whether it takes the full width of the page.
     """

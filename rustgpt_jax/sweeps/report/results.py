@@ -194,7 +194,7 @@ def get_validation_metric(metric: str) -> str:
 
 
 def write_csv(results: Results, path: Path) -> None:
-    """Write one row per planned trial, with no content that depends on a clock or on interruptions.
+    """Write one row per planned trial. The content does not depend on timing or interruptions.
 
     The losses of unfinished trials are left empty. Trials that are no longer part of the sweep are written to
     removed.csv next to the file.
@@ -379,7 +379,7 @@ def format_value(value: Any) -> str:
 
 
 def format_loss(loss: float) -> str:
-    """Format a loss or a difference of losses; further digits are noise of the seed."""
+    """Format a loss or a difference of losses; further digits only reflect the noise between seeds."""
     return f"{loss:.4f}"
 
 
@@ -391,7 +391,7 @@ def format_p_value(p_value: float) -> str:
 def describe_setting(knobs: Mapping[str, Any]) -> str:
     """Describe the values of some knobs: 'optimizer muon, learning rate 0.003'."""
     names = get_knob_names([*knobs, SEED])
-    return ", ".join(f"{names[path]} {format_value(value)}" for path, value in knobs.items()) or "the config as it is"
+    return ", ".join(f"{names[path]} {format_value(value)}" for path, value in knobs.items()) or "the base config"
 
 
 def format_rerun_command(results: Results, overrides: Overrides) -> str:
