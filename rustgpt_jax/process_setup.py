@@ -37,8 +37,9 @@ def keep_freed_memory() -> bool:
     """Configure glibc's allocator to reuse freed blocks. Call this before the first large allocation.
 
     By default, glibc returns large blocks to the system when they are freed, and each page of the next block causes a
-    page fault: a third of the time of a training step on a CPU. It also maps the large blocks of threads with their own
-    arena, such as XLA's, so all threads share one arena. The process keeps its peak memory until it exits.
+    page fault. This takes a third of the time of a training step on a CPU. glibc also maps large blocks separately for
+    threads with their own arena, such as XLA's, so all threads share one arena here. The process keeps its peak memory
+    until it exits.
 
     Returns:
         True if the allocator was configured; False with another C library, or if the user has configured the allocator.

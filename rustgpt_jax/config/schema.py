@@ -343,8 +343,8 @@ class ModelConfig:
     d_model: int = static_field(128, "Width of the residual stream.", low=1)
     d_ff: int | None = static_field(
         None,
-        "Hidden width of the feed-forward. None: 4 d_model, or for gated ones 8/3 d_model (rounded up to a "
-        "multiple of 8).",
+        "Hidden width of the feed-forward. None: 4 d_model, or 8/3 d_model for gated feed-forwards (rounded up to "
+        "a multiple of 8).",
         low=1,
     )
     mixers: tuple[str, ...] = pattern_field(
@@ -628,7 +628,7 @@ class MeshConfig:
     expert: int = static_field(
         1, "Devices that split the batch and the experts of each layer (arXiv 2006.16668).", low=-1
     )
-    context: int = static_field(1, "Devices that split every sequence.", low=-1)
+    context: int = static_field(1, "Devices that split each sequence.", low=-1)
     tensor: int = static_field(
         1, "Devices that split heads, hidden channels and the vocabulary (arXiv 1909.08053).", low=-1
     )
@@ -640,9 +640,9 @@ class FaultsConfig:
 
     nonfinite_policy: str = static_field(
         "stop",
-        "A step whose loss, gradient or update is not finite changes no parameter. Then stop; skip: continue with "
-        "the next batch; or rewind: restore the last scheduled checkpoint and continue with the batches after the "
-        "bad one.",
+        "A step whose loss, gradient or update is not finite changes no parameter. stop: end the run; skip: "
+        "continue with the next batch; rewind: restore the last scheduled checkpoint and continue with the batches "
+        "after the bad one.",
         choices=("stop", "skip", "rewind"),
     )
     max_skipped: int = static_field(10, "Number of non-finite steps after which skip and rewind stop the run.", low=0)

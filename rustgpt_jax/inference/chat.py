@@ -223,9 +223,11 @@ COMMANDS: dict[str, Command] = {
     "/help": Command("", "list the commands", Session._help),
     "/reset": Command("", "start a new conversation", Session._reset),
     "/seed": Command(
-        "[N]", "start again with seed N; alone, show the seed", lambda session, text: session._set(f"seed {text}")
+        "[N]", "start again with seed N; without N, show the seed", lambda session, text: session._set(f"seed {text}")
     ),
-    "/set": Command("[SETTING [VALUE]]", "change a sampling setting; alone, show them", Session._set),
+    "/set": Command(
+        "[SETTING [VALUE]]", "change or show a sampling setting; without arguments, show all", Session._set
+    ),
     "/save": Command("FILE", "write the conversation to a new file", Session._save),
     "/quit": Command("", "leave, like Ctrl-D", Session._quit),
 }

@@ -65,7 +65,7 @@ def hook_points(model: ModelConfig, rows: int, length: int) -> tuple[HookPoint, 
 
 
 def grad_slots(points: tuple[HookPoint, ...]) -> intermediates.GradSlots:
-    """Return slots of zeros for all hook points, the input of `transformer.apply_with_intermediates`."""
+    """Return slots of zeros for all hook points, an argument of `transformer.apply_with_intermediates`."""
     slots: intermediates.GradSlots = {
         point.site: jnp.zeros(intermediates.N_STATS) for point in points if point.group is None
     }

@@ -201,8 +201,8 @@ def _matmul_bwd(
 def _sum_outer_products(left: jax.Array, right: jax.Array, transposes: bool) -> jax.Array:
     """Return the sum over all rows of their outer products (channels of left, channels of right).
 
-    If `transposes`, the smaller of the possible transpositions is done in memory: that of the left factor, or those of
-    the right factor and of the result.
+    If `transposes`, the cheaper of two transpositions is done in memory: of the left factor, or of the right factor and
+    the result.
     """
     dtype, rows, shifted_rows = accum_dtype(left), range(left.ndim - 1), range(1, left.ndim)
     if not transposes:
@@ -280,7 +280,7 @@ class RowMajorWeight(PackedWeight):
 @pytree_dataclass(meta=["operand_dtype"])
 @dataclass(frozen=True)
 class UpcastWeight(PackedWeight):
-    """A float32 matrix with values of a narrower dtype, `operand_dtype`. Its products equal those of RowMajorWeight.
+    """A float32 matrix rounded to the narrower `operand_dtype`. Its products equal those of RowMajorWeight.
 
     XLA on CPUs multiplies few rows by narrow weights many times slower than by float32.
     """

@@ -28,7 +28,8 @@ class Chip:
     """Peak rates of a chip: FLOP/s without sparsity, bytes, and bytes per second in each direction.
 
     Attributes:
-        kind: A substring of JAX's `device_kind`. 'TPU v5' is a v5p, and the prefix of 'TPU v5 lite', a v5e.
+        kind: A substring of JAX's `device_kind`. 'TPU v5', a v5p, is also a prefix of 'TPU v5 lite', a v5e, which is
+            therefore first in CHIPS.
         bfloat16: FLOP/s of bfloat16 matrix products.
         float8: FLOP/s of float8 matrix products; None if they are no faster than bfloat16.
         memory: Bytes of memory.

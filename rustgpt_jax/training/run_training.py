@@ -40,7 +40,7 @@ MANY_BLOCKS = 200
 
 
 class StepTracer:
-    """Traces some steps with the JAX profiler, as requested by `--profile=START:STOP`.
+    """A tracer of some steps with the JAX profiler, as requested by `--profile=START:STOP`.
 
     Raises:
         UserError: The text is not START:STOP, or the run does not have these steps.

@@ -34,7 +34,7 @@ class LossStats(NamedTuple):
         seen: Number of finite losses in the stage.
         spikes: Number of steps of the run whose loss was a spike.
         faults: Number of steps of the run whose loss, gradient or update was not finite.
-        skipped: Number of batches of the stage skipped by rewinds. The batch of a step is number step + skipped.
+        skipped: Number of batches of the stage skipped by rewinds. A step uses batch number step + skipped.
     """
 
     mean: jax.Array
