@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.data.corpus = "files"
     config.data.paths = ("openwebtext/*.jsonl",)
     config.data.valid_fraction = 0.0005
-    # A multiple of 128 suits the matrix units; the last rows are never used.
+    # A multiple of 128 suits matrix units; the rows beyond the tokenizer's vocabulary are never used.
     config.model.vocab_size = 50304
     config.model.context_length = 1024
     config.model.n_layers = 12

@@ -9,7 +9,7 @@ from configs import llama3_8b
 
 
 def get_config() -> ConfigDict:
-    """80 layers of 8192, 64 heads that share 8 pairs of keys and values, context 8192; parameters over all devices."""
+    """80 layers of width 8192, 64 query heads, 8 key-value heads, context 8192; parameters sharded over all devices."""
     config = llama3_8b.get_config()
     config.model.n_layers = 80
     config.model.d_model = 8192

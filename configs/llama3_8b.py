@@ -11,7 +11,7 @@ from rustgpt_jax.model.presets import FAMILIES
 
 
 def get_config() -> ConfigDict:
-    """32 layers of 4096, 32 heads that share 8 pairs of keys and values, context 8192; parameters over all devices."""
+    """32 layers of width 4096, 32 query heads, 8 key-value heads, context 8192; parameters sharded over all devices."""
     config = base.get_config()
     config.tokenizer.name = "bpe"
     config.tokenizer.vocab_size = 128_256
@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.data.paths = ("text/*.jsonl",)
     config.data.valid_fraction = 0.0005
     config.model.update_from_flattened_dict(FAMILIES["llama3"])
-    # The scaling of positions came with the longer contexts of 3.1.
+    # RoPE scaling came with the longer contexts of Llama 3.1.
     config.model.rope.scaling = "none"
     config.model.rope.factor = 1.0
     config.model.rope.original_context = None

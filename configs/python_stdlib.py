@@ -1,8 +1,8 @@
-"""A modern small model on real text: the source of the running Python's standard library, with byte-pair encoding.
+"""A small modern model on real text: the source of the running Python's standard library, with byte-pair encoding.
 
 python launch.py train --config=configs/python_stdlib.py
 
-No download: the corpus is on every machine that has Python. About twelve minutes on two cores.
+Nothing is downloaded: the corpus is part of every Python installation. Training takes about 12 minutes on two cores.
 """
 
 from ml_collections import ConfigDict

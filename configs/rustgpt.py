@@ -1,4 +1,4 @@
-"""The seed's job: pretrain on facts, then learn to answer questions, in about a minute on two cores.
+"""RustGPT's task: pretrain on facts, then learn to answer questions, in about a minute on two cores.
 
 python launch.py train --config=configs/rustgpt.py
 python launch.py chat runs/rustgpt
@@ -10,7 +10,7 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-    """A small word-level model, pretrained on statements, then instructed on dialogues."""
+    """A small word-level model, pretrained on facts, then instruction-tuned on dialogues."""
     config = base.get_config()
     config.tokenizer.name = "word"
     config.tokenizer.vocab_size = None
@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.logging.sample_prompts = ("Why is the sky blue?", "What does the heart do?")
     config.sampling.temperature = 0.0
     config.sampling.max_tokens = 48
-    # The dialogues of the corpus are single questions, so in a chat each is asked alone.
+    # The dialogues of the corpus have a single question each, so a chat does not include earlier turns.
     config.sampling.history_turns = 0
     config.stages = (
         ConfigDict({"name": "pretrain", "data": {"corpus": "facts"}, "training": {"steps": 100}}),

@@ -1,4 +1,4 @@
-"""nanoGPT's small recipe for a CPU, on any text file: 0.8M parameters, 2,000 steps, characters.
+"""nanoGPT's small recipe for a CPU, on any text file: 0.8M parameters, 2,000 steps, characters as tokens.
 
 python launch.py train --config=configs/shakespeare_char.py --config.data.paths=tinyshakespeare.txt
 
@@ -11,7 +11,7 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-    """GPT-2's architecture without biases, AdamW, a cosine from 1e-3 to 1e-4."""
+    """GPT-2's architecture without biases, AdamW, a cosine schedule from 1e-3 to 1e-4."""
     config = base.get_config()
     config.tokenizer.name = "char"
     config.tokenizer.vocab_size = None

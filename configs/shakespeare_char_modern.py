@@ -1,4 +1,4 @@
-"""The same parameters and tokens as shakespeare_char.py, every other choice free: how low can the loss go?
+"""A modern architecture and optimizer with about as many parameters and tokens as shakespeare_char.py.
 
 python launch.py train --config=configs/shakespeare_char_modern.py --config.data.paths=tinyshakespeare.txt
 
@@ -11,7 +11,7 @@ from configs import shakespeare_char
 
 
 def get_config() -> ConfigDict:
-    """RoPE, RMSNorm, SwiGLU and QK-norm, trained with Muon at rates that fall to zero in a straight line."""
+    """RoPE, RMSNorm, SwiGLU and QK-norm, trained with Muon and a learning rate that decays linearly to zero."""
     config = shakespeare_char.get_config()
     config.model.norm = "rmsnorm"
     config.model.norm_eps = 1e-6

@@ -1,4 +1,4 @@
-"""A run of seconds, for tests and for looking around: a two-layer model of bytes on the bundled facts.
+"""A run that takes seconds, for tests and first experiments: a two-layer byte-level model on the bundled facts.
 
 python launch.py train --config=configs/tiny.py
 """
@@ -9,7 +9,7 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-    """`base` made small."""
+    """Return the default config with a smaller model and fewer steps."""
     config = base.get_config()
     config.tokenizer.name = "byte"
     config.tokenizer.vocab_size = None

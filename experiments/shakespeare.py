@@ -26,7 +26,7 @@ RECIPES = {"nanoGPT": shakespeare_char, "modern": shakespeare_char_modern}
 
 
 def get_config() -> ConfigDict:
-    """The baseline recipe."""
+    """Return the config of the baseline recipe."""
     return shakespeare_char.get_config()
 
 

@@ -11,11 +11,11 @@ torch      the same in PyTorch (`gpt2_torch.py`)
 decoding   batches of 1, 8 and 64, with parameters in bfloat16, greedy, 128 tokens after a prompt of 128
 sweep      16 small trials (configs/shakespeare_char.py) in one program, and one after another
 
-The best batch size of each framework is searched for (see `best_batch.py`; every measurement runs in a process of its
-own), and its best variants are measured there. Then the best of both frameworks alternate, PyTorch also at our batch
-size. FLOPs are those that the model needs, without recomputation but including masked attention scores; peaks are from
-data sheets. Decoding a token reads all parameters once, and the keys and values of the tokens so far. Times are
-medians, with the interquartile range in brackets.
+The best batch size of each framework is searched for (see `best_batch.py`; every measurement runs in its own process),
+and variants are measured at that batch size. Then the best settings of both frameworks are measured alternately,
+PyTorch's also at our batch size. FLOPs are those that the model needs, without recomputation but including masked
+attention scores; peaks are from data sheets. The share of bandwidth in decoding assumes that each step reads all
+parameters and the cached keys and values once. Times are medians, with the interquartile range in brackets.
 
 Tables are printed, and written with all measurements to report.md and results.json in --out; log.txt has the output of
 failed processes. The tables also list what ran out of memory, unsupported kernels and a missing PyTorch; after any
@@ -75,10 +75,21 @@ VARIANTS: dict[str, tuple[Knobs, ...]] = {
 
 
 class Extent(NamedTuple):
-    """How much is measured.
+    """The extent of the measurements.
 
-    decoded: the sizes to decode with, and the values of `scan_layers` for each. prompt, new: numbers of tokens.
-    repeats: timings per process. rounds: how often the best of the frameworks alternate.
+    Attributes:
+        sizes: The sizes of models to train.
+        most_batch: The largest batch size to try in training.
+        variants: Knobs to try at the best batch size, by framework.
+        rounds: The number of times that the best settings of the frameworks alternate.
+        repeats: The number of timings per process.
+        decoded: The sizes of models to decode with.
+        batches: The batch sizes to decode with.
+        scan_layers: The values of `scan_layers` to decode with.
+        prompt: The number of tokens in a prompt.
+        new: The number of tokens to generate.
+        trials: The number of trials in the sweep.
+        trial_knobs: Knobs of these trials.
     """
 
     sizes: tuple[str, ...]
@@ -127,12 +138,12 @@ SMOKE = Extent(
 
 def define_flags() -> None:
     """Define the flags of the command."""
-    flags.DEFINE_list("only", list(SECTIONS), f"What to measure, of {', '.join(SECTIONS)}.")
-    flags.DEFINE_list("sizes", None, f"Which models, of {', '.join(FULL.sizes)}.")
+    flags.DEFINE_list("only", list(SECTIONS), f"The parts to measure, some of {', '.join(SECTIONS)}.")
+    flags.DEFINE_list("sizes", None, f"The sizes of models, some of {', '.join(FULL.sizes)}; all by default.")
     flags.DEFINE_string("out", "runs/accelerator", "The folder for everything that is written.")
-    flags.DEFINE_bool("add", False, "Add to what results.json in --out has.")
-    flags.DEFINE_integer("patience", 900, "Seconds after which a measurement is given up.", 1)
-    flags.DEFINE_bool("smoke", False, "Measure tiny models, on a CPU too, to see that everything works.")
+    flags.DEFINE_bool("add", False, "Add to the results in results.json in --out.")
+    flags.DEFINE_integer("patience", 900, "The time limit of a measurement in seconds.", 1)
+    flags.DEFINE_bool("smoke", False, "Measure tiny models, also on a CPU, to check that everything works.")
 
 
 def get_config() -> ConfigDict:
@@ -141,7 +152,7 @@ def get_config() -> ConfigDict:
 
 
 class Bench:
-    """Measures, prints results, and stores them in `results` and on disk."""
+    """A runner of measurements that prints results and stores them in `results` and on disk."""
 
     def __init__(self, extent: Extent, sizes: Sequence[str], out: Path, patience: float, console: Console) -> None:
         self.extent, self.sizes, self.out, self.patience, self.console = extent, sizes, out, patience, console
@@ -163,7 +174,7 @@ class Bench:
         self.results |= {name: found for name, found in earlier.items() if isinstance(found, list)}
 
     def ask(self, module: str, what: str, **arguments: Any) -> Any:
-        """Return a measurement of another module here. Raises Failure."""
+        """Return a measurement by another benchmark module. Raises Failure."""
         return measured(module, {"what": what} | arguments, self.patience, self.out / "log.txt")
 
     def attempt(self, name: str, ask: Callable[[], Any]) -> Any:
@@ -202,7 +213,10 @@ class Bench:
             self.keep("checks", found or [])
 
     def training(self, frameworks: Sequence[str]) -> None:
-        """Measure the best of each framework, then both alternately, the second also at the batch size of the first."""
+        """Find the best settings of each framework, then measure these in turns.
+
+        The second framework is also measured at the batch size of the first.
+        """
         for size in self.sizes:
             found: dict[str, Best] = {}
             for framework in frameworks:
@@ -293,7 +307,7 @@ def run(console: Console) -> int:
     try:
         bench = Bench(extent, sizes, out, FLAGS.patience, console)
     except Failure as failure:
-        raise UserError(f"JAX cannot be used here: {failure}. {out / 'log.txt'} has all that it said.") from None
+        raise UserError(f"JAX cannot be used here: {failure}. {out / 'log.txt'} has its full output.") from None
     if bench.results["machine"]["platform"] == "cpu" and not FLAGS.smoke:
         raise UserError("This needs an accelerator, and JAX finds only a CPU here; --smoke tries it with tiny models.")
     if FLAGS.add:

@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     return gpt2_124m.get_config()
 
 
-# From seconds to shares.
+# Rates, shares and ratios.
 
 
 def tokens_per_second(row: Row) -> float:
@@ -64,7 +64,7 @@ def share_of_bandwidth(n_bytes: float, seconds: float, chip: Chip | None) -> flo
 
 
 def chip_of(kind: str) -> Chip | None:
-    """Return the chip with JAX's name for its kind; None if its data sheet is unknown."""
+    """Return the chip for a device kind as named by JAX; None if its data sheet is unknown."""
     return next((chip for chip in CHIPS.values() if chip.kind.lower() in kind.lower()), None)
 
 
@@ -82,9 +82,9 @@ def decoding_share(results: Row, row: Row) -> float | None:
 
 
 def merged(rows: Iterable[Row]) -> list[Row]:
-    """Merge repeated training measurements: all times, and the smallest peak memory.
+    """Merge repeated training measurements, with all times and the smallest peak memory.
 
-    The first process also compiled, which takes memory.
+    The smallest, because the first process also compiles, which takes memory.
     """
     found: dict[tuple[Any, ...], Row] = {}
     for row in rows:
@@ -124,7 +124,7 @@ def fused_ratio(row: Row) -> float:
 
 
 class Goal(NamedTuple):
-    """A minimum to reach, and the measured value, or None if it was not measured."""
+    """A minimum to reach, and the measured value; None if it was not measured."""
 
     what: str
     wanted: float
@@ -172,7 +172,7 @@ def sheets(results: Row) -> Sheets:
     """Return all non-empty tables by title."""
     size_of = {size: format_count(cost["parameters"]) for size, cost in results["machine"]["costs"].items()}
     every = {
-        "Attention kernels: the largest difference from plain attention in float32, of its largest value": [
+        "Attention kernels: the largest difference from plain attention in float32, relative to its largest value": [
             _check(row) for row in results["checks"]
         ],
         "Training": [

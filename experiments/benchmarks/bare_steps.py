@@ -32,7 +32,7 @@ REPEATS = 3
 
 
 def get_config() -> ConfigDict:
-    """A short run."""
+    """Return the config of a short run."""
     return tiny.get_config()
 
 

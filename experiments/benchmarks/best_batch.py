@@ -3,8 +3,8 @@
 python -m experiments.benchmarks.best_batch 350m rustgpt_jax
 
 Every measurement runs in its own process, so that memory is measured separately and a failure does not affect others.
-The batch size is doubled until it no longer fits or gains less than 2%. If memory was exhausted, the search continues
-with fewer saved residuals; if not even the first batch size fits then, with smaller ones.
+The batch size is doubled until it no longer fits or the throughput rises by less than 2%. If memory is exhausted, the
+search continues with fewer saved residuals; if not even the first batch size fits then, it continues with smaller ones.
 
 FINDING: none; see `accelerator.py`.
 """
@@ -37,7 +37,7 @@ SIZES: dict[str, Knobs] = {
 # The first batch size of the search.
 FIRST_BATCH = {"124m": 32, "350m": 16, "1.5b": 8, "smoke": 1}
 MOST_BATCH = 512
-# The minimum gain in throughput for which a batch size is doubled.
+# The search continues while doubling the batch size multiplies the throughput by at least this factor.
 GAIN = 1.02
 MODULES = {"rustgpt_jax": "gpt2_jax", "PyTorch": "gpt2_torch"}
 # Settings in decreasing order of memory for residuals.
@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
 
 
 def as_given(words: list[str]) -> str:
-    """Return the command line of a benchmark for its results, without the folders of this machine."""
+    """Return the command line to record with the results of a benchmark, without the folders of this machine."""
     script, *others = words
     shown = [f"--text={Path(word).name}" if word.startswith("--text=") else word for word in others]
     kept = [word for word in shown if not word.startswith("--out=")]
@@ -122,7 +122,7 @@ def best_batch(rate: Callable[[int, Knobs], float], first: int, most: int, savin
                 break
     if best.rate > 0:
         return best
-    assert failure is not None, "savings has at least one entry, and what ends it without a result is a failure"
+    assert failure is not None, "savings is not empty, and only a failure leaves no result"
     if failure.is_memory and first > 1:
         return best_batch(rate, first // 2, first // 2, savings[-1:])
     raise failure
@@ -141,7 +141,7 @@ def measured(module: str, request: dict[str, Any], patience: float, log: Path) -
     try:
         reply = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         reply = {"error": f"its process ended with status {done.returncode}: {last}"}
     if "error" not in reply:
         return reply["result"]
@@ -163,7 +163,7 @@ def printed(tasks: dict[str, Callable[..., Any]]) -> None:
 
 
 def main(size: str, framework: str) -> None:
-    """Search, and print each step."""
+    """Search for the best batch size, and print each measurement."""
     device = {"device": "cuda"} if framework == "PyTorch" else {}
 
     def rate(batch: int, knobs: Knobs) -> float:

@@ -218,7 +218,7 @@ def model_config(knobs: dict[str, Any]) -> ModelConfig:
 
 
 def largest_difference(case: dict[str, Any], folder: Path) -> float:
-    """Save the model of a case in a folder, read it here, and compare the logits."""
+    """Save the model of a case in a folder, import it, and return the largest difference between the logits."""
     import numpy as np
     import torch
 
@@ -242,7 +242,7 @@ def largest_difference(case: dict[str, Any], folder: Path) -> float:
 
 
 def main(argv: list[str]) -> None:
-    """Print the table."""
+    """Print a table of the differences."""
     del argv
     import transformers
 

@@ -75,7 +75,7 @@ def cost(model: ModelConfig) -> dict[str, float]:
 
 
 def checks(size: str) -> list[dict[str, Any]]:
-    """Compare values and gradients of each kernel with the float32 reference, or say why it is unsupported."""
+    """Compare values and gradients of each kernel with the float32 reference, or give the reason it is unsupported."""
     block = config_of(size).model.block(0)
     request = Attention.attention_spec(block, block.context_length, is_cached=False, has_dropout=False)
     found: list[dict[str, Any]] = []
@@ -154,9 +154,9 @@ def synthetic(config: Config, lead: tuple[int, ...]) -> Batch:
 
 
 def decoding(size: str, batch: int, scan_layers: bool, prompt: int, new: int, repeats: int) -> dict[str, Any]:
-    """Return the seconds per token of all rows, and the bytes that it must read: parameters, keys and values.
+    """Return the seconds per decoding step of all rows, and the bytes that a step must read: parameters and cache.
 
-    Parameters are in the compute dtype. On average, a row has its prompt and half of the new tokens.
+    Parameters are in the compute dtype. On average, the cache of a row holds its prompt and half of the new tokens.
     """
     model = config_of(size, {"model.scan_layers": scan_layers}).model
     narrowed = jax.jit(
@@ -215,7 +215,7 @@ def small_trials(trials: int, knobs: dict[str, Any], repeats: int) -> dict[str, 
 
     _, alone, losses = timed(one_after_another, repeats)
     _, fused, losses_P = timed(together, repeats)
-    # Both ran the same steps; sums are in another order, which training amplifies.
+    # Both ran the same steps, but sum in different orders, and training amplifies the differences.
     difference = float(np.max(np.abs(np.stack(losses) - losses_P)))
     return {
         "trials": trials,

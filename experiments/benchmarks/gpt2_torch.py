@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
 
 
 def gpt2(model: ModelConfig) -> "torch.nn.ModuleDict":
-    """A GPT-2 with tied embeddings."""
+    """Return a GPT-2 with tied embeddings."""
     from torch import nn
 
     width = model.d_model

@@ -38,7 +38,7 @@ from experiments.benchmarks.performance.bench import FULL, TINY, Bench, Row, abo
 from rustgpt_jax.errors import UserError, suggest_names
 
 FLAGS = flags.FLAGS
-# How many of the 16 `train` processes that a sweep replaces are run.
+# The number of `train` processes that are run, of the 16 that a sweep replaces.
 PROCESSES = 4
 CACHES = ("cold", "warm")
 SMOKE_TEXT = "Two households, both alike in dignity, in fair Verona, where we lay our scene.\n" * 200
@@ -47,11 +47,11 @@ SMOKE_TEXT = "Two households, both alike in dignity, in fair Verona, where we la
 def define_flags() -> None:
     """Define the flags of the command."""
     flags.DEFINE_string("text", None, "A text file for configs/shakespeare_char.py, such as tiny Shakespeare.")
-    flags.DEFINE_list("shapes", None, f"Which models to train, of {', '.join(FULL.shapes)}.")
+    flags.DEFINE_list("shapes", None, f"The models to train, some of {', '.join(FULL.shapes)}; all by default.")
     flags.DEFINE_string("out", "runs/benchmarks", "The folder for everything but the results.")
-    flags.DEFINE_integer("rounds", None, "Turns of each contender in a race, instead of as many as usual.", 1)
-    flags.DEFINE_integer("patience", 1800, "Seconds after which a worker is given up.", 1)
-    flags.DEFINE_bool("smoke", False, "Measure tiny models, to see that everything works; the results stay in --out.")
+    flags.DEFINE_integer("rounds", None, "Turns of each contender in a race, instead of the default of the race.", 1)
+    flags.DEFINE_integer("patience", 1800, "The time limit of a turn of a worker in seconds.", 1)
+    flags.DEFINE_bool("smoke", False, "Measure tiny models, to check that everything works; results are kept in --out.")
 
 
 def get_config() -> ConfigDict:
@@ -77,9 +77,9 @@ def run(parts: list[str], console: Console) -> int:
     extent, out = TINY if FLAGS.smoke else FULL, Path(FLAGS.out).absolute()
     if FLAGS.rounds:
         extent = extent._replace(rounds=FLAGS.rounds, shapes=dict.fromkeys(extent.shapes, FLAGS.rounds))
-    known(parts, page.PARTS, "There is no part")
+    known(parts, page.PARTS, "Unknown part")
     shapes = FLAGS.shapes or list(extent.shapes)
-    known(shapes, extent.shapes, "--shapes: there is no")
+    known(shapes, extent.shapes, "--shapes: unknown")
     out.mkdir(parents=True, exist_ok=True)
     text, results, place = Path(FLAGS.text).absolute() if FLAGS.text else None, page.RESULTS, page.PAGE
     if FLAGS.smoke:

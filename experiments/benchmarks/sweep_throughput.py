@@ -50,18 +50,18 @@ def define_flags() -> None:
     """Define the flags of the command."""
     flags.DEFINE_string("text", None, "The text file for shakespeare_char.", required=True)
     flags.DEFINE_string("out", "runs/sweep_throughput", "The folder for everything that is written.")
-    flags.DEFINE_integer("processes", 16, "How many of the 16 train processes to time.", 2)
-    flags.DEFINE_list("caches", ["cold", "warm"], "With which caches of compiled programs to run the sweeps.")
-    flags.DEFINE_list("models", ["tiny", "shakespeare_char"], "Which configs to measure.")
+    flags.DEFINE_integer("processes", 16, "The number of train processes to time, of 16.", 2)
+    flags.DEFINE_list("caches", ["cold", "warm"], "The states of the compilation cache to run the sweeps with.")
+    flags.DEFINE_list("models", ["tiny", "shakespeare_char"], "The configs to measure.")
 
 
 def get_config() -> ConfigDict:
-    """The smaller config."""
+    """Return the smaller config."""
     return tiny.get_config()
 
 
 def shakespeare(text: str) -> ConfigDict:
-    """The larger config: nanoGPT's small recipe for 200 steps."""
+    """Return the larger config: nanoGPT's small recipe for 200 steps."""
     config = shakespeare_char.get_config()
     config.data.paths = (str(Path(text).absolute()),)
     config.training.steps = 200
@@ -72,12 +72,12 @@ def shakespeare(text: str) -> ConfigDict:
 
 
 def sweep() -> list[Overrides]:
-    """Sixteen trials of one shape class."""
+    """Return sixteen trials of one shape class."""
     return product(values("optimizer.learning_rate", *RATES), seeds(SEEDS))
 
 
 def sweep_few() -> list[Overrides]:
-    """Four trials: the time that the other twelve add is twelve times the cost of an additional trial."""
+    """Return four of the sixteen trials; the time that the other twelve add gives the cost of an additional trial."""
     return sweep()[:SEEDS]
 
 
@@ -102,7 +102,7 @@ class Bench:
         self.train(self.trials[0], "first", "warm")
 
     def command(self, *words: str, cache: str) -> float:
-        """Return the seconds that a command takes with the compilation cache of a name."""
+        """Return the seconds that a command takes with a compilation cache given by name."""
         environment = os.environ | {
             "RUSTGPT_JAX_CACHE": str(self.out / "cache"),
             "JAX_COMPILATION_CACHE_DIR": str(self.out / "programs" / cache),
@@ -145,10 +145,13 @@ class Bench:
 def measure(
     name: str, config: ConfigDict, out: Path, console: Console, n: int, caches: Sequence[str]
 ) -> dict[str, Any]:
-    """Time everything for one config, with n `train` processes, and print a Markdown table.
+    """Time everything for one config, with n `train` processes, and print a table.
 
-    bare: seconds of the bare steps of a trial. rows: pairs of a label and seconds. more: seconds of an additional
-    trial, by profile.
+    Returns:
+        bare: The seconds of the bare steps of a trial.
+        rows: Pairs of a label and seconds.
+        more: The seconds of an additional trial, by profile.
+        processes: n.
     """
     bench = Bench(name, config, out)
     bare = bench.bare_steps()

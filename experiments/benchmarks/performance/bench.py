@@ -31,12 +31,22 @@ Row = dict[str, Any]
 
 
 class Extent(NamedTuple):
-    """How much is measured.
+    """The extent of the measurements.
 
-    shapes: models to train and their rounds, compared with the dtypes of PyTorch in `races`. batches, dtypes, kernels:
-    for decoding. rounds: of everything else. product, gigabytes: sizes for measuring peaks. width, train_steps: of a
-    whole run of configs/shakespeare_char.py. job_steps: of the two stages of RustGPT's job. compiled: whether to
-    measure torch.compile too.
+    Attributes:
+        shapes: The models to train, with the number of rounds of each.
+        races: The dtypes of PyTorch to compare training with.
+        decoded: The model to decode with, and numbers of tokens.
+        batches: The batch sizes to decode with.
+        dtypes: The dtypes of weights to decode with.
+        kernels: The kernels to decode with.
+        rounds: The number of rounds of everything else.
+        product: The width of the matrices for measuring the peak FLOP/s.
+        gigabytes: The memory to read for measuring the peak bandwidth.
+        width: The width of the model in a whole run of configs/shakespeare_char.py.
+        train_steps: The number of steps of that run.
+        job_steps: The number of steps in each of the two stages of RustGPT's job.
+        compiled: Whether to measure torch.compile too.
     """
 
     shapes: Mapping[str, int]
@@ -87,7 +97,15 @@ TINY = Extent(
 
 
 class Bench(NamedTuple):
-    """The inputs of a part. text: for configs/shakespeare_char.py, or None. out: the folder for its files."""
+    """The inputs of a part of the benchmark.
+
+    Attributes:
+        extent: The extent of the measurements.
+        text: The text for configs/shakespeare_char.py, or None.
+        out: The folder for files.
+        patience: The time limit of a turn in seconds.
+        console: The console to print to.
+    """
 
     extent: Extent
     text: Path | None
@@ -116,7 +134,7 @@ class Bench(NamedTuple):
     def needed_text(self) -> Path:
         """Return the text. Raises UserError if none was given."""
         if self.text is None:
-            raise UserError("Which text? Give --text=FILE, such as tiny Shakespeare.")
+            raise UserError("This part of the benchmark needs a text: give --text=FILE, such as tiny Shakespeare.")
         return self.text
 
     def shakespeare(self, steps: int, every: int) -> ConfigDict:
@@ -132,7 +150,7 @@ class Bench(NamedTuple):
         return config
 
     def peaks(self) -> Row:
-        """Return the peak FLOP/s and bytes/s of the machine, by the fastest matrix product."""
+        """Return the peak FLOP/s and bytes/s of the machine, as reached by the fastest matrix products."""
         requests = {
             "rustgpt_jax": Request("ours", "peaks", {"size": self.extent.product, "gigabytes": self.extent.gigabytes}),
             "torch": Request("torch_peer", "peaks", {"size": self.extent.product}),
@@ -150,7 +168,7 @@ class Bench(NamedTuple):
 
     @property
     def log(self) -> Path:
-        """The log file of the processes."""
+        """The log file of the worker processes."""
         return self.out / "log.txt"
 
 

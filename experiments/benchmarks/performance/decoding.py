@@ -4,7 +4,7 @@ python experiments/benchmarks/run.py decoding
 
 GPT-2 124M with random weights, exported for both peers: a prompt of 128 tokens, then 128 tokens generated greedily.
 Contenders of a race have the same dtype and batch size and take turns, each in its own process. The dtype is that of
-the weights; int8 has a scale per group of numbers, and transformers does not support it. Then 1,000 of our steps are
+the weights; int8 has one scale per group of numbers, and is not supported by transformers. Then 1,000 of our steps are
 timed individually.
 
 FINDING: none; see `run.py`.
@@ -20,7 +20,7 @@ from experiments.benchmarks.performance.workers import Request
 
 
 def get_config() -> ConfigDict:
-    """The model."""
+    """Return the config of the model."""
     return tree_of("124m")
 
 

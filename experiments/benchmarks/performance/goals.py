@@ -41,7 +41,7 @@ class Ratio(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """A bound to reach, and the measured value, or None if it was not measured."""
+    """A bound to reach, and the measured value; None if it was not measured."""
 
     what: str
     at_least: bool
@@ -53,7 +53,7 @@ class Goal(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Whether the goal is reached."""
+        """'reached', 'missed' or 'not measured'."""
         if self.measured is None:
             return "not measured"
         reached = self.measured >= self.wanted if self.at_least else self.measured <= self.wanted
@@ -72,7 +72,7 @@ def best(race: Row, beginning: str, what: str) -> str | None:
 
 
 def ratio(race: Row | None, ours: str, theirs: str, what: str) -> Ratio | None:
-    """Compare our best with their best; None if one of them was not measured."""
+    """Return the speed of our best relative to their best; None if one of them was not measured."""
     if race is None:
         return None
     first, second = best(race, ours, what), best(race, theirs, what)
@@ -98,8 +98,8 @@ def _training(training: Row) -> list[Goal]:
     races, found = training.get("races", {}), list[Goal]()
     for against, wanted_of in TRAINING_GOALS.items():
         for shape, wanted in wanted_of.items():
-            fetch_opt_state = ratio(races.get(f"{shape}, {against}"), OURS, TORCH, "seconds")
-            found.append(_of(f"training step, {shape}, against torch {against}", wanted, fetch_opt_state))
+            compared = ratio(races.get(f"{shape}, {against}"), OURS, TORCH, "seconds")
+            found.append(_of(f"training step, {shape}, against torch {against}", wanted, compared))
     whole = training.get("whole", {}).get("readings", {})
     measured, width = None, None
     if whole.keys() >= {"whole", "bare"}:
@@ -112,17 +112,17 @@ def _decoding(decoding: Row) -> list[Goal]:
     races, found = decoding.get("races", {}), list[Goal]()
     for (dtype, kernel), wanted in DECODING_GOALS.items():
         ours = f"{OURS}, {kernel}" if kernel else OURS
-        fetch_opt_state = ratio(races.get(f"{dtype}, batch 1"), ours, LLAMA_CPP, "token")
+        compared = ratio(races.get(f"{dtype}, batch 1"), ours, LLAMA_CPP, "token")
         what = f"decoding, batch 1, {dtype}{f', {kernel}' if kernel else ''}, against llama.cpp"
-        found.append(_of(what, wanted, fetch_opt_state))
+        found.append(_of(what, wanted, compared))
     for dtype, wanted in BATCHED.items():
-        fetch_opt_state = ratio(races.get(f"{dtype}, batch 8"), OURS, TRANSFORMERS, "token")
-        found.append(_of(f"decoding, batch 8, {dtype}, against transformers", wanted, fetch_opt_state))
+        compared = ratio(races.get(f"{dtype}, batch 8"), OURS, TRANSFORMERS, "token")
+        found.append(_of(f"decoding, batch 8, {dtype}, against transformers", wanted, compared))
     return found
 
 
 def _steadiness(decoding: Row) -> list[Goal]:
-    """Return the worst of all measured variants."""
+    """Return the goals of the variation of decoding steps, each with its worst value over all variants."""
     rows = {
         name: {what: values[0] for what, values in column.items()}
         for race in decoding.get("steadiness", {}).values()

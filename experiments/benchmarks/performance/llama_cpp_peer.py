@@ -42,7 +42,7 @@ class Context:
         wanted.n_threads = wanted.n_threads_batch = len(os.sched_getaffinity(0))
         self.context = llama_cpp.llama_new_context_with_model(self.model, wanted)
         if not self.context:
-            raise RuntimeError("llama.cpp makes no context")
+            raise RuntimeError("llama.cpp cannot create a context")
         self.n_tokens = llama_cpp.llama_n_vocab(llama_cpp.llama_model_get_vocab(self.model))
         self.batch = llama_cpp.llama_batch_init(rows * length, 0, 1)
 
@@ -61,7 +61,7 @@ class Context:
             self.batch.seq_id[index][0] = row
             self.batch.logits[index] = place == length - 1
         if self.library.llama_decode(self.context, self.batch):
-            raise RuntimeError("llama_decode fails")
+            raise RuntimeError("llama_decode failed")
         last = [self.library.llama_get_logits_ith(self.context, row * length + length - 1) for row in range(rows)]
         logits_BV = [np.ctypeslib.as_array(each, (self.n_tokens,)) for each in last]
         return np.array([[logits_V.argmax()] for logits_V in logits_BV])

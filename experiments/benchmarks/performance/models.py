@@ -14,7 +14,14 @@ from rustgpt_jax.config.schema import Config
 
 
 class Shape(NamedTuple):
-    """A GPT-2 to train. steps: per call, which is a turn. scan_layers: the faster value at this size."""
+    """A GPT-2 to train.
+
+    Attributes:
+        knobs: The sizes of the model.
+        batch: The batch size.
+        steps: The number of steps per call, which is a turn.
+        scan_layers: The faster value at this size.
+    """
 
     knobs: Knobs
     batch: int
@@ -23,7 +30,7 @@ class Shape(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Number of tokens in a batch."""
+        """The number of tokens in a batch."""
         return self.batch * self.knobs["model.context_length"]
 
 
@@ -86,7 +93,7 @@ SMOKE = Decoded("smoke", prompt=16, new=16, steps=40)
 
 
 def decoding_config(size: str, weights: str, kernel: str) -> Config:
-    """Return the config of a GPT-2 that decodes with weights of a dtype by a kernel."""
+    """Return the config of a GPT-2 that decodes with weights in a dtype and with a matrix kernel."""
     return config_of(size, {"model.scan_layers": False, "sampling.matmul_impl": kernel} | WEIGHTS[weights])
 
 

@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
 
 
 def job(steps: tuple[int, int]) -> ConfigDict:
-    """Return RustGPT's job, with numbers of updates on facts and on dialogues."""
+    """Return the config of RustGPT's job, given the numbers of updates on facts and on dialogues."""
     config = rustgpt.get_config()
     config.data.seq_len = 32
     config.model.update(
@@ -94,9 +94,9 @@ def measure(bench: Bench) -> Row:
 
 
 def started(bench: Bench, folder: Path, name: str, turn: int) -> Row:
-    """Return the seconds of a training command until its first step and until its end. The first has empty caches.
+    """Return the seconds of a training command until its first step and until its end.
 
-    parts: the startup breakdown that the command prints, if any.
+    The first command has empty caches. `parts` is the startup breakdown that the command prints, if any.
     """
     run, caches = folder / f"{name}_{turn}", folder / "caches"
     settings = os.environ | {"RUSTGPT_JAX_CACHE": str(caches)}

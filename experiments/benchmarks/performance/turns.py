@@ -2,9 +2,9 @@
 
 python experiments/benchmarks/run.py
 
-They take turns, in a different order in each round, so that slow periods affect all alike. A time is the median over
-rounds, with the interquartile range as a fraction of it; a ratio is computed in each round and summarized in the same
-way, so that what slows a whole round cancels.
+The contenders take turns, in a different order in each round, so that slow periods affect all of them alike. A time is
+the median over rounds, with the interquartile range as a fraction of it; a ratio is computed in each round and
+summarized in the same way, so that the slowdown of a whole round cancels out.
 
 FINDING: none; see `run.py`.
 """
@@ -21,7 +21,7 @@ from experiments.benchmarks.best_batch import Failure, tree_of
 
 # The measurements of a turn by name, mostly seconds.
 Reading = dict[str, float]
-# Seconds between turns, in which the threads of the previous contender become idle.
+# The seconds between turns, during which the threads of the previous contender become idle.
 PAUSE = 0.05
 
 
@@ -60,7 +60,7 @@ def take_turns(
 
 
 def rotated(names: list[str], turn: int) -> list[str]:
-    """Rotate the names, by another offset in each turn."""
+    """Rotate the names by an offset that depends on the turn."""
     first = turn % max(1, len(names))
     return names[first:] + names[:first]
 
@@ -71,5 +71,5 @@ def summarize(values: list[float]) -> Summary:
 
 
 def times_as_fast(ours: list[float], theirs: list[float]) -> Summary:
-    """Return how many times as fast we are, by the seconds of the same rounds."""
+    """Return our speed relative to theirs, from the seconds in the same rounds."""
     return summarize([their / our for our, their in zip(ours, theirs, strict=True)])

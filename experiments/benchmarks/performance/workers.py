@@ -53,7 +53,11 @@ class Request(NamedTuple):
 class Worker:
     """A process that runs a task turn by turn; a context manager.
 
-    about: its description, once it is prepared. Raises Failure if the process fails, then or in any turn.
+    Attributes:
+        about: The description of the prepared task.
+
+    Raises:
+        Failure: The process fails while it prepares the task. `turn` raises it if the process fails in a turn.
     """
 
     def __init__(self, request: Request, patience: float, log: Path) -> None:
@@ -101,7 +105,7 @@ class Worker:
 
     def _last_words(self) -> str:
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
+        return lines[-1] if lines else "no output"
 
     def __enter__(self) -> "Worker":
         return self
@@ -148,7 +152,7 @@ def serve(tasks: Mapping[str, Callable[..., Prepared]]) -> None:
     """Run the worker loop of this process."""
     request = json.loads(sys.argv[1])
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    # Output of libraries must not mix with replies.
+    # Keep the output of libraries apart from the replies.
     os.dup2(2, 1)
 
     def say(**reply: Any) -> None:
