@@ -367,7 +367,7 @@ def test_completion_offers_commands_and_then_settings() -> None:
     [
         ({}, "temperature 1, up to 2 tokens, seed 0"),
         ({"temperature": 0.5, "top_k": 3, "min_p": 0.1}, "temperature 0.5, top_k 3, min_p 0.1, up to 2 tokens, seed 0"),
-        ({"temperature": 0.0, "top_p": 0.9}, "the likeliest token each time, up to 2 tokens, seed 0"),
+        ({"temperature": 0.0, "top_p": 0.9}, "greedy decoding, up to 2 tokens, seed 0"),
     ],
 )
 def test_description_of_sampling(changes: dict[str, float], description: str) -> None:
@@ -454,7 +454,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., s
 def test_a_terminal_shows_the_model_and_the_settings(terminal: Callable[..., str]) -> None:
     output = terminal("/seed")
     size = sum(leaf.size for leaf in jax.tree.leaves(DIALOGUES.params))
-    assert output.startswith(f"my run at step 5, {size / 1000:.3g}K parameters\nIt answers what you write: temperature")
+    title = f"my run at step 5, {size / 1000:.3g}K parameters\n"
+    assert output.startswith(f"{title}The model answers what you write, with temperature")
     assert "/help" in output
     assert output.endswith("\n\nseed 0\n")
 

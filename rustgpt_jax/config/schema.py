@@ -697,12 +697,12 @@ class SamplingConfig:
         choices=("stop", "slide"),
     )
     history_turns: int | None = static_field(
-        None, "Earlier exchanges included with a question in a chat. None: as many as the context holds.", low=0
+        None, "Earlier exchanges included with a question in a chat. None: as many as fit into the context.", low=0
     )
     weight_dtype: str | None = static_field(
         None,
         "Type that the weights of linear layers are rounded to for decoding: bfloat16, or int8 with a scale per "
-        "output channel. Faster, but changes what is generated. None: no rounding beyond that of the model.",
+        "output channel. Faster, but changes what is generated. None: no additional rounding.",
         choices=("bfloat16", "int8"),
     )
     matmul_impl: str = static_field(
@@ -1008,7 +1008,7 @@ def unflatten(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def may_change(path: str) -> bool:
-    """Return whether a knob may change during a run, that is, whether it affects only what is recorded."""
+    """Return whether a knob may change when a run continues: what is recorded, the mesh, and the number of steps."""
     knob = path.split(".", 2)[-1] if path.startswith("stages.") else path
     return knob.startswith(("logging.", "sampling.", "mesh.")) or knob in (
         "training.steps",
@@ -1030,7 +1030,7 @@ def config_hash(config: Config) -> str:
 
 
 def diff(first: Config, second: Config) -> dict[str, tuple[Any, Any]]:
-    """Return the values of knobs in which two configs differ, by dotted path."""
+    """Return the pair of values of each knob in which two configs differ, by dotted path."""
     left, right = flatten(first), flatten(second)
     changed = {path: (left[path], right[path]) for path in FIELDS if left[path] != right[path]}
     if first.stages != second.stages:

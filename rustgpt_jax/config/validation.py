@@ -163,7 +163,7 @@ def parse(path: str, text: str) -> Any:
     """Parse the text of a command-line override according to the type of its field.
 
     A list is written as a Python list or tuple. For a list of strings, any other text is a single item, commas
-    included; lists of numbers or part names may also be separated by commas. An empty text is an empty list.
+    included; lists of numbers or component names may also be separated by commas. An empty text is an empty list.
     """
     where, knob = _in_stage(path)
     if knob not in FIELDS:

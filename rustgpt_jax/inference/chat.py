@@ -247,7 +247,7 @@ def chat(generator: TextGenerator, sampling: SamplingConfig, console: Console, t
         return
     session.show(f"{title}, {format_count(total_size(generator.params))} parameters\n", "bold")
     verb = "answers" if generator.is_dialogue else "continues"
-    session.note(f"It {verb} what you write: {describe_sampling(sampling)}.")
+    session.note(f"The model {verb} what you write, with {describe_sampling(sampling)}.")
     session.note("/help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves.\n")
     with _line_editing(cache_folder() / "chat_history"):
         session.run(_read_typed_line)
@@ -260,7 +260,7 @@ def describe_sampling(sampling: SamplingConfig) -> str:
     values = [(name, getattr(sampling, name)) for name in names]
     return ", ".join(
         [
-            "the likeliest token each time" if greedy else f"temperature {sampling.temperature:g}",
+            "greedy decoding" if greedy else f"temperature {sampling.temperature:g}",
             *(f"{name} {value:g}" for name, value in values if value != SAMPLERS[name][0]),
             f"up to {sampling.max_tokens} tokens, seed {sampling.seed}",
         ]

@@ -100,7 +100,7 @@ class LogMetrics:
     """A hook that writes the metrics of a stage, and detects steps that are not finite.
 
     Metrics are read one call late, so that the device never waits for the host. At a step that is not finite, unless
-    the config says to skip it, `nonfinite_step` is set, and the metrics of later steps are not written.
+    the config allows skipping it, `nonfinite_step` is set, and the metrics of later steps are not written.
     """
 
     data: StageData

@@ -253,7 +253,7 @@ def _compile_time_warnings(run: Trainer) -> list[str]:
     cause = f"config.model.scan_layers={model.scan_layers}, and a pattern of {model.period}"
     return [
         f"{n_blocks:,} blocks are compiled one by one, which may take many minutes ({cause}); with scan_layers=True "
-        "and a short pattern, few are."
+        "and a short pattern, only a few are."
     ]
 
 
