@@ -243,7 +243,7 @@ def test_plan_of_a_mesh() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
-    [(["--devices=8"], "For which chip? Give --chip="), (["--chip=h100"], "For how many chips? Give --devices=N.")],
+    [(["--devices=8"], "plan needs --chip=NAME"), (["--chip=h100"], "plan needs --devices=N")],
 )
 def test_plan_asks_for_missing_flags(arguments: list[str], sentence: str) -> None:
     done = launched(*SMALL, *arguments)

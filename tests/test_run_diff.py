@@ -146,7 +146,8 @@ def test_missing_records_are_reported(tmp_path: Path, first: RunDir) -> None:
     _, lines = run_diff_verb(first.path, second.path)
     assert "  config.seed: 0 -> 3" in lines
     for kind in ("code", "environment"):
-        assert f"{kind}: not compared. {second.path} has no record of its launches: no journal.jsonl with one." in lines
+        reason = f"{second.path} has no record of its launches: journal.jsonl is missing or lists none."
+        assert f"{kind}: not compared. {reason}" in lines
     assert f"program: not compared. {second.path} has no record of its programs." in lines
     with pytest.raises(UserError, match="There is no run"):
         diff(tmp_path / "gone", first.path, new_console())

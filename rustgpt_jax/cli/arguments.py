@@ -24,7 +24,7 @@ def fail(message: str) -> NoReturn:
 
 
 class VerbParser(argparse_flags.ArgumentParser):
-    """Parser of one verb's flags and positional arguments. `parse_args` brings flags into the form it expects."""
+    """Parser of one verb's flags and positional arguments. Flags must be in the form produced by `main.parse_args`."""
 
     def __init__(self, **kwargs: Any) -> None:
         # Whether each flag takes a value.
@@ -57,7 +57,7 @@ class VerbParser(argparse_flags.ArgumentParser):
 
     def add_checkpoint(self) -> None:
         """Add --checkpoint."""
-        help = "The checkpoint to load: the last, the one of the lowest validation loss, or the one of a step."
+        help = "The checkpoint to load: the last one, the one with the lowest validation loss, or the one of a step."
         self.add_argument("--checkpoint", metavar="last|best|STEP", type=_checkpoint, default="last", help=help)
 
     def add_allow_oversubscription(self) -> None:
@@ -104,14 +104,14 @@ class _StoreRun(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if option_string is None and namespace.run is not None:
-            parser.error(f"Which run: {values} or --run={namespace.run}? Give one of them.")
+            parser.error(f"Two runs are given, {values} and --run={namespace.run}; give only one.")
         namespace.run = values
 
 
 def get_run_folder(args: argparse.Namespace) -> Path:
     """Return the run folder named on the command line."""
     if args.run is None:
-        raise UserError("Which run? Give its folder, which `train` wrote, such as runs/rustgpt.")
+        raise UserError("No run given: add the folder of a run, such as runs/rustgpt.")
     return Path(args.run)
 
 
@@ -122,8 +122,8 @@ def read_config(
 
     Args:
         args: The parsed command line.
-        platform: The platform that `config.model.dtype='auto'` is resolved for; None for this process's device.
-        is_remote: Whether other processes or machines compute, whose devices are unknown here.
+        platform: The platform for which `config.model.dtype='auto'` is resolved; None for this process's device.
+        is_remote: Whether the computation runs in other processes or on other machines, whose devices are unknown here.
 
     Returns:
         The config as a ConfigDict, and the origin of each value.
@@ -140,7 +140,7 @@ def read_config(
     elif args.run is not None:
         tree, origins = load_run_config(Path(args.run))
     else:
-        raise UserError("Which config? Give --config=FILE, such as --config=configs/rustgpt.py.")
+        raise UserError("No config given: add --config=FILE, such as --config=configs/rustgpt.py.")
     values = parse_all(args.overrides)
     override(tree, values)
     origins |= dict.fromkeys(values, COMMAND_LINE)
@@ -150,8 +150,8 @@ def read_config(
 
         if platform is None and (is_remote or detect_cluster(os.environ)):
             raise UserError(
-                "config.model.dtype='auto' depends on the device of this process, but other processes compute: give "
-                "float32 or bfloat16."
+                "config.model.dtype='auto' depends on the device of this process, but the computation runs in other "
+                "processes: give float32 or bfloat16."
             )
         resolve_auto_dtype(tree, origins, platform)
     return tree, origins

@@ -18,9 +18,9 @@ from rustgpt_jax.training.memory_estimate import check_inference_memory
 
 
 def print_evaluation(trained: LoadedModel, console: Console, is_oversubscribed: bool = False) -> None:
-    """Print loss, perplexity and bits per byte for each stage's validation split, and right answers for dialogues.
+    """Print loss, perplexity and bits per byte for each stage's validation split, and the correct answers on dialogues.
 
-    If decoding uses weights of a narrower dtype, a second row shows the metrics with these weights.
+    If decoding uses weights of a narrower dtype, a second row shows the metrics with those weights.
     """
     for config in (stage.config for stage in stages(trained.config)):
         rows = config.training.batch_size // config.training.grad_accum_steps

@@ -30,12 +30,12 @@ def run_explain(args: argparse.Namespace) -> int:
 def add_plan_arguments(parser: VerbParser) -> None:
     """Add the arguments of `plan`."""
     add_explain_arguments(parser)
-    parser.add_argument("--devices", metavar="N", type=whole_number(1, MOST_PROCESSES), help="How many chips.")
-    parser.add_argument("--chip", metavar="NAME", help="Which chips, such as h100, b200 or v5p.")
+    parser.add_argument("--devices", metavar="N", type=whole_number(1, MOST_PROCESSES), help="The number of chips.")
+    parser.add_argument("--chip", metavar="NAME", help="The kind of chip, such as h100, b200 or v5p.")
 
 
 def run_plan(args: argparse.Namespace) -> int:
-    """Estimate whether a config fits accelerators that are not here, and how fast it is.
+    """Estimate whether a config fits given accelerators, and how fast it trains there.
 
     Returns:
         The exit status: 1 if the step does not fit.
@@ -45,9 +45,9 @@ def run_plan(args: argparse.Namespace) -> int:
     # All known chips are accelerators, whose automatic dtype is the same.
     config = resolve(read_config(args, platform="tpu")[0])
     if args.devices is None:
-        raise UserError("For how many chips? Give --devices=N.")
+        raise UserError("plan needs --devices=N, the number of chips.")
     if args.chip is None:
-        raise UserError("For which chip? Give --chip=NAME, such as --chip=h100.")
+        raise UserError("plan needs --chip=NAME, the kind of chip, such as --chip=h100.")
     from rustgpt_jax.planning.report import print_plan
     from rustgpt_jax.tracking.console import PlainTextConsole
 
@@ -63,7 +63,7 @@ def add_check_arguments(parser: VerbParser) -> None:
         metavar="CHECK,...",
         type=lambda text: [name.strip() for name in text.split(",")] if text else [],
         default=[],
-        help="The names of the checks to run, instead of all.",
+        help="The names of the checks to run. Default: all checks.",
     )
     parser.add_switch("exhaustive", "Cover every length, batch size, dtype and mode; takes minutes per component.")
 

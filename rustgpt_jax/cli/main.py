@@ -24,7 +24,7 @@ from rustgpt_jax.cli.arguments import VerbParser, fail, read_config
 from rustgpt_jax.errors import UserError, is_out_of_memory, suggest_names
 from rustgpt_jax.process_setup import keep_freed_memory
 
-# Imports and tracing create many objects that stay, so the garbage collector need not look for them often.
+# Imports and tracing create many long-lived objects, so collect garbage less often than by default.
 OBJECTS_BETWEEN_COLLECTIONS = (50_000, 20, 50)
 
 # The values that absl accepts for a boolean flag.
@@ -37,7 +37,7 @@ class Verb(NamedTuple):
     Attributes:
         add_arguments: Adds the verb's arguments to its parser.
         run: Runs the verb and returns the exit status. The first line of its docstring is the verb's help.
-        example: What may follow `python launch.py VERB`.
+        example: Example arguments to show after `python launch.py VERB`.
         reads_overrides: Whether the verb reads `--config.x.y=VALUE`.
     """
 
@@ -117,7 +117,7 @@ def _build_parsers() -> tuple[argparse_flags.ArgumentParser, dict[str, VerbParse
             epilog=f"{OVERRIDES}\n\n{example}" if verb.reads_overrides else example,
         )
         verb.add_arguments(verb_parser)
-        help = "A folder to search for components named by an import path. May be repeated."
+        help = "A folder to search for components given by an import path. May be repeated."
         verb_parser.add_argument("--module_path", metavar="DIR", action="append", default=[], help=help)
     return parser, parsers
 
@@ -167,7 +167,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         fail(f"Unknown verb {positionals[0]!r}.{suggest_names(positionals[0], parsers)}")
     args, unknown = parser.parse_known_args([*positionals[:1], *flags, *positionals[1:]])
     if args.verb is None:
-        fail("Which verb? `python launch.py --help` lists them.")
+        fail("No verb given; `python launch.py --help` lists them.")
     if unknown:
         _reject_argument(args.verb, unknown[0], parsers)
     if overrides and not VERBS[args.verb].reads_overrides:
@@ -214,10 +214,10 @@ def main(args: argparse.Namespace) -> int:
     gc.set_threshold(*OBJECTS_BETWEEN_COLLECTIONS)
     from rustgpt_jax.workdir.run_dir import check_no_special_files
 
-    # Libraries also raise the errors that they log.
+    # Do not print the errors that libraries log: they also raise them.
     logging.set_verbosity(logging.FATAL)
     try:
-        # Validate once here, rather than in each process that is started.
+        # Validate the limit once here, rather than in each child process.
         cache_limit()
         given = vars(args)
         initial = (given.get("init_from") or "").partition("@")[0]

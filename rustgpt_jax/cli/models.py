@@ -37,7 +37,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    """Continue texts, or answer questions."""
+    """Continue texts or answer questions."""
     trained = _load(args)
     from rustgpt_jax.inference.decode_params import select_weight_layout
     from rustgpt_jax.inference.text_generator import stream_text
@@ -80,7 +80,7 @@ def add_import_arguments(parser: VerbParser) -> None:
 def run_import(args: argparse.Namespace) -> int:
     """Create a run from a Hugging Face model."""
     if args.source is None or args.run is None:
-        raise UserError("Which model, and where to? Give --from=DIR, a Hugging Face folder, and --run=DIR, a new run.")
+        raise UserError("import needs --from=DIR, a Hugging Face folder, and --run=DIR, the folder of the new run.")
     args.config = args.config or str(Path(__file__).resolve().parents[2] / "configs" / "base.py")
     tree, origins = read_config(args)
     from rustgpt_jax.interop.convert import import_run
@@ -99,14 +99,14 @@ def add_export_arguments(parser: VerbParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16", "int8"),
-        help="Another dtype than that of the parameters; int8 for a .gguf file only.",
+        help="The dtype to convert the parameters to; int8 is only for .gguf files. Default: unchanged.",
     )
 
 
 def run_export(args: argparse.Namespace) -> int:
-    """Write a run as a Hugging Face model, or for llama.cpp."""
+    """Export a run as a Hugging Face model, or as a .gguf file for llama.cpp."""
     if args.run is None or args.to is None:
-        raise UserError("Which run, and where to? Give the run, and --to=DIR, a new folder.")
+        raise UserError("export needs the folder of a run, and --to=DIR, a new folder, or --to=FILE.gguf.")
     from rustgpt_jax.interop.convert import export_run
     from rustgpt_jax.interop.gguf import export_gguf
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from rustgpt_jax.cli.arguments import VerbParser, get_run_folder, whole_number
 from rustgpt_jax.errors import UserError
 
-TRUST = "Run the code snapshot in the run folder, whoever wrote it (docs/security.md)."
+TRUST = "Run the code snapshot in the run folder even if it differs from the installed code (docs/security.md)."
 
 
 def add_replay_arguments(parser: VerbParser) -> None:
@@ -17,13 +17,13 @@ def add_replay_arguments(parser: VerbParser) -> None:
 
 
 def run_replay(args: argparse.Namespace) -> int:
-    """Compute one step again, bit for bit, and show what every layer did.
+    """Recompute one step bit for bit, and compare it with its record.
 
     Returns:
-        The exit status: 1 if the step differs from the recorded one.
+        The exit status: 1 if the step differs from its record.
     """
     if args.step is None:
-        raise UserError("Which step? Give --step=K: its line of metrics.jsonl has the number K.")
+        raise UserError("No step given: add --step=K, a step of the run as numbered in metrics.jsonl.")
     folder = get_run_folder(args)
     _set_up_jax(folder)
     from rustgpt_jax.reproduce.replay import replay
@@ -35,12 +35,12 @@ def run_replay(args: argparse.Namespace) -> int:
 def add_rerun_arguments(parser: VerbParser) -> None:
     """Add the arguments of `rerun`."""
     parser.add_run()
-    parser.add_argument("--to", metavar="DIR", help="The folder of the new run. Default: beside the run.")
+    parser.add_argument("--to", metavar="DIR", help="The folder of the new run. Default: RUN.rerun.")
     parser.add_switch("trust", TRUST)
 
 
 def run_rerun(args: argparse.Namespace) -> int:
-    """Train a run again from its folder alone, and compare.
+    """Repeat a run from its folder alone, and compare the two runs.
 
     Returns:
         The exit status: 1 if the runs differ, or that of the training if a signal stopped it.
@@ -64,7 +64,7 @@ def run_diff(args: argparse.Namespace) -> int:
         The exit status: 1 if they differ.
     """
     if len(args.runs) != 2:
-        raise UserError("Which two runs? Give `diff RUN RUN`, such as `diff runs/a runs/b`.")
+        raise UserError("diff compares two runs: give both folders, such as `diff runs/a runs/b`.")
     from rustgpt_jax.reproduce.run_diff import diff
     from rustgpt_jax.tracking.console import PlainTextConsole
 

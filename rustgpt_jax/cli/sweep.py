@@ -10,16 +10,16 @@ from rustgpt_jax.errors import UserError
 def add_arguments(parser: VerbParser) -> None:
     """Add the flags of `sweep`."""
     parser.add_config()
-    parser.add_argument("--run", metavar="DIR", help="The sweep folder. Default: runs/NAME, by the config file's name.")
+    parser.add_argument("--run", metavar="DIR", help="The sweep folder. Default: runs/NAME for --config=NAME.py.")
     help = "The sweep to run: the config file's function sweep_NAME()."
     parser.add_argument("--sweep", metavar="NAME", default="sweep", help=help)
     parser.add_argument("--launcher", metavar="inline|processes|slurm", default="inline", help="Where the trials run.")
     help = "How trials of equal shapes run: fused (vmap), exact (sequentially in one program), or solo (one by one)."
     parser.add_argument("--mode", metavar="auto|fused|exact|solo", default="auto", help=help)
     count = whole_number(1, MOST_PROCESSES)
-    help = "The most trials in one program. Default: as many as fit in memory and help."
+    help = "The maximum number of trials in one program. Default: as many as fit in memory and increase the speed."
     parser.add_argument("--width", metavar="N", type=count, help=help)
-    help = "Worker processes, or cluster jobs at a time. Default: one per core or GPU; 8 jobs."
+    help = "The number of processes, or of concurrent cluster jobs. Default: one process per core or GPU; 8 jobs."
     parser.add_argument("--workers", metavar="N", type=count, help=help)
     parser.add_slurm()
     parser.add_switch("dry_run", "List the trials, shape classes, memory and cost, and run nothing.")
@@ -27,14 +27,14 @@ def add_arguments(parser: VerbParser) -> None:
 
 
 def run_sweep(args: argparse.Namespace) -> int:
-    """Run the trials of a sweep that are not done, and report."""
+    """Run the unfinished trials of a sweep, and write its report."""
     from rustgpt_jax.sweeps.search_space import TPE, Search, SuccessiveHalving
     from rustgpt_jax.sweeps.trials import make_trials, sample_feasible_points
     from rustgpt_jax.tracking.console import PlainTextConsole
     from rustgpt_jax.workdir.config_files import load_sweep_function
 
     if args.config is None:
-        raise UserError("Which sweep? Give --config=FILE, a config that defines sweep().")
+        raise UserError("No sweep given: add --config=FILE, a config file that defines sweep().")
     tree, origins = read_config(args, is_remote=args.launcher == "slurm")
     function = load_sweep_function(args.config, args.sweep)
     try:
@@ -69,7 +69,7 @@ def add_report_arguments(parser: VerbParser) -> None:
 def run_report(args: argparse.Namespace) -> int:
     """Summarize a sweep: a table, results.csv and report.html."""
     if args.run is None:
-        raise UserError("Which sweep? Give its folder, which `sweep` wrote, such as runs/learning_rate.")
+        raise UserError("No sweep given: add the folder of a sweep, such as runs/learning_rate.")
     from rustgpt_jax.sweeps.report import report
     from rustgpt_jax.tracking.console import PlainTextConsole
 

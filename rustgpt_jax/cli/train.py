@@ -1,4 +1,4 @@
-"""The verb `train`: trains a run in this process or several, or submits it to a cluster."""
+"""The verb `train`: train a run in one process or several, or submit it to a cluster."""
 
 import argparse
 import os
@@ -13,18 +13,22 @@ from rustgpt_jax.errors import UserError
 def add_arguments(parser: VerbParser) -> None:
     """Add the flags of `train`."""
     parser.add_config()
-    parser.add_argument("--run", metavar="DIR", help="The run folder. Default: runs/NAME, by the config file's name.")
+    parser.add_argument("--run", metavar="DIR", help="The run folder. Default: runs/NAME for --config=NAME.py.")
     parser.add_argument(
         "--init_from",
         metavar="RUN[@STEP]",
         help="Begin a new run with the matching parameters of another: RUN, RUN@STEP or RUN@best.",
     )
     parser.add_switch("extend", "Allow more steps than the run's learning-rate schedule was designed for.")
-    parser.add_argument("--profile", metavar="START:STOP", help="Trace the steps after START, up to STOP.")
+    parser.add_argument("--profile", metavar="START:STOP", help="Profile the steps after START, up to STOP.")
     parser.add_allow_oversubscription()
     parser.add_argument("--launcher", metavar="inline|slurm", default="inline", help="Where to train.")
     parser.add_slurm()
-    parser.add_argument("--coordinator_address", metavar="HOST:PORT", help="Process 0, when several train one run.")
+    parser.add_argument(
+        "--coordinator_address",
+        metavar="HOST:PORT",
+        help="The address of process 0, for several processes.",
+    )
     count = whole_number(1, MOST_PROCESSES)
     parser.add_argument("--num_processes", metavar="N", type=count, help="The number of processes.")
     number = whole_number(0, MOST_PROCESSES)
@@ -43,7 +47,7 @@ def run_train(args: argparse.Namespace) -> int:
     if args.init_from is not None and is_distributed:
         raise UserError("--init_from creates the run folder in a single process; several processes can then resume it.")
     if args.init_from is not None and args.config is None and args.run is None:
-        raise UserError("Which folder? Give --run=DIR, the folder of the new run.")
+        raise UserError("No run given: add --run=DIR, the folder of the new run.")
     tree, origins = read_config(args, is_remote=is_distributed or args.launcher == "slurm")
     config = resolve(tree)
     folder = Path(args.run or Path("runs") / Path(args.config).stem)

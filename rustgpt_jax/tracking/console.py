@@ -162,7 +162,7 @@ class Progress:
         print_line(self._console, text)
 
     def _seconds_left(self) -> float | None:
-        # Count from the first update on: the time before it was mostly compilation.
+        # Measure from the first update on, since the time before it was mostly spent on compilation.
         (first_time, first_step), (last_time, last_step) = self._recent[0], self._recent[-1]
         if last_step <= first_step:
             return None
@@ -225,7 +225,7 @@ def _parts(status: _Status, seconds_left: float | None, total_steps: int) -> dic
 
 @contextmanager
 def show_spinner(console: Console, what: str) -> Iterator[None]:
-    """Show on a terminal that some work is in progress."""
+    """Show a spinner and a text while the `with` block runs, if the output is a terminal."""
     with console.status(Text(what)) if console.is_terminal else nullcontext():
         yield
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tensorboardX.event_file_writer import EventFileWriter
 
 TENSORBOARD_FLUSH_SECONDS = 10
-# Enough for some lines of training and one of evaluation.
+# The number of bytes to read from the end of a file, enough for a few lines of training and one of evaluation.
 LAST_BYTES = 8192
 # Number of bytes of a file to read and parse at a time. Parsed lines take several times as much memory.
 BLOCK_BYTES = 2**18
@@ -86,7 +86,7 @@ class MetricsWriter:
 
     @cached_property
     def _tensorboard(self) -> "EventFileWriter":
-        # Opened late because tensorboardX imports PyTorch if it is installed, which takes a second.
+        # Opened when it is first needed: tensorboardX imports PyTorch if it is installed, which takes a second.
         return _open_tensorboard(self._run.tensorboard, self._resume_step)
 
     def write(self, step: int, values: Mapping[str, float | int | str]) -> None:

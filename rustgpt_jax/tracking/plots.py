@@ -27,7 +27,7 @@ INK, SOFT_INK, GRID, SHADE = "#222222", "#757575", "#e4e4e4", "#f4f5f8"
 
 # The axis is logarithmic if the loss falls by more than this factor.
 LOG_SCALE_FROM = 8.0
-# Width of the smoothing window, as a share of a stage's points.
+# Width of the smoothing window, as a fraction of a stage's points.
 SMOOTHING_SHARE = 0.1
 # Maximum number of points per line, far more than the width of the plot in pixels.
 MAX_POINTS = 20_000
@@ -45,7 +45,7 @@ RING: dict[str, Any] = {
 }
 BOLD: dict[str, Any] = {"fontsize": 10.5, "weight": "bold"}
 SMALL: dict[str, Any] = {"fontsize": 8.5, "color": SOFT_INK}
-# Names of stages shorter than this share of the run are written vertically.
+# Names of stages shorter than this fraction of the run are written vertically.
 NARROW_STAGE = 0.1
 
 

@@ -161,7 +161,7 @@ def code_sources(parts: Iterable[str] = ()) -> list[Path]:
 
     Args:
         parts: Imported modules with components. These, the modules next to them, and the modules in the current folder
-            are the user's.
+            count as the user's.
     """
     root = _root()
     sources = (_module_source(sys.modules[name]) for name in parts if name in sys.modules)
@@ -236,7 +236,7 @@ def _matches_any(names: Iterable[str], patterns: Sequence[str]) -> bool:
 
 
 def _git_filter(source: Path) -> Callable[[Path], bool] | None:
-    """Return a predicate for the files that git lets us copy, or None if git does not decide.
+    """Return a function that tests whether git allows a file to be copied, or None if git imposes no restriction.
 
     If the source is not ignored, these are the tracked files and the Python modules that are not ignored, or all files
     of a folder that has no tracked files. If the source is ignored as a whole, as users' own modules often are, these

@@ -1,4 +1,4 @@
-"""Loads configs and sweeps from Python files, and configs from run folders."""
+"""Load configs and sweeps from Python files, and configs from run folders."""
 
 import os
 import runpy

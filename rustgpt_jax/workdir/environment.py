@@ -1,6 +1,7 @@
-"""The environment of a run as far as it can affect results: packages, devices, settings, and compiled programs.
+"""The parts of a run's environment that can affect results: packages, devices, settings, and compiled programs.
 
-It does not identify the user: no user name, host name or path, and only the environment variables listed here.
+The record does not identify the user: it has no user name, host name or path, and only the environment variables listed
+here.
 """
 
 import hashlib
@@ -38,7 +39,7 @@ VARIABLES = (
 FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 FLAG = re.compile(r"--(?P<name>\w+)(=[^/\\\"']*)?")
 FILE_FLAG = re.compile(r"(^|_)(dir|path|file|filename|to|from|dump)(_|$)")
-# Device visibility belongs to a machine, so it is not carried over to another process.
+# The visible devices depend on the machine, so these variables are not passed to a rerun.
 MACHINE_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 # The number of virtual CPU devices, which is recorded as the device count.
 CPU_DEVICES, CPU_DEVICES_FLAG = "JAX_NUM_CPU_DEVICES", "--xla_force_host_platform_device_count="
@@ -130,7 +131,7 @@ def installed_packages() -> dict[str, str]:
         lines = text.partition("\n\n")[0].splitlines()
         fields = dict(line.split(": ", 1) for line in lines if line.startswith(("Name: ", "Version: ")))
         name, version = fields.get("Name", "").strip(), fields.get("Version", "").strip()
-        # The first one of a name is imported.
+        # If several have the same name, the first is imported.
         if name and name not in {"rustgpt_jax", *found}:
             about = distribution.read_text("direct_url.json") or ""
             found[name] = version + (" (editable)" if '"editable": true' in about else "")
@@ -242,7 +243,7 @@ def _add_xla_flags(*flags: str) -> None:
 
 
 def _autotune_dump(run: RunDir) -> Path:
-    """Return the file that XLA rewrites at each compilation. It is next to JAX's cache, to be deleted together."""
+    """Return the file that XLA rewrites at each compilation, next to JAX's cache so that both are deleted together."""
     name = hashlib.sha256(str(run.path.absolute()).encode()).hexdigest()[:16]
     # The suffix makes XLA write text.
     return (cache_folder() / "autotune" / f"{name}.textproto").absolute()

@@ -1,6 +1,6 @@
 """Append-only event logs of runs and sweeps in JSON Lines format, and the launches and programs of a run.
 
-Each line has `time` (seconds since 1970, UTC) and `event`, its name; the other values depend on the event.
+Each line has the event's `time` (seconds since 1970, UTC) and its name, `event`; the other values depend on the event.
 """
 
 import errno
@@ -121,7 +121,7 @@ class Launch:
         code: The hash that names the archive of the code.
         git: The git commit and state of the code, or None outside of a repository.
         environment: The result of `collect_environment`.
-        mode: 'solo' for a single run, or the mode of the population that the run belongs to.
+        mode: 'solo' for a run that is trained alone, or the mode of the population of runs that it belongs to.
         width: The number of runs of the population.
         devices: The number of devices of the run.
         left_out: Files next to the user's modules that are not in the archive.
@@ -188,12 +188,12 @@ def record_launch(run: RunDir, step: int, mode: str, width: int, devices: int, m
 
 
 def record_program(run: RunDir, stage: str, program: Program, step: int) -> None:
-    """Record in the event log the program that a stage runs from a step on."""
+    """Record in the event log which compiled program a stage runs from a given step onward."""
     EventLog(run.journal_file).append("program", stage=stage, step=step, **program._asdict())
 
 
 def load_launches(run: RunDir) -> list[Launch]:
-    """Load the launches of a run in order; none if it has no event log.
+    """Load the launches of a run in order; an empty list if it has no event log.
 
     Raises:
         UserError: A launch is incomplete or invalid.
@@ -222,7 +222,7 @@ def load_first_launch(run: RunDir) -> Launch:
     """Load the first launch of a run. Raises UserError if there is none."""
     every = load_launches(run)
     if not every:
-        raise UserError(f"{run.path} has no record of its launches: no journal.jsonl with one.")
+        raise UserError(f"{run.path} has no record of its launches: journal.jsonl is missing or lists none.")
     return every[0]
 
 

@@ -69,7 +69,7 @@ class StoredTensor:
         return self._read(lambda: self.handle.get_tensor(self.name))
 
     def __getitem__(self, index: tuple[int, ...]) -> np.ndarray:
-        """Read the part at an index of the first axes."""
+        """Read the part of the tensor at an index of its first axes."""
         return self._read(lambda: self.handle.get_slice(self.name)[index])
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
@@ -100,7 +100,7 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
         raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
     except SafetensorError as error:
         raise UserError(f"{file} is damaged or truncated: {error}.") from error
-    # A safe_open handle is no mapping: it has keys() but cannot be iterated.
+    # A safe_open handle is not a mapping: it has keys() but cannot be iterated over.
     slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
     return {
         name: StoredTensor(file, name, each.get_dtype(), tuple(each.get_shape()), handle)
@@ -220,7 +220,7 @@ def write_safetensors(file: Path, tensors: Sequence[NewTensor], metadata: Mappin
     The format is simple: the header's length, the header, and the tensors in the order of the header.
 
     Raises:
-        UserError: The file cannot be written. The caller removes what was written.
+        UserError: The file cannot be written. The caller must remove the incomplete file.
     """
     # As in the library: tensors with wide elements first, so that each is aligned.
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)

@@ -59,21 +59,21 @@ class RunDir:
         self.loss_png = path / "loss.png"
         # The folder of checkpoints, one folder per step.
         self.checkpoints = path / "checkpoints"
-        # For an imported run, the initial parameters, the source of the model and its architecture there.
+        # For an imported run: the initial parameters, and the source of the model with its original architecture.
         self.parameters_file = path / "parameters.safetensors"
         self.import_file = path / "import.json"
         # The event log in JSON Lines format: launches with their code and environment, programs, and rewinds.
         self.journal_file = path / "journal.jsonl"
         # The folder of code snapshots, archives named by their hash.
         self.code = path / "code"
-        # The GPU compiler's autotuning results, with which it makes the same choices again.
+        # The autotuning results of the GPU compiler, which let later launches use the same kernels.
         self.autotune_file = path / "autotune.textproto"
         # Locked by the process that trains in this folder.
         self.lock_file = path / ".lock"
 
     @property
     def is_untrained(self) -> bool:
-        """Whether this is an imported run without checkpoints."""
+        """True if this is an imported run without checkpoints."""
         return self.parameters_file.exists() and not self.saved_steps
 
     @property
@@ -93,7 +93,7 @@ class RunDir:
 
 
 def is_step_name(name: str) -> bool:
-    """Return whether a name is that of a checkpoint folder, a step number in plain digits."""
+    """Return whether a name is a valid name of a checkpoint folder: a step number in plain digits."""
     # int() rejects thousands of digits; no step has more than ten.
     return name.isascii() and name.isdecimal() and str(int(name[:20])) == name
 
@@ -317,7 +317,7 @@ def _acquire(file: TextIO, path: Path) -> None:
 
 
 def describe_differences(stored: Mapping[str, Any], wanted: Config) -> str:
-    """Describe the fields in which a config, given as by `to_dict`, computes something else; '' if there are none."""
+    """Describe the differences from a stored config (as by `to_dict`) that affect results; '' if there are none."""
     try:
         differing = diff_configs(resolve(stored), wanted)
         changed = {path: values for path, values in differing.items() if affects_result(path)}
