@@ -93,8 +93,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def publish_folder(temporary: Path, path: Path, is_valid: Callable[[Path], bool] = Path.exists) -> None:
     """Rename a complete folder to `path`, unless another process has already put a valid one there.
 
-    A folder at `path` that is not valid is replaced. If another process was first, `temporary` is left
-    for the caller to remove.
+    A folder at `path` that is not valid is replaced. If another process was first, the caller has to
+    remove `temporary`.
 
     Raises:
         OSError: The folder cannot be renamed.

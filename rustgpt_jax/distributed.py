@@ -159,7 +159,7 @@ EXIT_USER_ERROR = 2
 
 FAILURE_KEY, ACKNOWLEDGED_KEY = "rustgpt_jax/failed", "rustgpt_jax/acknowledged"
 ACKNOWLEDGMENT_TIMEOUT_MS = 10_000
-# Process 0 serves the key-value store: if it exits first, JAX kills the others with a signal. So it waits.
+# Process 0, which serves the key-value store, exits this much later than the others: JAX would kill them otherwise.
 SECONDS_TO_EXIT = 2.0
 
 

@@ -168,7 +168,7 @@ def evaluate(
         params: The parameters.
         model: The config of the model.
         batches: The batches.
-        bytes_per_token: The average number of bytes per token that counts in the loss, in the validation split.
+        bytes_per_token: The average number of bytes of text per token of the split that counts in the loss.
         loss_chunk_size: As for `loss_sums`.
         n_parts: The number of microbatches of a batch.
         progress: Called before each batch with the number of batches done. It may raise an exception to stop.
