@@ -95,7 +95,7 @@ OVERRIDES = "--config.x.y=VALUE overrides a value of the config (see `python lau
 
 
 def _build_parsers() -> tuple[argparse_flags.ArgumentParser, dict[str, VerbParser]]:
-    """Return the parser of the command line, and those of the verbs."""
+    """Return the parser of the command line, and the parsers of the verbs by name."""
     parser = argparse_flags.ArgumentParser(
         prog="launch.py",
         usage="python launch.py VERB [flags]",
@@ -171,7 +171,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     if unknown:
         _reject_argument(args.verb, unknown[0], parsers)
     if overrides and not VERBS[args.verb].reads_overrides:
-        fail(f"{args.verb} does not read --config.{overrides[0][0]}: the config is that of the run.")
+        fail(f"{args.verb} does not read --config.{overrides[0][0]}: the config of the run is used.")
     args.flags, args.overrides = flags, overrides
     return args
 
@@ -245,8 +245,8 @@ def _extend_module_path(args: argparse.Namespace) -> None:
     """Set the search path for components named by an import path, such as my_lab.mixers:Retention.
 
     Child processes use the same path. The current folder is searched only if the user names the components directly,
-    in a config file or as arguments of `check`. A run folder may come from somebody else, so the components it names
-    are not looked up there.
+    in a config file or as arguments of `check`. A run folder may come from an untrusted source, so the current
+    folder is not searched for the components that it names.
     """
     folders = [str(Path(folder).resolve()) for folder in args.module_path]
     for given, folder in zip(args.module_path, folders, strict=True):

@@ -56,7 +56,7 @@ class Anomaly(NamedTuple):
 
     Attributes:
         step: The step.
-        reason: Why it is examined.
+        reason: The reason for examining it.
         is_fault: Whether a value is not finite.
         rewind: The rewind of the run from this step, if there was one.
     """

@@ -51,8 +51,8 @@ class ReplayedStep:
         from_step: The step of the checkpoint that the replay started from; 0 for the start.
         metrics: Metrics by their names in metrics.jsonl.
         record: The line of that file, or None if the step was not logged.
-        reasons: Why the step may differ bitwise; empty if all known conditions are the same.
-        missing: Why an expected line is missing; empty if it is present, or the run does not log the step.
+        reasons: Reasons why the step may differ bitwise; empty if all known conditions are the same.
+        missing: The reason why an expected line is missing; empty if it is present, or the run does not log the step.
         log_every: The logging interval of the run.
     """
 

@@ -31,7 +31,7 @@ class Difference(NamedTuple):
     """One difference of two runs.
 
     Attributes:
-        name: What differs.
+        name: The name of the differing value or file.
         first: Its value in the first run.
         second: Its value in the second run.
         patch: For a file of the code, the lines of a unified diff.
@@ -117,7 +117,7 @@ def _read_knobs(run: RunDir) -> dict[str, Any]:
 
 
 def diff_code(first: RunDir, second: RunDir) -> list[Difference]:
-    """Return the files that differ between the code of the first launches, the ones that matter first."""
+    """Return the files that differ between the code of the first launches, starting with those that affect results."""
     runs = {run: load_first_launch(run) for run in (first, second)}
     if runs[first].code == runs[second].code:
         return []

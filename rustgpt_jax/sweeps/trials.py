@@ -112,7 +112,7 @@ def _check_fixed(overrides: Iterable[str], fixed: Iterable[str]) -> None:
 
 
 def sample_feasible_points(tree: Any, search: TPE, fixed: Iterable[str] = ()) -> list[Trial]:
-    """Return valid points of a search that cover each option of each choice, to validate a config with.
+    """Return valid points of a search that cover each option of each choice, for validating a config.
 
     The first is the middle of the space if it is valid. Options without a valid point are omitted, just as a search
     skips invalid points.

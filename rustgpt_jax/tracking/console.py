@@ -97,7 +97,7 @@ class Progress:
     """Shows the progress of training. Use it in a `with` statement.
 
     Args:
-        console: Where to show it: a bar on a terminal, a line every few seconds elsewhere.
+        console: The console: on a terminal, progress is shown as a bar, elsewhere as a line every few seconds.
         total_steps: The number of steps of the run.
         clock: A function that returns the time in seconds, since any fixed time.
     """

@@ -219,7 +219,7 @@ def truncate_after(file: Path, last_step: int, keeps_evaluation: bool = True) ->
     if not file.exists():
         return
     end, needs_newline = 0, False
-    # A run that starts from nothing records its step 0 again.
+    # A run that starts from scratch records its step 0 again.
     for offset, line, is_whole in _reversed_lines(file) if last_step > 0 else ():
         record = _parse(line)
         if record is None and is_whole:
