@@ -413,11 +413,11 @@ def test_broken_layer_is_named(broken_run: Path) -> None:
         assert failure is not None and failure.step == BAD_STEP and 0 < failure.usual_norm < math.inf
         with pytest.raises(UserError, match="has no step 13"):
             find_anomaly(run, 13)
-        # If a step that is recorded as a fault is finite in a replay, neither data nor arithmetic is the cause.
+        # If a step that is recorded as a fault is finite in a replay, neither data nor computation is the cause.
         finite, internals = replay_one_step(run, 3, with_intermediates=True)
         assert internals is not None and "Every tensor" in describe_first_nonfinite(internals.tensors)
         (sentence,) = describe_anomaly(run, anomaly, finite, internals)
-        assert sentence.startswith("Replayed, the step is finite") and "the machine" in sentence
+        assert sentence.startswith("The replayed step is finite") and "hardware error" in sentence
     # Without the bad step, nothing stands out.
     metrics = RunDir(broken_run).metrics_file
     lines = metrics.read_text().splitlines(keepends=True)

@@ -160,9 +160,8 @@ def test_missing_or_truncated_record_does_not_match(copy: Path, n_lines: int | N
     assert not replay(copy, STEPS, False, console) or n_lines == -1
     last = json.loads(lines[n_lines - 1])["step"] if n_lines else 0
     reason = "is missing" if n_lines is None else "is empty" if n_lines == 0 else f"ends at step {last}"
-    assert n_lines == -1 or f"The step cannot be compared with the record: metrics.jsonl {reason}." in output_of(
-        console
-    )
+    sentence = f"The step cannot be compared with the record: metrics.jsonl {reason}."
+    assert n_lines == -1 or sentence in output_of(console)
 
 
 def test_step_that_is_not_logged_by_config_matches(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +191,7 @@ def test_reasons_come_from_the_journal(copy: Path) -> None:
 
         launch = next(event for event in EventLog(file).events() if event["event"] == "launch")
         EventLog(file).append_all([launch | {"mode": "fused", "width": 4, "step": 2}])
-        assert "fused with 3 others" in reasons(4)[0] and reasons(2) == ()
+        assert "fused with 3 other runs" in reasons(4)[0] and reasons(2) == ()
         file.write_text(original.replace(f'"code": "{code}"', '"code": "0123456789ab"'))
         assert reasons(2) == (f"the hash of the code was 0123456789ab and is now {code}",)
         file.unlink()
