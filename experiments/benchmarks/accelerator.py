@@ -13,9 +13,9 @@ sweep      16 small trials (configs/shakespeare_char.py) in one program, and one
 
 The best batch size of each framework is searched for (see `best_batch.py`; every measurement runs in its own process),
 and variants are measured at that batch size. Then the best settings of both frameworks are measured alternately,
-PyTorch's also at our batch size. FLOPs are those that the model needs, without recomputation but including masked
-attention scores; peaks are from data sheets. The share of bandwidth in decoding assumes that each step reads all
-parameters and the cached keys and values once. Times are medians, with the interquartile range in brackets.
+PyTorch's also at our batch size. FLOPs are counted for the model, without recomputation but including masked attention
+scores; peaks are from data sheets. The share of bandwidth in decoding assumes that each step reads all parameters and
+the cached keys and values once. Times are medians, with the interquartile range in parentheses.
 
 Tables are printed, and written with all measurements to report.md and results.json in --out; log.txt has the output of
 failed processes. The tables also list what ran out of memory, unsupported kernels and a missing PyTorch; after any

@@ -95,7 +95,7 @@ class Component:
 
     @property
     def small_model(self) -> ModelConfig:
-        """The model that a model component is checked in."""
+        """The small model in which a model component is checked."""
         assert self.model is not None, f"{self.title} is not part of a model"
         return self.model
 

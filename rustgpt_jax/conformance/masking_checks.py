@@ -51,7 +51,7 @@ from rustgpt_jax.pytrees import flatten_paths
 TOLERANCE, BFLOAT16_TOLERANCE = 1e-4, 0.02
 # The length of rows and the largest batch in the check of rows.
 ROW_LENGTH, MAX_ROWS = 40, 33
-# Batch sizes that are compared with each row alone, and those that are compared, with a cache, with MAX_ROWS rows.
+# Batch sizes to compare with each row alone, and batch sizes to compare, with a cache, with a batch of MAX_ROWS rows.
 BATCHES = {Scope.SMALL: (2, 17), Scope.QUICK: (2, MAX_ROWS), Scope.EXHAUSTIVE: (1, 2, 3, 17, MAX_ROWS)}
 CACHED_BATCHES = {Scope.QUICK: (1,), Scope.EXHAUSTIVE: (2, 1)}
 # Lengths of rows whose outputs are compared with the beginning of the longest row.

@@ -103,7 +103,7 @@ def _assert_block_shapes(model: ModelConfig, blocks: Any, batch: int, length: in
         )
         # The residual stream has the model's dtype regardless of what is added to it, so check the sublayers' results.
         for name, config in (("mixer", group.block.mixer_config), ("feedforward", group.block.feedforward_config)):
-            # One result for each `__call__` in the class hierarchy; that of a subclass follows `super().__call__`'s.
+            # Each `__call__` in the class hierarchy captures a result; the subclass comes after `super().__call__`.
             result = captured["intermediates"][name]["__call__"][-1]
             output = result[0] if isinstance(result, tuple) else result
             assert_shape(output, x.shape, config.dtype, f"the output of the {name} of {here}")
@@ -438,8 +438,8 @@ def initial_scale(component: Component) -> str:
     expected = math.log(model.vocab_size or 1)
     if not abs(loss - expected) <= LOSS_TOLERANCE:
         raise CheckFailure(
-            "the initial loss is not that of a uniform guess",
+            "the initial loss differs from the loss of a uniform guess",
             f"initial parameters with init_std {USUAL_STD}",
-            f"{loss:.3f} and not about ln(vocab_size) = {expected:.3f}",
+            f"{loss:.3f}, not about ln(vocab_size) = {expected:.3f}",
         )
     return f"{min(last_scales):.2f} to {max(last_scales):.2f} after {model.n_layers} layers, from 1; loss {loss:.2f}"

@@ -71,7 +71,13 @@ CASES = {Scope.SMALL: SMALL, Scope.QUICK: QUICK, Scope.EXHAUSTIVE: _exhaustive_c
 
 
 class PackedRows(NamedTuple):
-    """Activations in place of embeddings, with the documents they are packed into."""
+    """Activations in place of embeddings, with the layout of documents in the rows.
+
+    Attributes:
+        x_BTD: The activations.
+        positions_BT: The position of each token in its document.
+        segments_BT: The number of the document from 1; 0 for padding.
+    """
 
     x_BTD: Any
     positions_BT: Any

@@ -69,7 +69,7 @@ class StageData:
 
 
 def load_or_train_tokenizer(config: Config, file: Path | None = None, progress: Progress | None = None) -> Tokenizer:
-    """Load the tokenizer in `file`, or train one on the training documents of all stages if there is no file.
+    """Load the tokenizer in `file`, or train one on the training documents of all stages if the file does not exist.
 
     Args:
         config: The config of the run.
@@ -200,7 +200,7 @@ def _token_record(data: StageData) -> dict[str, Any]:
 
 
 def find_changed_stages(record: Path, data: Iterable[StageData]) -> list[str]:
-    """Return the stages whose text or tokens differ from those of a record; none if there is no record yet."""
+    """Return the names of stages whose text or tokens differ from a record; none if the record does not exist yet."""
     if not record.exists():
         return []
     recorded = [{name: value for name, value in stage.items() if name != "files"} for stage in read_data_record(record)]

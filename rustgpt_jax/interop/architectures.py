@@ -458,7 +458,11 @@ ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for ar
 
 
 def architecture_of(config: Mapping[str, Any], file: Path) -> Architecture:
-    """Return the architecture named in a config.json, or else that of its model_type. Raises UserError if unknown."""
+    """Return the architecture that a config.json names, or else the one with its model_type.
+
+    Raises:
+        UserError: The architecture is unknown or not given.
+    """
     names, model_type = config.get("architectures"), config.get("model_type")
     if names is None or names == []:
         names = [architecture.name for architecture in _ARCHITECTURES if architecture.model_type == model_type]
@@ -481,7 +485,7 @@ def architecture_for(model: ModelConfig) -> Architecture:
     """Return the first architecture that can represent a model.
 
     Raises:
-        UserError: No architecture can; the message names the differences from the closest one.
+        UserError: No architecture can represent it; the message names the differences from the closest one.
     """
     found: list[tuple[int, str, str]] = []
     for architecture in _ARCHITECTURES:

@@ -170,7 +170,7 @@ def export_run(path: Path, folder: Path, which: str, dtype: str | None, log: Log
         path: The run.
         folder: The folder to create, atomically.
         which: The checkpoint: 'last', 'best' or a step.
-        dtype: The dtype; None for that of the imported tensors if the run was not trained, else float32.
+        dtype: The dtype; None for the dtype of the imported tensors if the run was not trained, else float32.
         log: Called with messages.
 
     Raises:
@@ -224,7 +224,7 @@ def _read_import_record(file: Path) -> dict[str, Any]:
 def _check_logits(folder: Path, read: Callable[[], Params], model: ModelConfig, dtype: str | None = None) -> str:
     """Compare logits with `transformers` and return a message about the result.
 
-    Nothing is read if there is nothing to compare with, or not enough memory for a second model.
+    The comparison is skipped if `transformers` is not available or a second model does not fit in memory.
 
     Raises:
         UserError: The logits differ.

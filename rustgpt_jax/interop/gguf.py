@@ -170,7 +170,7 @@ def _convert_byte_level(settings: Mapping[str, Any], adds_bos: bool, bos_id: int
 
 
 def _find_split(pre_tokenizer: Mapping[str, Any] | None) -> dict[str, bool]:
-    """Return the entry of SPLITS that matches a pre-tokenizer. Raises UserError if there is none."""
+    """Return the entry of SPLITS that matches a pre-tokenizer. Raises UserError if none matches."""
     parts = [] if pre_tokenizer is None else pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     *first, last = [dict(part) for part in parts] or [{}]
     if last.get("type") == "ByteLevel" and not last["add_prefix_space"]:
@@ -374,7 +374,7 @@ def write_gguf(
 
 
 def gguf_architecture(model: ModelConfig) -> GGUFArchitecture:
-    """Return the llama.cpp architecture of a model. Raises UserError if there is none."""
+    """Return the llama.cpp architecture of a model. Raises UserError if llama.cpp has none."""
     hf_name = architecture_for(model).name
     if hf_name not in GGUF_ARCHITECTURES:
         raise UserError(f"GGUF export does not support {hf_name}.{suggest_names(hf_name, GGUF_ARCHITECTURES)}")

@@ -308,11 +308,11 @@ NATIVE_TEMPLATE = (
 
 
 def load_hf_tokenizer(source: Path, log: Callable[[str], object] = lambda _: None) -> Tokenizer:
-    """Load the tokenizer of a Hugging Face folder; `log` is called for ids of end tokens that are not in it.
+    """Load the tokenizer of a Hugging Face folder; `log` is called for ids of end tokens that it does not have.
 
     Raises:
-        UserError: There is no tokenizer or no end token, or a file is damaged or invalid, for example with an end token
-            that is not in the vocabulary or a chat template that is not a string.
+        UserError: The tokenizer or its end token is missing, or a file is damaged or invalid, for example with an end
+            token that is not in the vocabulary or a chat template that is not a string.
     """
     file = source / TOKENIZER
     if not file.exists():

@@ -35,7 +35,7 @@ Log = Callable[[str], object]
 
 
 class WarmStartReport(NamedTuple):
-    """The names of parameters by how they are initialized, with reasons for those that are not loaded.
+    """The parameters of a warm start by source, with the reasons why some are not loaded.
 
     Attributes:
         loaded: Parameters that are loaded from the source.

@@ -140,7 +140,7 @@ def find_turn_end_token(chat_format: ChatFormat, special_tokens: Sequence[str]) 
 
 
 class _Renderer:
-    """Renders templates in a child process, which is started on demand and restarted if it has ended."""
+    """A renderer of templates in a child process, which is started on demand and restarted if it has ended."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None

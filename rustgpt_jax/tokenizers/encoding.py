@@ -33,7 +33,7 @@ PIECE_CHARACTERS = 2**14
 # Each call of the library encodes about this many characters, because it allocates over 100 bytes per token.
 CALL_CHARACTERS = 2**20
 
-# The token ids of a document (int32), and a mask of those that are targets of the loss (bool).
+# The token ids of a document (int32), and the mask of the targets of the loss (bool).
 EncodedDocument = tuple[np.ndarray, np.ndarray]
 
 
@@ -209,7 +209,7 @@ def _encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray
 
 
 def split_text(text: str, split_chars: str | None, size: int | None = None) -> Iterator[str]:
-    """Split a text into consecutive pieces whose concatenated encodings equal that of the whole text.
+    """Split a text into consecutive pieces whose concatenated encodings equal the encoding of the whole text.
 
     Args:
         text: The text.

@@ -2,8 +2,8 @@
 
 python -m experiments.benchmarks.performance.page
 
-Updates the page from docs/performance.json. Its text stays; the tables of the part NAME between `<!-- begin: NAME -->`
-and `<!-- end: NAME -->` are replaced if that part was measured.
+Updates the page from docs/performance.json. Its text does not change; the tables of the part NAME between
+`<!-- begin: NAME -->` and `<!-- end: NAME -->` are replaced if that part was measured.
 
 FINDING: none; see `run.py`.
 """
@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
 
 
 def draw(results: Row, page: Path = PAGE) -> None:
-    """Write the tables of the measurements into the page. Raises UserError if it has no place for them."""
+    """Write the tables of the measurements into the page. Raises UserError if the markers of a part are missing."""
     text = page.read_text(encoding="utf-8")
     measured = [part for part in PARTS if part in results]
     for part in ["goals", *measured]:
@@ -53,7 +53,7 @@ def draw(results: Row, page: Path = PAGE) -> None:
 
 
 def replaced(text: str, part: str, by: str) -> str:
-    """Return a page with the lines of a part replaced. Raises UserError unless it has both of its marks once."""
+    """Return a page with the lines of a part replaced. Raises UserError unless it has both markers of the part once."""
     begin, end = f"<!-- begin: {part} -->", f"<!-- end: {part} -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise UserError(f"docs/performance.md needs one line {begin!r} and, after it, one line {end!r}.")
@@ -61,7 +61,7 @@ def replaced(text: str, part: str, by: str) -> str:
 
 
 def lines(part: str, results: Row) -> Iterator[str]:
-    """Return the Markdown between the marks of a part."""
+    """Return the Markdown between the markers of a part."""
     if part != "goals":
         yield from (f"{line}  " for line in about(results[part]["about"]))
     for title, rows in sheets(part, results).items():
@@ -100,7 +100,7 @@ def _goal(goal: Any) -> Cells:
 
 
 def _absent(part: Row) -> list[Cells]:
-    """Return the contenders that did not take part, and why."""
+    """Return the contenders that were not measured, and the reasons."""
     races = [*part.get("races", {}).values(), *part.get("steadiness", {}).values()]
     found = {(name, reason): None for race in races for name, reason in race["absent"].items()}
     return [{"not measured": name, "why": reason} for name, reason in found]

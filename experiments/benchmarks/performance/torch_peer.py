@@ -2,8 +2,8 @@
 
 python -m experiments.benchmarks.performance.torch_peer '{"what": "peaks", "size": 2048}'
 
-A worker (see `workers.py`). The model is that of `gpt2_torch.py`, with the same parameters and logits as ours, eager or
-with torch.compile, and with fused AdamW.
+A worker (see `workers.py`). The model is defined in `gpt2_torch.py`, with the same parameters and logits as ours; it is
+run eagerly or with torch.compile, and trained with fused AdamW.
 
 FINDING: none; see `run.py`.
 """

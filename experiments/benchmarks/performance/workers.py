@@ -61,7 +61,7 @@ class Worker:
     """
 
     def __init__(self, request: Request, patience: float, log: Path) -> None:
-        self._patience, self._log, self._said = patience, log, b""
+        self._patience, self._log, self._unread = patience, log, b""
         log.parent.mkdir(parents=True, exist_ok=True)
         words = json.dumps({"what": request.what, **request.arguments})
         with log.open("a", encoding="utf-8") as errors:
@@ -90,20 +90,20 @@ class Worker:
     def _reply(self) -> Any:
         assert self._process.stdout is not None
         until = time.monotonic() + self._patience
-        while b"\n" not in self._said:
+        while b"\n" not in self._unread:
             if not select.select([self._process.stdout], [], [], max(0, until - time.monotonic()))[0]:
                 raise Failure(f"it took more than {self._patience:.0f} seconds")
-            said = os.read(self._process.stdout.fileno(), 2**16)
-            if not said:
-                raise Failure(f"its process ended with status {self._process.wait()}: {self._last_words()}")
-            self._said += said
-        line, self._said = self._said.split(b"\n", 1)
+            chunk = os.read(self._process.stdout.fileno(), 2**16)
+            if not chunk:
+                raise Failure(f"its process ended with status {self._process.wait()}: {self._last_log_line()}")
+            self._unread += chunk
+        line, self._unread = self._unread.split(b"\n", 1)
         reply = json.loads(line)
         if "error" in reply:
             raise Failure(reply["error"])
         return reply["result"]
 
-    def _last_words(self) -> str:
+    def _last_log_line(self) -> str:
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return lines[-1] if lines else "no output"
 
