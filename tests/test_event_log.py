@@ -123,7 +123,7 @@ def test_missing_value_is_named(event: str, missing: str, tmp_path: Path) -> Non
 def test_value_of_another_type_is_named(event: str, name: str, tmp_path: Path) -> None:
     run, (values, read) = RunDir(tmp_path), LINES[event]
     EventLog(run.journal_file).append(event, **(values | {name: 1.5}))
-    with pytest.raises(UserError, match=f"damaged: in a line of the event '{event}', '{name}' is of another type"):
+    with pytest.raises(UserError, match=f"damaged: in a line of the event '{event}', '{name}' has the wrong type"):
         read(run)
 
 

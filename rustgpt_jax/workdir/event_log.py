@@ -85,8 +85,8 @@ class EventLog:
         for event in found:
             for value, kind in values.items():
                 if value not in event or not isinstance(event[value], kind):
-                    wrong = "of another type" if value in event else "missing"
-                    raise UserError(f"{self._file} is damaged: in a line of the event {name!r}, {value!r} is {wrong}.")
+                    wrong = "has the wrong type" if value in event else "is missing"
+                    raise UserError(f"{self._file} is damaged: in a line of the event {name!r}, {value!r} {wrong}.")
         return found
 
 

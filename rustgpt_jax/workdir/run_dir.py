@@ -222,16 +222,16 @@ def _read_config_file(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged: it is not a JSON object with a config in it.") from error
+        raise UserError(f"{file} is damaged: it is not a JSON object with a config.") from error
     if not isinstance(record, dict):
-        raise UserError(f"{file} is damaged: it is not a JSON object with a config in it.")
+        raise UserError(f"{file} is damaged: it is not a JSON object with a config.")
     return record
 
 
 def _parse_recorded_config(record: Mapping[str, Any], file: Path) -> Config:
     """Parse a config that is stored in a file with its hash."""
     if "config" not in record:
-        raise UserError(f"{file} is damaged: it is not a JSON object with a config in it.")
+        raise UserError(f"{file} is damaged: it is not a JSON object with a config.")
     tree, recorded = record["config"], record.get("hash")
     if not isinstance(tree, dict):
         raise UserError(f"{file} is damaged: its config is not a JSON object.")
