@@ -366,7 +366,7 @@ def _lock(folder: Path, is_own: bool) -> IO[str] | None:
 
 @dataclass(frozen=True)
 class CorpusStats:
-    """Statistics of a corpus and the SHA-256 of its documents, computed in one pass."""
+    """Statistics of a corpus, and `source`, the SHA-256 of its documents; computed in one pass."""
 
     n_documents: int
     n_dialogues: int
@@ -535,7 +535,7 @@ def _check_split_sizes(config: DataConfig, n_documents: int, n_by_split: dict[st
         if not number and (name == "train" or config.valid_fraction > 0):
             raise UserError(
                 f"The corpus has {n_documents} document(s) and the split {name!r} got none: set "
-                "config.data.split='tail' to split the text in two, another config.data.valid_fraction, or "
+                "config.data.split='tail' to split within a text, another config.data.valid_fraction, or "
                 "config.data.valid_fraction=0 for no validation."
             )
 

@@ -238,8 +238,8 @@ def _check_logits(folder: Path, read: Callable[[], Params], model: ModelConfig, 
     is_rounded = dtype not in (None, "float32")
     if not is_rounded and found.difference > TOLERANCE * max(1.0, found.largest):
         raise UserError(
-            f"{folder}: the logits here differ by up to {found.difference:.2g} from those of transformers, whose "
-            f"largest is {found.largest:.2g}. Nothing was written."
+            f"{folder}: our logits differ by up to {found.difference:.2g} from those of transformers, whose "
+            f"largest magnitude is {found.largest:.2g}. Nothing was written."
         )
     why = f", because the parameters are rounded to {dtype}" if is_rounded else ""
     return f"Compared with transformers in float32: logits differ by at most {found.difference:.1e}{why}."
