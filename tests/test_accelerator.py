@@ -350,6 +350,7 @@ def test_benchmark_runs_with_tiny_models(tmp_path: Path) -> None:
     assert "not here" in (out / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_cpu_is_rejected(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for words, sentence in (

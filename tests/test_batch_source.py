@@ -26,6 +26,7 @@ def on_device(stream: TokenStream, places: SequenceOffsets, window: int) -> Batc
     return jax.tree.map(np.asarray, read_sequences(make_device_stream(stream), sent, seq_len=window))
 
 
+@pytest.mark.slow
 @given(stream=streams, window=seq_lens, seed=st.integers(0, 999))
 # Each example compiles two programs.
 @settings(max_examples=10)

@@ -97,6 +97,7 @@ def test_worker_measures_once_per_turn(tmp_path: Path) -> None:
     assert worker._process.returncode == 0
 
 
+@pytest.mark.slow
 def test_failed_workers_report_their_reason(tmp_path: Path) -> None:
     log = tmp_path / "out" / "log.txt"
     requests = {

@@ -175,6 +175,7 @@ def test_each_reply_of_each_seed_has_its_own_seed() -> None:
 # Replies.
 
 
+@pytest.mark.slow
 def test_replies_are_reproducible_and_the_first_is_that_of_generate() -> None:
     [expected] = generate_text(DIALOGUES, [DIALOGUES.encode_prompt("?")], CONFIG.sampling)
     session = RecordedSession()

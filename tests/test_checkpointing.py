@@ -217,6 +217,7 @@ with jax.default_device(jax.devices()[1]):
 """
 
 
+@pytest.mark.slow
 def test_restore_from_another_device(tmp_path: Path) -> None:
     tests = Path(__file__).parent
     code = ON_THE_SECOND_DEVICE.format(root=str(tests.parent), tests=str(tests))

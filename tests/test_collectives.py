@@ -123,6 +123,7 @@ KNOWN: dict[str, list[tuple[str, str, tuple[str, ...], int, float]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KNOWN)
 def test_collectives_of_known_programs(programs: dict[str, str], name: str) -> None:
     found = find_collectives(programs[name], 8)

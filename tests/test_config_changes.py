@@ -206,6 +206,7 @@ def test_extend_requires_a_run(tmp_path: Path) -> None:
     assert resolve_change(tmp_path / "none", tiny()).earlier == ()
 
 
+@pytest.mark.slow
 def test_wsd_run_can_be_extended_before_its_decay(tmp_path: Path) -> None:
     """The steps before the decay do not depend on when it starts."""
     stable = {"schedule.name": "wsd", "schedule.decay_frac": 0.3}

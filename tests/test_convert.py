@@ -103,6 +103,7 @@ def test_origins_name_the_imported_folder(folder: Path, back: RunDir) -> None:
     assert origins["model.d_model"] == f"import from {folder}" and origins["data.corpus"] == "here"
 
 
+@pytest.mark.slow
 def test_an_imported_run_trains_from_its_parameters(native: Path, folder: Path, tmp_path: Path) -> None:
     run = imported(folder, tmp_path / "run")
     assert train(load_config(run.path), run.path, {}, Console(file=StringIO())) == 0

@@ -108,7 +108,7 @@ def check_decode_params(config: ModelConfig) -> None:
 # Equivalence.
 
 
-@pytest.mark.parametrize("first", [0, len(FEEDFORWARDS) - len(MIXERS)])
+@pytest.mark.parametrize("first", [0, pytest.param(len(FEEDFORWARDS) - len(MIXERS), marks=pytest.mark.slow)])
 def test_every_component_decodes_identically_with_decode_params(first: int) -> None:
     check_decode_params(all_components(first))
 
@@ -161,7 +161,14 @@ def test_linear_layers_are_found_by_type_not_by_name() -> None:
     assert "mixer/convolution/kernel" not in found
 
 
-@pytest.mark.parametrize("changes", [{}, {"mixers": ("attention", "rg_lru"), "n_layers": 3}, {"tie_embeddings": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"mixers": ("attention", "rg_lru"), "n_layers": 3},
+        pytest.param({"tie_embeddings": False}, marks=pytest.mark.slow),
+    ],
+)
 def test_greedy_tokens_match_the_trained_params(changes: dict[str, Any]) -> None:
     config = model(**changes)
     params = random_params(config)
@@ -199,6 +206,7 @@ def program(params: Any, config: ModelConfig, rows: int) -> Any:
     return lowered.compile()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3])
 def test_decode_loop_copies_neither_caches_nor_weights(rows: int) -> None:
     config = model(context_length=256, scan_layers=True, d_model=64)
@@ -272,7 +280,7 @@ def test_packed_weight_products_match_rounded_weights(kind: Any, dtype: str, sha
     assert stored.matmul(x.astype(jnp.bfloat16), jnp.float32).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@pytest.mark.parametrize("weights", [pytest.param("bfloat16", marks=pytest.mark.slow), "int8"])
 def test_narrow_weight_logits_match_rounded_weights(weights: str) -> None:
     config = model(mixers=("attention", "rg_lru"), n_layers=2)
     params = random_params(config)
@@ -293,6 +301,7 @@ def test_narrow_weight_logits_match_rounded_weights(weights: str) -> None:
     assert np.abs(found - by_definition).max() < (2e-5 if weights == "int8" else 3 * lost)
 
 
+@pytest.mark.slow
 def test_sharded_params_are_rounded_in_place() -> None:
     config = model()
     params = jax.tree.map(jnp.asarray, random_params(config))

@@ -23,6 +23,7 @@ STEPS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_calls_make_no_implicit_transfers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_steps, guarded = loop.SingleRunExecutor.run_steps, list[int]()
 

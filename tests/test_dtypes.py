@@ -229,6 +229,7 @@ def test_blocks_multiply_in_fp8_and_accumulate_in_float32(dtype: str) -> None:
     assert {each for _, each in products(apply(parameter_shapes(model)).jaxpr)} == {(dtype, dtype, "float32")}
 
 
+@pytest.mark.slow
 def test_remat_recomputes_the_same_fp8_scales() -> None:
     def gradients(remat: str) -> Any:
         model = tiny(**{"model.precision.matmul_dtype": "float8", "model.remat": remat}).model
@@ -238,6 +239,7 @@ def test_remat_recomputes_the_same_fp8_scales() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), anew, kept)
 
 
+@pytest.mark.slow
 def test_fp8_training_lowers_the_loss() -> None:
     config = tiny(**{"model.precision.matmul_dtype": "float8", "optimizer.learning_rate": 1e-2, "training.steps": 40})
     static, arguments = partition(config)

@@ -87,6 +87,7 @@ def test_stages_have_their_own_steps_or_epochs() -> None:
     assert not uses_epochs(resolve_steps(config)) and resolve_steps(resolve_steps(config)) == resolve_steps(config)
 
 
+@pytest.mark.slow
 def test_run_with_epochs_equals_the_run_with_steps(tmp_path: Path) -> None:
     constant = {"schedule.name": "constant"}
     config, path = by_epochs(1.5, **constant), tmp_path / "epochs"
@@ -112,6 +113,7 @@ def test_run_with_epochs_equals_the_run_with_steps(tmp_path: Path) -> None:
     assert load_config(path).training.steps == resolve_steps(longer).training.steps > n_steps
 
 
+@pytest.mark.slow
 def test_warm_started_run_supports_epochs(tmp_path: Path) -> None:
     assert train(by_epochs(None, **{"training.steps": 3}), tmp_path / "source")[0]
     said = list[str]()

@@ -294,6 +294,7 @@ def measure_step(program: Any, state: Any, read: Batch) -> tuple[StepIntermediat
     return report, list_step_tensors(program, state.params, report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -260,7 +260,11 @@ def test_resume_is_bit_exact_for_any_interruptions(
 @pytest.mark.parametrize(
     ("step", "boundary"),
     # A step without a scheduled checkpoint, the last step of a stage, which has one, and the end of the run.
-    [(4, None), (3, 3), (10, None)],
+    [
+        (4, None),
+        pytest.param(3, 3, marks=pytest.mark.slow),
+        pytest.param(10, None, marks=pytest.mark.slow),
+    ],
 )
 def test_resume_after_a_stop_during_evaluation_is_bit_exact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, boundary: int | None

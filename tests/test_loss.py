@@ -67,7 +67,13 @@ def assert_close(left: Any, right: Any, rtol: float = 2e-5, share: float = 2e-6)
 
 
 @pytest.mark.parametrize(
-    ("name", "chunk"), [("tied", 1), ("tied", 5), ("untied", 5), pytest.param("moe", 100, marks=pytest.mark.slow)]
+    ("name", "chunk"),
+    [
+        pytest.param("tied", 1, marks=pytest.mark.slow),
+        ("tied", 5),
+        pytest.param("untied", 5, marks=pytest.mark.slow),
+        pytest.param("moe", 100, marks=pytest.mark.slow),
+    ],
 )
 def test_chunked_loss_has_the_sums_and_gradients_of_the_whole(name: str, chunk: int) -> None:
     rounding = {"rtol": 0.02, "share": 0.01} if MODELS[name].get("model.dtype") == "bfloat16" else {}
@@ -77,6 +83,7 @@ def test_chunked_loss_has_the_sums_and_gradients_of_the_whole(name: str, chunk: 
     assert sums.weight > 1 and sums.loss > sums.weight
 
 
+@pytest.mark.slow
 def test_chunked_loss_supports_vmap_over_hyperparameters() -> None:
     config = tiny(**MODELS["tied"])
     params = [random_params(config.model, seed) for seed in range(2)]
@@ -91,6 +98,7 @@ def test_chunked_loss_supports_vmap_over_hyperparameters() -> None:
     assert_close(many, jax.tree.map(lambda *leaves: np.stack(leaves), *map(one, params, caps)), rtol=1e-4, share=1e-5)
 
 
+@pytest.mark.slow
 def test_eval_loss_sums_supports_chunks_and_microbatches() -> None:
     model = tiny().model
     params = random_params(model)

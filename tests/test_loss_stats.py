@@ -196,6 +196,7 @@ def test_number_of_rewinds_is_bounded(tmp_path: Path, bad_batches: dict[str, Any
         train(make_config("rewind", **{"faults.max_skipped": 3}), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nonfinite_policy", [pytest.param("skip", marks=pytest.mark.slow), "rewind"])
 @pytest.mark.parametrize("is_kill", [True, False], ids=["killed", "stopped"])
 def test_resume_with_non_finite_steps_is_bit_exact(tmp_path: Path, nonfinite_policy: str, is_kill: bool) -> None:
@@ -211,6 +212,7 @@ def test_resume_with_non_finite_steps_is_bit_exact(tmp_path: Path, nonfinite_pol
     assert metrics(tmp_path / "broken") == metrics(tmp_path / "straight")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["exact", pytest.param("fused", marks=pytest.mark.slow)])
 def test_rewind_of_a_member_does_not_affect_the_population(tmp_path: Path, mode: str) -> None:
     steady = make_config("rewind", seed=2, **{"training.steps": 4})

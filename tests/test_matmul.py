@@ -215,6 +215,7 @@ def assert_close(found: Any, expected: Any) -> None:
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=noise), found, expected)
 
 
+@pytest.mark.slow
 def test_feedforward_gradients_match_jax() -> None:
     model = model_of(n_layers=2, feedforwards=("geglu", "moe"), bias=True)
     plain, kept = (gradients(dataclasses.replace(model, save_residuals=form)) for form in FORMS)

@@ -46,6 +46,7 @@ def test_remat_choices_are_the_policies() -> None:
     assert set(FIELDS["model.remat"].metadata["choices"]) == {"none", *transformer.REMAT_POLICIES}
 
 
+@pytest.mark.slow
 def test_remat_policies_give_the_same_gradients() -> None:
     gradients = {}
     for remat in ("none", "dots_no_batch", "offload"):

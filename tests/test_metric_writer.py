@@ -118,6 +118,7 @@ def test_tensorboard_has_the_scalars_and_purges_on_resume(tmp_path: Path) -> Non
     assert [value for *_, value in scalars] == pytest.approx([1 / 2, 1 / 3, 1 / 4, 1 / 4, 1 / 5])
 
 
+@pytest.mark.slow
 def test_closed_writers_are_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hooks = list[object]()
     monkeypatch.setattr(atexit, "register", hooks.append)

@@ -116,6 +116,7 @@ def test_full_capacity_matches_no_capacity() -> None:
     np.testing.assert_allclose(np.asarray(roomy)[is_token_BT], np.asarray(dropless)[is_token_BT], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_padding_uses_no_capacity() -> None:
     model, x_BTD = model_config(**{"moe.capacity_factor": 0.5}), inputs()
 

@@ -129,6 +129,7 @@ def test_native_and_plain_products_agree(dtype: str, rows: int) -> None:
     np.testing.assert_allclose(native, plain, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(("dtype", "weights"), [("float32", "int8"), ("bfloat16", None)])
 def test_generated_tokens_match_the_plain_kernel(dtype: str, weights: str | None) -> None:

@@ -154,6 +154,7 @@ class Plain(nn.Module):
 """
 
 
+@pytest.mark.slow
 def test_mixer_without_a_cache_is_recomputed_in_decoding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -452,6 +452,7 @@ def test_schedule_free_average_converges_under_noise() -> None:
     assert distance(average) < 0.2 * distance(start)
 
 
+@pytest.mark.slow
 def test_schedule_free_supports_vmap() -> None:
     configs = [knobs(**SCHEDULE_FREE, learning_rate=rate, b1=b1) for rate, b1 in ((0.01, 0.9), (0.05, 0.5))]
     params, gradients = parameters(), [parameters(seed) for seed in (2, 3)]

@@ -287,6 +287,7 @@ def test_cost_is_summed_over_the_stages() -> None:
     assert 0 <= one.state_bytes - 3 * 4 * one.parameters <= 64
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_memory_is_estimated_within_a_factor_of_two() -> None:
     # SGD compiles in half the time.

@@ -41,6 +41,7 @@ def test_python_in_the_readme_runs(code: str) -> None:
     exec(compile(code, "README.md", "exec"), {})
 
 
+@pytest.mark.slow
 def test_notebook_in_the_readme_runs_in_any_folder(tmp_path: Path) -> None:
     """The package is on the path, as after an installation from its sources, but nothing beside it is."""
     (tmp_path / "installed").mkdir()

@@ -308,6 +308,7 @@ with RecordedRun(path, new_console()) as run:
 # Taps, pages and traces.
 
 
+@pytest.mark.slow
 def test_taps_show_every_layer_and_write_a_page(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, console = read_files(copy), new_console(100)
     assert replay(copy, 4, True, console)

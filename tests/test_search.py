@@ -361,7 +361,7 @@ def study(path: Path, search: TPE, tree: Any = None) -> list[tuple[dict[str, Any
     return [(decode_params(search, each.params), each.values, each.state.name) for each in trials]
 
 
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_killed_search_resumes_with_the_same_suggestions(by_formula: SetLoss, batch: int, tmp_path: Path) -> None:
     search = tpe(10, SPACE, batch, seed=batch)
     kills = by_formula(bowl)

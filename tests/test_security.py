@@ -82,6 +82,7 @@ def test_diff_runs_no_code_of_a_run_folder(hostile: RunDir, trained: Path, tmp_p
     assert (tmp_path / "was_run").exists()
 
 
+@pytest.mark.slow
 def test_rerun_requires_trust_for_other_code(hostile: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(file=StringIO(), width=1000)
     with pytest.raises(UserError, match=r"with your permissions: it differs in rustgpt_jax/__init__.py.*--trust"):

@@ -650,6 +650,7 @@ def test_trial_fails_after_its_process_died_repeatedly(tmp_path: Path) -> None:
     assert lives == {"good 1": 1, "bad": MAX_DEATHS, "weak": 3, "good 2": 1}
 
 
+@pytest.mark.slow
 def test_process_that_dies_while_idle_is_restarted(tmp_path: Path) -> None:
     ledger = run_fake_workers(tmp_path, ["last 1", "last 2", "good"], pause=0.3)
     assert {state["event"] for state in ledger.states().values()} == {"finished"}

@@ -535,6 +535,7 @@ def test_hovering_a_point_highlights_its_trial_and_shows_its_knobs(optimizers: P
     assert re.search(r'<body class="[^"]*\blit\b', run.stdout)
 
 
+@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize(("theme", "flags"), [("light", ()), ("dark", ("--blink-settings=preferredColorScheme=0",))])
 def test_page_is_rendered_in_light_and_dark_themes(optimizers: Path, theme: str, flags: tuple[str, ...]) -> None:

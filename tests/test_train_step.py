@@ -257,6 +257,7 @@ def test_reported_loss_is_that_of_the_batch() -> None:
     assert metrics.learned_tokens == batch_of(tiny()).weights_BT.sum()
 
 
+@pytest.mark.slow
 def test_z_loss_is_minimized_but_not_reported() -> None:
     (_, without), (_, with_z) = (run(tiny(**SGD, **{"training.z_loss": z}), [1]) for z in (0.0, 10.0))
     np.testing.assert_allclose(without.loss, with_z.loss, rtol=1e-6)
@@ -300,6 +301,7 @@ def test_schedule_counts_from_the_first_step_of_a_stage() -> None:
 # Randomness.
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_seed_and_step_only() -> None:
     def losses(**changes: Any) -> list[float]:
         # Constant parameters, and always the same batch.
@@ -318,6 +320,7 @@ def test_initial_parameters_depend_on_the_seed() -> None:
     assert abs(np.corrcoef(first, other)[0, 1]) < 0.2
 
 
+@pytest.mark.slow
 def test_microbatches_have_different_dropout() -> None:
     config = tiny(**ALL_ON, **{"training.batch_size": 2})
     # The same sequence in both microbatches.
@@ -369,6 +372,7 @@ def test_bfloat16_activations_train_float32_parameters() -> None:
 # The last test, because it clears the caches of compiled programs.
 
 
+@pytest.mark.slow
 def test_a_call_dispatches_one_program(caplog: pytest.LogCaptureFixture) -> None:
     config = tiny()
     static, hparams = partition(config)

@@ -120,7 +120,7 @@ def test_edited_model_config(sandbox: Sandbox, config: Any) -> None:
 @pytest.fixture
 def without_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Imported models are not compared with transformers, so nothing is compiled."""
-    monkeypatch.setattr(convert, "_compared", lambda *_: "")
+    monkeypatch.setattr(convert, "_check_logits", lambda *_: "")
 
 
 def import_model(source: Path, run: Path) -> None:
@@ -178,7 +178,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("imported")
     write_model_folder("llama2", folder / "source")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "_compared", lambda *_: "")
+        patch.setattr(convert, "_check_logits", lambda *_: "")
         import_model(folder / "source", folder / "run")
     return folder / "run"
 
