@@ -10,7 +10,7 @@ FOLDER, LIMIT = "RUSTGPT_JAX_CACHE", "RUSTGPT_JAX_CACHE_BYTES"
 # Remedy shown to the user when the folder is not writable.
 REMEDY = f"{FOLDER}=DIR moves the cache."
 # Default size limit for compiled programs.
-MOST_BYTES = 4 * 1024**3
+MAX_BYTES = 4 * 1024**3
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(?:i?b)?|b)?", re.IGNORECASE | re.ASCII)
 
 
@@ -31,7 +31,7 @@ def cache_limit() -> int:
     """
     text = os.environ.get(LIMIT, "").strip()
     if not text:
-        return MOST_BYTES
+        return MAX_BYTES
     match = SIZE.fullmatch(text)
     if match is None:
         raise UserError(f"{LIMIT}={short_repr(text)} is not a size; use a value such as 4G, 500M or 4294967296.")

@@ -22,7 +22,7 @@ from rustgpt_jax.jax_internals import is_peer_lost_message, kv_store
 
 # JAX kills a process, without a message to the user, if a peer is silent for this much longer than the barrier timeout.
 EXTRA_HEARTBEAT_SECONDS = 30
-LONGEST_WAIT_MS = 7 * 24 * 3600 * 1000
+MAX_WAIT_MS = 7 * 24 * 3600 * 1000
 
 
 def detect_cluster(environment: Mapping[str, str]) -> str | None:
@@ -107,7 +107,7 @@ def process_zero_first(name: str) -> Iterator[None]:
     """
     store, key = kv_store(), f"rustgpt_jax/done/{name}"
     if store is not None and not is_process_zero():
-        store.blocking_key_value_get(key, LONGEST_WAIT_MS)
+        store.blocking_key_value_get(key, MAX_WAIT_MS)
     yield
     if store is not None and is_process_zero():
         store.key_value_set(key, "")

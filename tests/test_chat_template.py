@@ -430,8 +430,8 @@ def test_saved_tokenizer_keeps_its_chat_format(tmp_path: Path) -> None:
     loaded = load_tokenizer(tmp_path / "tokenizer.json")
     assert loaded.chat_format == foreign().chat_format and loaded.serialized == foreign().serialized
     assert loaded.serialized != Tokenizer(foreign_tokenizer()).serialized
-    (tmp_path / "tokenizer.dialect.json").write_text("{}")
-    with pytest.raises(UserError, match="tokenizer.dialect.json: this is not the chat format"):
+    (tmp_path / "tokenizer.chat_format.json").write_text("{}")
+    with pytest.raises(UserError, match="tokenizer.chat_format.json: this is not the chat format"):
         load_tokenizer(tmp_path / "tokenizer.json")
 
 

@@ -70,7 +70,7 @@ def test_changed_logging_does_not_change_training(changed: Path, tmp_path: Path)
     assert all(straight[line["step"]] == line["train/loss"] for line in metrics(changed) if "train/loss" in line)
     texts = [json.loads(line) for line in (changed / "samples.jsonl").read_text().splitlines()]
     assert {text["prompt"] for text in texts if text["step"] > first} == {"B"}
-    events = [event for event in EventLog(RunDir(changed).journal_file).events() if event["event"] == "config"]
+    events = [event for event in EventLog(RunDir(changed).events_file).events() if event["event"] == "config"]
     assert [event["step"] for event in events] == [first, 10]
     assert events[0]["changes"]["logging.log_every"] == [1, 2] and events[1]["changes"] == {"training.steps": [10, 16]}
     assert load_model(changed).step == 16

@@ -42,7 +42,7 @@ def bare(event: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 @hypothesis.settings(max_examples=60)
 def test_complete_events_are_read_in_order(happenings: list[Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "journal.jsonl"
+        file = Path(folder) / "events.jsonl"
         journal, written = EventLog(file), []
         for happening in happenings:
             match happening:
@@ -60,7 +60,7 @@ def test_complete_events_are_read_in_order(happenings: list[Any]) -> None:
 
 
 def test_event_has_its_time(tmp_path: Path) -> None:
-    journal, before = EventLog(tmp_path / "journal.jsonl"), time.time()
+    journal, before = EventLog(tmp_path / "events.jsonl"), time.time()
     journal.append("launch", step=3)
     (event,) = journal.events()
     assert before <= event["time"] <= time.time()
@@ -68,7 +68,7 @@ def test_event_has_its_time(tmp_path: Path) -> None:
 
 
 def test_concurrent_appends_lose_no_event(tmp_path: Path) -> None:
-    journals = [EventLog(tmp_path / "journal.jsonl") for _ in range(4)]
+    journals = [EventLog(tmp_path / "events.jsonl") for _ in range(4)]
 
     def write(number: int) -> None:
         for step in range(20):
@@ -85,15 +85,15 @@ def test_concurrent_appends_lose_no_event(tmp_path: Path) -> None:
 
 
 def test_unwritable_log_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="nowhere/journal.jsonl cannot be written: No such file or directory"):
-        EventLog(tmp_path / "nowhere" / "journal.jsonl").append("launch")
+    with pytest.raises(UserError, match="nowhere/events.jsonl cannot be written: No such file or directory"):
+        EventLog(tmp_path / "nowhere" / "events.jsonl").append("launch")
     # The disk is full after half of the event.
     write = os.write
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", lambda descriptor, text: write(descriptor, text[: len(text) // 2]))
-        with pytest.raises(UserError, match="journal.jsonl cannot be written: No space left on device"):
-            EventLog(tmp_path / "journal.jsonl").append("launch", step=1)
-    journal = EventLog(tmp_path / "journal.jsonl")
+        with pytest.raises(UserError, match="events.jsonl cannot be written: No space left on device"):
+            EventLog(tmp_path / "events.jsonl").append("launch", step=1)
+    journal = EventLog(tmp_path / "events.jsonl")
     journal.append("launch", step=2)
     assert [event["step"] for event in journal.events()] == [2]
 
@@ -112,9 +112,9 @@ LINES = {
 )
 def test_missing_value_is_named(event: str, missing: str, tmp_path: Path) -> None:
     run, (values, read) = RunDir(tmp_path), LINES[event]
-    EventLog(run.journal_file).append(event, **values)
+    EventLog(run.events_file).append(event, **values)
     assert len(read(run)) == 1
-    EventLog(run.journal_file).append(event, **{name: value for name, value in values.items() if name != missing})
+    EventLog(run.events_file).append(event, **{name: value for name, value in values.items() if name != missing})
     with pytest.raises(UserError, match=f"damaged: in a line of the event '{event}', '{missing}' is missing"):
         read(run)
 
@@ -122,7 +122,7 @@ def test_missing_value_is_named(event: str, missing: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(("event", "name"), [(event, name) for event, (values, _) in LINES.items() for name in values])
 def test_value_of_another_type_is_named(event: str, name: str, tmp_path: Path) -> None:
     run, (values, read) = RunDir(tmp_path), LINES[event]
-    EventLog(run.journal_file).append(event, **(values | {name: 1.5}))
+    EventLog(run.events_file).append(event, **(values | {name: 1.5}))
     with pytest.raises(UserError, match=f"damaged: in a line of the event '{event}', '{name}' has the wrong type"):
         read(run)
 
@@ -131,10 +131,10 @@ def test_symbolic_links_are_not_followed(tmp_path: Path) -> None:
     """In an untrusted folder, a link may point to any file of the user."""
     mine = tmp_path / "mine"
     mine.write_text("precious")
-    for name in ("journal.jsonl", ".lock"):
+    for name in ("events.jsonl", ".lock"):
         (tmp_path / name).symlink_to(mine)
     with pytest.raises(UserError, match="cannot be written"):
-        EventLog(tmp_path / "journal.jsonl").append("launch")
+        EventLog(tmp_path / "events.jsonl").append("launch")
     with pytest.raises(UserError, match="cannot be locked"), lock_run_dir(tmp_path):
         pass
     assert mine.read_text() == "precious"
@@ -144,10 +144,10 @@ def test_symbolic_links_are_not_followed(tmp_path: Path) -> None:
 def test_log_respects_the_umask(mask: int, tmp_path: Path) -> None:
     before = os.umask(mask)
     try:
-        EventLog(tmp_path / "journal.jsonl").append("launch")
+        EventLog(tmp_path / "events.jsonl").append("launch")
         with lock_run_dir(tmp_path):
             pass
     finally:
         os.umask(before)
-    for name in ("journal.jsonl", ".lock"):
+    for name in ("events.jsonl", ".lock"):
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~mask

@@ -238,11 +238,11 @@ def continued_by_transformers(folder: Path, text: str) -> tuple[list[int], str]:
 
 def test_same_dialogue_prompts_in_llama_cpp(everywhere: Any) -> None:
     _, writer, _, llama = everywhere
-    dialect = writer.tokenizer.chat_format or native_chat_format(is_dialogue=True)
+    chat_format = writer.tokenizer.chat_format or native_chat_format(is_dialogue=True)
     turns = [Message("user", "Why?"), Message("assistant", "So."), Message("user", "Oh?")]
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     expected = apply_chat_template(
-        dialect, turns, add_generation_prompt=True, special_tokens=writer.tokenizer.special_tokens
+        chat_format, turns, add_generation_prompt=True, special_tokens=writer.tokenizer.special_tokens
     )
     asked = llama.ask("/apply-template", messages=messages)["prompt"]
     ids = llama.ask("/tokenize", content=asked, add_special=True, parse_special=True)["tokens"]

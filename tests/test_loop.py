@@ -136,7 +136,7 @@ def metrics(path: Path) -> list[dict[str, Any]]:
 
 def programs(path: Path) -> set[tuple[str, str]]:
     """Return the stages and programs that the launches of a run recorded."""
-    events = [json.loads(line) for line in (path / "journal.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (path / "events.jsonl").read_text().splitlines()]
     return {(event["stage"], event["stablehlo"]) for event in events if event["event"] == "program"}
 
 

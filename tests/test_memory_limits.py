@@ -50,7 +50,7 @@ def test_training_that_cannot_fit_the_memory_is_refused(name: str) -> None:
     (knob, value), *_ = HUGE[name].items()
     assert said.startswith("A training step needs at least ") and "and 8 GB are available: " in said
     assert f"config.{knob}={value}" in said and said.endswith("Use --allow_oversubscription to run anyway.")
-    check_training_memory(config, SMALL, {}, is_allowed=True)
+    check_training_memory(config, SMALL, {}, allow_oversubscription=True)
 
 
 def test_small_configs_are_not_traced_to_check_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_inference_that_cannot_fit_the_memory_is_refused(changes: dict[str, Any]
     config = small_config(**changes)
     with pytest.raises(UserError, match=rf"needs at least .* of memory, and 8 GB are available: \S+ \S+ for {part}"):
         check_inference_memory(config, SMALL, n_rows, n_cached=0 if n_rows else 100_000_000)
-    check_inference_memory(config, SMALL, n_rows, is_allowed=True)
+    check_inference_memory(config, SMALL, n_rows, allow_oversubscription=True)
 
 
 def test_cache_size_depends_on_the_generated_length() -> None:

@@ -13,7 +13,7 @@ import pytest
 from conftest import small_config
 
 from rustgpt_jax import process_setup
-from rustgpt_jax.cache_dir import LIMIT, MOST_BYTES, cache_limit
+from rustgpt_jax.cache_dir import LIMIT, MAX_BYTES, cache_limit
 from rustgpt_jax.data.token_store import build_store
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.process_setup import SECONDS_TO_WRITE, enable_compilation_cache, evict_entries, keep_freed_memory
@@ -63,7 +63,7 @@ def test_the_allocator_keeps_a_users_settings(name: str, value: str, monkeypatch
 @pytest.mark.parametrize(
     ("text", "size"),
     [
-        ("", MOST_BYTES),
+        ("", MAX_BYTES),
         ("0", 0),
         ("123", 123),
         ("4G", 4 * 2**30),

@@ -181,8 +181,8 @@ def test_verdict_gives_reasons_and_nan_equals_nan() -> None:
     assert other.verdict == "Not bit-identical: loss. Possible reasons: it was trained fused with 3 others."
 
 
-def test_reasons_come_from_the_journal(copy: Path) -> None:
-    file = RunDir(copy).journal_file
+def test_reasons_come_from_the_event_log(copy: Path) -> None:
+    file = RunDir(copy).events_file
     original, code = file.read_text(), load_launches(RunDir(copy))[0].code
     with RecordedRun(copy, new_console()) as run:
 
@@ -213,7 +213,7 @@ def test_changed_text_is_named_by_its_stage(copy: Path) -> None:
 
 def test_batches_after_rewinds_are_those_that_the_run_read(copy: Path) -> None:
     """The run rewound from step 9 to 8, from 10 to 6, and then from 8 to 7."""
-    journal = EventLog(RunDir(copy).journal_file)
+    journal = EventLog(RunDir(copy).events_file)
     for step, to, skipped, faults in ((9, 8, 1, 1), (10, 6, 5, 2), (8, 7, 6, 3)):
         journal.append("rewind", step=step, to=to, skipped=skipped, faults=faults)
     with RecordedRun(copy, new_console()) as run:

@@ -155,10 +155,10 @@ def delete_record(run: RunDir, new: RunDir) -> None:
 
 def add_launch(run: RunDir, new: RunDir) -> None:
     """Add a launch with other code, and a file that the snapshot of the first left out."""
-    run.journal_file.write_text(run.journal_file.read_text().replace('"left_out": []', '"left_out": ["lab/w.bin"]'))
-    event = {**EventLog(run.journal_file).events()[0], "code": "0123456789ab"}
+    run.events_file.write_text(run.events_file.read_text().replace('"left_out": []', '"left_out": ["lab/w.bin"]'))
+    event = {**EventLog(run.events_file).events()[0], "code": "0123456789ab"}
     del event["time"]
-    EventLog(run.journal_file).append_all([event])
+    EventLog(run.events_file).append_all([event])
 
 
 CHANGES: dict[str, tuple[Callable[[RunDir, RunDir], None], bool, list[str]]] = {
@@ -228,7 +228,7 @@ def test_differing_array_is_named(copies: tuple[RunDir, RunDir], monkeypatch: py
 @pytest.mark.usefixtures("no_training")
 def test_fused_run_is_compared_within_a_tolerance(copies: tuple[RunDir, RunDir]) -> None:
     run, _ = copies
-    run.journal_file.write_text(run.journal_file.read_text().replace('"mode": "solo"', '"mode": "fused"'))
+    run.events_file.write_text(run.events_file.read_text().replace('"mode": "solo"', '"mode": "fused"'))
     loss = next(json.loads(line)["train/loss"] for line in run.metrics_file.read_text().splitlines())
     edit_lines(run.metrics_file, 1, "train/loss", loss * 1.0005)
     is_same, output = rerun(run.path)
@@ -278,7 +278,7 @@ def test_impossible_reruns_are_errors(copies: tuple[RunDir, RunDir], tmp_path: P
     shutil.rmtree(run.code)
     with pytest.raises(UserError, match="does not have the code that it was trained with"):
         rerun(run.path)
-    run.journal_file.unlink()
+    run.events_file.unlink()
     with pytest.raises(UserError, match="no record of its launches"):
         rerun(run.path)
     assert not new.path.exists()

@@ -49,7 +49,7 @@ def write_run(path: Path, **changes: Any) -> RunDir:
     environment = json.loads(json.dumps(VALUES))
     for group, values in changes.get("environment", {}).items():
         environment[group] |= values
-    journal = EventLog(run.journal_file)
+    journal = EventLog(run.events_file)
     journal.append("launch", **(LAUNCH | changes.get("launch", {})), code=name, environment=environment)
     for stage, stablehlo in changes.get("programs", {"train": "ef" * 32}).items():
         journal.append("program", stage=stage, step=0, stablehlo=stablehlo, cache_key=None)
@@ -138,15 +138,15 @@ def test_overrides_of_stages_are_named(tmp_path: Path) -> None:
 
 def test_missing_records_are_reported(tmp_path: Path, first: RunDir) -> None:
     second = write_run(tmp_path / "second", config={"seed": 3})
-    second.journal_file.unlink()
+    second.events_file.unlink()
     third = write_run(tmp_path / "third")
-    third.journal_file.unlink()
+    third.events_file.unlink()
     # No difference is known, but much is unknown.
     assert list_differences(first, third) == {} and not run_diff_verb(first.path, third.path)[0]
     _, lines = run_diff_verb(first.path, second.path)
     assert "  config.seed: 0 -> 3" in lines
     for kind in ("code", "environment"):
-        reason = f"{second.path} has no record of its launches: journal.jsonl is missing or lists none."
+        reason = f"{second.path} has no record of its launches: events.jsonl is missing or lists none."
         assert f"{kind}: not compared. {reason}" in lines
     assert f"program: not compared. {second.path} has no record of its programs." in lines
     with pytest.raises(UserError, match="There is no run"):

@@ -54,8 +54,8 @@ def spoil_code(run: RunDir, name: str, code: str) -> Path:
         for each, content in sorted(contents.items()):
             packed.writestr(each, content)
     shutil.rmtree(folder)
-    journal = run.journal_file.read_text()
-    run.journal_file.write_text(journal.replace(f'"code": "{archive.stem}"', f'"code": "{other}"'))
+    journal = run.events_file.read_text()
+    run.events_file.write_text(journal.replace(f'"code": "{archive.stem}"', f'"code": "{other}"'))
     return run.code / f"{other}.zip"
 
 
@@ -201,9 +201,9 @@ def test_missing_module_path_is_rejected(tmp_path: Path) -> None:
 
 def test_recorded_settings_cannot_set_variables_that_load_code(trained: Path, tmp_path: Path) -> None:
     run = RunDir(Path(shutil.copytree(trained, tmp_path / "run")))
-    (event,) = (each for each in EventLog(run.journal_file).events() if each["event"] == "launch")
+    (event,) = (each for each in EventLog(run.events_file).events() if each["event"] == "launch")
     event["environment"]["variables"] |= {"NCCL_NET_PLUGIN": "evil.so", "PYTHONSTARTUP": "evil.py"}
-    run.journal_file.write_text(json.dumps(event) + "\n")
+    run.events_file.write_text(json.dumps(event) + "\n")
     with load_snapshot_code(run, load_first_launch(run)) as code:
         assert not {"NCCL_NET_PLUGIN", "PYTHONSTARTUP"} & code._variables().keys()
 
@@ -222,14 +222,14 @@ def test_launch_with_invalid_environment_is_damaged(
     group: str | None, name: str, value: Any, trained: Path, tmp_path: Path
 ) -> None:
     run = RunDir(Path(shutil.copytree(trained, tmp_path / "run")))
-    (event,) = (each for each in EventLog(run.journal_file).events() if each["event"] == "launch")
+    (event,) = (each for each in EventLog(run.events_file).events() if each["event"] == "launch")
     (event if group is None else event["environment"][group])[name] = value
-    run.journal_file.write_text(json.dumps(event) + "\n")
+    run.events_file.write_text(json.dumps(event) + "\n")
     with pytest.raises(UserError, match="damaged: the environment of a launch is invalid"):
         load_first_launch(run)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "journal.jsonl"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "events.jsonl"])
 def test_symbolic_links_in_a_run_folder_are_rejected(trained: Path, tmp_path: Path, name: str) -> None:
     """Otherwise training would append to the target of a link in an untrusted folder."""
     run, other = Path(shutil.copytree(trained, tmp_path / "run")), tmp_path / "bashrc"

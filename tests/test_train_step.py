@@ -228,7 +228,7 @@ def test_evaluate_bounds_the_number_of_pending_batches(monkeypatch: pytest.Monke
         return LossSums(loss, np.zeros(()), np.array(2.0), {})
 
     monkeypatch.setattr(loss, "eval_loss_sums", sums)
-    monkeypatch.setattr(loss, "MOST_PENDING", 4)
+    monkeypatch.setattr(loss, "MAX_PENDING", 4)
     batches: Any = range(11)
     measured = loss.evaluate(parameters(), tiny().model, batches, 1.0)
     assert measured["valid/loss"] == sum(0.1 * batch for batch in range(11)) / 22

@@ -185,5 +185,5 @@ def test_diff_reports_the_source_of_a_warm_start(source: Path, tmp_path: Path) -
     begin(f"{source}@best", tmp_path / "best")
     (found,) = diff_configs(RunDir(tmp_path / "new"), RunDir(tmp_path / "best"))
     assert (found.name, found.first) == ("init_from", f"{source} at step 10")
-    assert diff_configs(RunDir(source), RunDir(tmp_path / "new"))[0].first == "nothing"
+    assert diff_configs(RunDir(source), RunDir(tmp_path / "new"))[0].first == "(missing)"
     assert not diff_configs(RunDir(tmp_path / "new"), RunDir(tmp_path / "new"))

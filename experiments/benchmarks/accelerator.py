@@ -52,8 +52,8 @@ from experiments.benchmarks.accelerator_report import (
 )
 from experiments.benchmarks.best_batch import (
     FIRST_BATCH,
+    MAX_BATCH,
     MODULES,
-    MOST_BATCH,
     SAVINGS,
     Best,
     Failure,
@@ -108,7 +108,7 @@ class Extent(NamedTuple):
 
 FULL = Extent(
     sizes=("124m", "350m", "1.5b"),
-    most_batch=MOST_BATCH,
+    most_batch=MAX_BATCH,
     variants=VARIANTS,
     rounds=2,
     repeats=6,

@@ -36,7 +36,7 @@ SIZES: dict[str, Knobs] = {
 }
 # The first batch size of the search.
 FIRST_BATCH = {"124m": 32, "350m": 16, "1.5b": 8, "smoke": 1}
-MOST_BATCH = 512
+MAX_BATCH = 512
 # The search continues while doubling the batch size multiplies the throughput by at least this factor.
 GAIN = 1.02
 MODULES = {"rustgpt_jax": "gpt2_jax", "PyTorch": "gpt2_torch"}
@@ -177,7 +177,7 @@ def main(size: str, framework: str) -> None:
         print(f"batch {batch} {knobs}: {tokens_per_second:,.0f} tokens/s")
         return tokens_per_second
 
-    print(best_batch(rate, FIRST_BATCH[size], MOST_BATCH, SAVINGS[framework]))
+    print(best_batch(rate, FIRST_BATCH[size], MAX_BATCH, SAVINGS[framework]))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from absl.flags import argparse_flags
 from rustgpt_jax.errors import UserError
 
 # Upper bounds for numeric flags; no realistic step, number of seconds or process count exceeds them.
-LARGEST, MOST_PROCESSES = 10**9 - 1, 2**16
+MAX_WHOLE_NUMBER, MAX_PROCESSES = 10**9 - 1, 2**16
 
 
 def fail(message: str) -> NoReturn:
@@ -74,7 +74,7 @@ class VerbParser(argparse_flags.ArgumentParser):
         fail(message)
 
 
-def whole_number(low: int, high: int = LARGEST) -> Callable[[str], int]:
+def whole_number(low: int, high: int = MAX_WHOLE_NUMBER) -> Callable[[str], int]:
     """Return an argparse type for whole numbers from `low` to `high`."""
 
     def parse(text: str) -> int:
@@ -94,7 +94,7 @@ def _key_value(text: str) -> tuple[str, str]:
 
 
 def _checkpoint(text: str) -> str:
-    if text not in ("last", "best") and not (text.isascii() and text.isdigit() and len(text) < len(str(LARGEST))):
+    if text not in ("last", "best") and not (text.isascii() and text.isdigit() and len(text) < 10):
         raise argparse.ArgumentTypeError(f"{text!r} is not last, best or a step.")
     return text
 

@@ -17,14 +17,14 @@ from rustgpt_jax.training.load_model import LoadedModel
 from rustgpt_jax.training.memory_estimate import check_inference_memory
 
 
-def print_evaluation(trained: LoadedModel, console: Console, is_oversubscribed: bool = False) -> None:
+def print_evaluation(trained: LoadedModel, console: Console, allow_oversubscription: bool = False) -> None:
     """Print loss, perplexity and bits per byte for each stage's validation split, and the correct answers on dialogues.
 
     If decoding uses weights of a narrower dtype, a second row shows the metrics with those weights.
     """
     for config in (stage.config for stage in stages(trained.config)):
         rows = config.training.batch_size // config.training.grad_accum_steps
-        check_inference_memory(config, query_machine(), rows, is_oversubscribed)
+        check_inference_memory(config, query_machine(), rows, allow_oversubscription)
     sampling = trained.config.sampling
     decoder = trained.generator.with_weight_layout(select_weight_layout(sampling))
     table = Table(title=f"step {trained.step}", title_justify="left", box=None, pad_edge=False)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from rustgpt_jax.cli.arguments import MOST_PROCESSES, VerbParser, read_config, whole_number
+from rustgpt_jax.cli.arguments import MAX_PROCESSES, VerbParser, read_config, whole_number
 from rustgpt_jax.errors import UserError
 
 
@@ -30,7 +30,7 @@ def run_explain(args: argparse.Namespace) -> int:
 def add_plan_arguments(parser: VerbParser) -> None:
     """Add the arguments of `plan`."""
     add_explain_arguments(parser)
-    parser.add_argument("--devices", metavar="N", type=whole_number(1, MOST_PROCESSES), help="The number of chips.")
+    parser.add_argument("--devices", metavar="N", type=whole_number(1, MAX_PROCESSES), help="The number of chips.")
     parser.add_argument("--chip", metavar="NAME", help="The kind of chip, such as h100, b200 or v5p.")
 
 

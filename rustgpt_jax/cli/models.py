@@ -127,6 +127,6 @@ def _load(args: argparse.Namespace, generates: bool = True) -> Any:
     enable_compilation_cache()
     n_generated = config.sampling.max_tokens if generates else 0
     trained = load_model(
-        folder, args.checkpoint, is_oversubscribed=args.allow_oversubscription, n_generated=n_generated
+        folder, args.checkpoint, allow_oversubscription=args.allow_oversubscription, n_generated=n_generated
     )
     return trained.with_config(config)

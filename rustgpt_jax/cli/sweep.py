@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from rustgpt_jax.cli.arguments import MOST_PROCESSES, VerbParser, read_config, whole_number
+from rustgpt_jax.cli.arguments import MAX_PROCESSES, VerbParser, read_config, whole_number
 from rustgpt_jax.errors import UserError
 
 
@@ -16,7 +16,7 @@ def add_arguments(parser: VerbParser) -> None:
     parser.add_argument("--launcher", metavar="inline|processes|slurm", default="inline", help="Where the trials run.")
     help = "How trials of equal shapes run: fused (vmap), exact (sequentially in one program), or solo (one by one)."
     parser.add_argument("--mode", metavar="auto|fused|exact|solo", default="auto", help=help)
-    count = whole_number(1, MOST_PROCESSES)
+    count = whole_number(1, MAX_PROCESSES)
     help = "The maximum number of trials in one program. Default: as many as fit in memory and increase the speed."
     parser.add_argument("--width", metavar="N", type=count, help=help)
     help = "The number of processes, or of concurrent cluster jobs. Default: one process per core or GPU; 8 jobs."

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rustgpt_jax.cli.arguments import MOST_PROCESSES, VerbParser, read_config, whole_number
+from rustgpt_jax.cli.arguments import MAX_PROCESSES, VerbParser, read_config, whole_number
 from rustgpt_jax.errors import UserError
 
 
@@ -29,9 +29,9 @@ def add_arguments(parser: VerbParser) -> None:
         metavar="HOST:PORT",
         help="The address of process 0, for several processes.",
     )
-    count = whole_number(1, MOST_PROCESSES)
+    count = whole_number(1, MAX_PROCESSES)
     parser.add_argument("--num_processes", metavar="N", type=count, help="The number of processes.")
-    number = whole_number(0, MOST_PROCESSES)
+    number = whole_number(0, MAX_PROCESSES)
     parser.add_argument("--process_id", metavar="I", type=number, help="The number of this process, from 0.")
     help = "End the process if the others are silent for this long."
     parser.add_argument("--barrier_timeout", metavar="SECONDS", type=whole_number(1), default=600, help=help)

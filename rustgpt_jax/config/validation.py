@@ -17,10 +17,10 @@ from rustgpt_jax.config.schema import FIELDS, Config
 from rustgpt_jax.errors import UserError, short_repr, suggest_names
 
 # Ranges of the types of traced values: int32 for counts, float32 for all other numbers.
-LARGEST_COUNT, LARGEST_NUMBER = 2**31 - 1, 3.4e38
+MAX_COUNT, MAX_NUMBER = 2**31 - 1, 3.4e38
 
 # Deeper than any path of the schema, and well below Python's recursion limit.
-DEEPEST = 20
+MAX_DEPTH = 20
 
 # A Mapping, or a ConfigDict, which has its methods but does not subclass it.
 Tree = Any
@@ -66,7 +66,7 @@ def flatten_tree(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the (dotted path, value) pairs of a nested mapping. The value of a schema field is never flattened."""
     for name, value in tree.items():
         path = prefix + str(name)
-        if path.count(".") > DEEPEST:
+        if path.count(".") > MAX_DEPTH:
             raise UserError(f"config.{path} is nested too deeply; does the config contain itself?")
         if isinstance(value, TREES) and path not in FIELDS:
             yield from flatten_tree(value, path + ".")
@@ -236,7 +236,7 @@ def validate_value(path: str, value: Any, where: str) -> Any:
     for number in _numbers(value):
         if low is not None and number < low:
             raise UserError(f"{where} must be at least {low:.10g}, not {short_repr(number)}.")
-        highest = high if high is not None else LARGEST_COUNT if isinstance(number, int) else LARGEST_NUMBER
+        highest = high if high is not None else MAX_COUNT if isinstance(number, int) else MAX_NUMBER
         if abs(number) > highest:
             raise UserError(f"{where} must be at most {highest:.10g}, not {short_repr(number)}.")
     return value

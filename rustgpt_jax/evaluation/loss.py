@@ -145,9 +145,9 @@ def eval_loss_sums(
 
 # Maximum number of batches whose sums are pending on the device. Each holds its batch and some KB of Python objects, so
 # without a limit the memory of an evaluation would grow with the corpus.
-MOST_PENDING = 128
+MAX_PENDING = 128
 # Maximum seconds of pending computation, because an evaluation cannot be stopped before it is done.
-MOST_SECONDS_PENDING = 5.0
+MAX_SECONDS_PENDING = 5.0
 
 
 def evaluate(
@@ -191,7 +191,7 @@ def evaluate(
                 limit, start = 2, time.monotonic()
             else:
                 seconds = (time.monotonic() - start) / (len(losses) - 1)
-                limit = max(1, min(MOST_PENDING, int(MOST_SECONDS_PENDING / max(seconds, 1e-9))))
+                limit = max(1, min(MAX_PENDING, int(MAX_SECONDS_PENDING / max(seconds, 1e-9))))
     _append_sums(list(pending), losses, weights)
     if not losses:
         return {}

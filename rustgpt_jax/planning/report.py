@@ -29,7 +29,7 @@ from rustgpt_jax.tracking.console import format_bytes, format_count, show_spinne
 from rustgpt_jax.training.config_checks import validate_components
 from rustgpt_jax.training.train_step import init_state
 
-MOST_WARNINGS = 5
+MAX_WARNINGS = 5
 RIGHT_ALIGNED = ("size", "amount", "time", "runs", "received", "memory")
 NO_WRAP = (*RIGHT_ALIGNED, "field", "path")
 
@@ -210,9 +210,9 @@ def print_estimate(found: Estimate, chip_name: str, console: Console) -> None:
     console.print(
         Text("\nIt fits." if found.fits else "\nIt does not fit.", style="bold"), _verdict(found), highlight=False
     )
-    for warning in found.compiled.warnings[:MOST_WARNINGS]:
+    for warning in found.compiled.warnings[:MAX_WARNINGS]:
         console.print(f"Compiler warning: {warning}", style="yellow", highlight=False, markup=False)
-    if (more := len(found.compiled.warnings) - MOST_WARNINGS) > 0:
+    if (more := len(found.compiled.warnings) - MAX_WARNINGS) > 0:
         console.print(f"and {more} more warnings", style="yellow", highlight=False)
 
 

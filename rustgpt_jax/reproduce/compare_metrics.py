@@ -22,7 +22,7 @@ TIMED_IN_LINE = re.compile(rb', "train/tokens_per_second": [^,}"]+(?:, "train/fl
 STEP_IN_LINE = re.compile(rb'\{"step": (\d{1,10}), "')
 LINES_PER_BLOCK = 4096
 # Shown for a value that one of the runs lacks.
-ABSENT = "nothing"
+ABSENT = "(missing)"
 
 
 class FirstDifference(NamedTuple):

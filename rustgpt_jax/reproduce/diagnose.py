@@ -215,11 +215,11 @@ def find_failure(run: RecordedRun, replayed: ReplayedStep) -> Failure | None:
 ROW_DEVIATIONS = 6.0
 # The standard deviation of a normal distribution divided by its median absolute deviation.
 MAD_TO_DEVIATION = 1.4826
-MOST_ROWS_NAMED = 4
+MAX_ROWS_NAMED = 4
 TOKENS_SHOWN = 40
-# Interventions start from a checkpoint at least LEAST_BEFORE and at most MOST_BEFORE steps before the failure, and
+# Interventions start from a checkpoint at least MIN_BEFORE and at most MAX_BEFORE steps before the failure, and
 # continue for STEPS_AFTER steps after it.
-LEAST_BEFORE, MOST_BEFORE, STEPS_AFTER = 10, 200, 20
+MIN_BEFORE, MAX_BEFORE, STEPS_AFTER = 10, 200, 20
 # A bad step is compared with the one this many steps before it.
 STEPS_TO_REFERENCE = 5
 
@@ -375,7 +375,7 @@ def describe_batch(internals: StepInternals, tokenizer: Tokenizer) -> str:
         return f"No row of the batch stands out: the losses of its {n_rows} rows are {span}."
     if len(rows) == n_rows:
         return f"All {n_rows} rows of the batch have a loss that is not finite, so no single row is the cause."
-    named = ", ".join(map(str, rows[:MOST_ROWS_NAMED])) + (", ..." if len(rows) > MOST_ROWS_NAMED else "")
+    named = ", ".join(map(str, rows[:MAX_ROWS_NAMED])) + (", ..." if len(rows) > MAX_ROWS_NAMED else "")
     which = f"row {named} (from 0) stands" if len(rows) == 1 else f"rows {named} (from 0) stand"
     loss = f"{losses_B[rows[0]]:.3g}, the median is {np.median(losses_B):.3g}"
     if not np.isfinite(losses_B[rows[0]]):
@@ -399,9 +399,9 @@ def try_interventions(run: RecordedRun, failure: Failure) -> InterventionTrial:
     """Try every intervention on the run's batches, from a state before a failure until some steps after it."""
     data, program = run.get_stage(failure.step)
     stage = data.stage
-    latest = max(stage.first_step, failure.step - LEAST_BEFORE)
+    latest = max(stage.first_step, failure.step - MIN_BEFORE)
     saved = max(stage.first_step, *(step for step in run.list_saved_steps() if step <= latest))
-    first = max(saved, failure.step - MOST_BEFORE) + 1
+    first = max(saved, failure.step - MAX_BEFORE) + 1
     last = min(failure.step + STEPS_AFTER, stage.end_step)
     state = run.compute_state(first - 1)
     batches_S = stack(run.load_batches(state, last - first + 1))

@@ -383,7 +383,7 @@ class RecordedRun:
 def read_rewinds(folder: RunDir) -> list[Rewind]:
     """Read the rewinds of a run. A rewind that was repeated after a kill is listed once."""
     names = Rewind._fields
-    events = EventLog(folder.journal_file).events_named("rewind", dict.fromkeys(names, int))
+    events = EventLog(folder.events_file).events_named("rewind", dict.fromkeys(names, int))
     return [Rewind(*rewind) for rewind in dict.fromkeys(tuple(event[name] for name in names) for event in events)]
 
 

@@ -35,7 +35,7 @@ from rustgpt_jax.workdir.code_snapshot import hash_running_code
 from rustgpt_jax.workdir.environment import collect_environment, flatten_environment
 from rustgpt_jax.workdir.event_log import load_launches
 
-MOST_CHANGES_NAMED = 4
+MAX_CHANGES_NAMED = 4
 # The parts of an environment that may change bits.
 BIT_RELEVANT = ("devices.", "machine.", "settings.", "variables.", "packages.jax")
 
@@ -190,7 +190,7 @@ def _find_reasons(run: RecordedRun, step: int) -> tuple[str, ...]:
         reasons.append(f"the run was trained fused with {launch.width - 1} other runs, which changes the order of sums")
     then, now = flatten_environment(launch.environment), flatten_environment(collect_environment())
     changed = [name for name in then | now if name.startswith(BIT_RELEVANT) and then.get(name) != now.get(name)]
-    reasons += [f"{name} was {then.get(name)!r} and is now {now.get(name)!r}" for name in changed[:MOST_CHANGES_NAMED]]
+    reasons += [f"{name} was {then.get(name)!r} and is now {now.get(name)!r}" for name in changed[:MAX_CHANGES_NAMED]]
     return tuple(reasons)
 
 
@@ -216,7 +216,7 @@ def print_tensors(tensors: Sequence[StepTensor], console: Console) -> None:
 
 ASSETS = Path(__file__).parent / "assets"
 # With at most this many columns, the cells of a heat map show their values.
-MOST_COLUMNS_WITH_VALUES = 14
+MAX_COLUMNS_WITH_VALUES = 14
 # Colors beyond this fraction of the color scale are light and get dark text.
 LIGHT_FROM = 0.45
 
@@ -299,7 +299,7 @@ def render_heat_map(
     def cell(tensor: StepTensor, has_value: bool) -> str:
         return _render_cell(tensor, value(tensor), low, high, has_value)
 
-    has_values = len(columns) <= MOST_COLUMNS_WITH_VALUES
+    has_values = len(columns) <= MAX_COLUMNS_WITH_VALUES
     cells = {(tensor.layer, tensor.site): cell(tensor, has_values) for tensor in tensors}
     heads = "".join(f"<th><span>{escape(column)}</span></th>" for column in columns)
     rows = "".join(

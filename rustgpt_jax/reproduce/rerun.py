@@ -23,7 +23,7 @@ from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_stages
 
 # Training in `fused` mode computes sums in a different order than training alone.
 FUSED_TOLERANCE = 1e-3
-MOST_NAMED = 4
+MAX_NAMED = 4
 # The files that a run starts from, and the autotuning results of its compiler.
 INITIAL_FILES = ("config.json", "tokenizer.json", "parameters.safetensors", "import.json", "autotune.textproto")
 
@@ -55,7 +55,7 @@ def rerun(path: Path, to: Path | None, console: Console, is_trusted: bool = Fals
     if len(codes) > 1:
         print_line(console, f"{path} was trained by {len(codes)} versions of the code; this is the first, {codes[0]}.")
     if launch.left_out:
-        files = ", ".join(launch.left_out[:MOST_NAMED]) + (", ..." if len(launch.left_out) > MOST_NAMED else "")
+        files = ", ".join(launch.left_out[:MAX_NAMED]) + (", ..." if len(launch.left_out) > MAX_NAMED else "")
         print_line(console, f"The rerun lacks files that were next to the code but not in its snapshot: {files}.")
     with load_snapshot_code(run, launch, is_trusted) as code:
         print_line(console, code.note)
@@ -73,7 +73,7 @@ def _create_folder(run: RunDir, new: RunDir, launch: Launch) -> None:
     if new.path.exists() and not new.path.is_dir():
         raise UserError(f"{new.path} is a file, not a folder for the rerun; choose another.")
     if new.path.exists() and any(new.path.iterdir()):
-        started = [event for event in EventLog(new.journal_file).events() if event["event"] == "rerun"]
+        started = [event for event in EventLog(new.events_file).events() if event["event"] == "rerun"]
         if not started or {name: started[0].get(name) for name in source} != source:
             raise UserError(f"{new.path} is not empty and not a rerun of {run.path}; choose another folder.")
         return
@@ -81,7 +81,7 @@ def _create_folder(run: RunDir, new: RunDir, launch: Launch) -> None:
         for name in INITIAL_FILES:
             if (run.path / name).exists():
                 shutil.copyfile(run.path / name, hidden / name)
-        EventLog(RunDir(hidden).journal_file).append("rerun", of=str(run.path), **source)
+        EventLog(RunDir(hidden).events_file).append("rerun", of=str(run.path), **source)
 
 
 def _train(run: RunDir, new: RunDir, code: SnapshotCode, console: Console) -> int:

@@ -23,8 +23,8 @@ from rustgpt_jax.workdir.run_dir import NOT_OVERRIDDEN, RunDir, load_config
 
 HASH_DIGITS = 12
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-MOST_DIFFERENCES, MOST_PATCH_LINES, MOST_PATCH_LINES_IN_ALL = 12, 12, 48
-MOST_CAUSES = 3
+MAX_DIFFERENCES, MAX_PATCH_LINES, MAX_PATCH_LINES_IN_ALL = 12, 12, 48
+MAX_CAUSES = 3
 
 
 class Difference(NamedTuple):
@@ -224,18 +224,18 @@ def print_section(section: Section, console: Console) -> None:
         print_line(console, f"{section.kind}: {verdict}")
         return
     print_line(console, f"{section.kind}:")
-    lines_left = MOST_PATCH_LINES_IN_ALL
-    for difference in section.differences[:MOST_DIFFERENCES]:
+    lines_left = MAX_PATCH_LINES_IN_ALL
+    for difference in section.differences[:MAX_DIFFERENCES]:
         patch = difference.patch if difference.matters else ()
         print_line(console, f"  {difference}{'' if difference.matters else ' (only comments and docstrings)'}")
-        n_shown = min(lines_left, MOST_PATCH_LINES)
+        n_shown = min(lines_left, MAX_PATCH_LINES)
         for line in patch[:n_shown]:
             print_line(console, f"    {line}")
         if len(patch) > n_shown:
             print_line(console, f"    ... {len(patch) - n_shown} more lines")
         lines_left = max(0, lines_left - len(patch))
-    if len(section.differences) > MOST_DIFFERENCES:
-        print_line(console, f"  ... {len(section.differences) - MOST_DIFFERENCES} more")
+    if len(section.differences) > MAX_DIFFERENCES:
+        print_line(console, f"  ... {len(section.differences) - MAX_DIFFERENCES} more")
 
 
 # The comparison as a whole, and the likely cause of a difference.
@@ -369,9 +369,9 @@ def _can_cause(part: str, kind: str, name: str) -> bool:
 
 
 def _describe_cause(tensor: TensorDifference | None, causes: list[Difference]) -> str:
-    cause = "; ".join(map(str, causes[:MOST_CAUSES])) or "nothing that was recorded"
-    if len(causes) > MOST_CAUSES:
-        cause += f"; and {len(causes) - MOST_CAUSES} more"
+    cause = "; ".join(map(str, causes[:MAX_CAUSES])) or "nothing that was recorded"
+    if len(causes) > MAX_CAUSES:
+        cause += f"; and {len(causes) - MAX_CAUSES} more"
     if tensor is None:
         return f"likely cause: {cause}"
     same = ", ".join(f"same {INPUTS[part].label}" for part in PARTS[: PARTS.index(tensor.part)])

@@ -23,7 +23,7 @@ from rustgpt_jax.workdir.run_dir import RunDir
 
 SECONDS_BETWEEN_POLLS = 0.05
 # The number of differing files to list in a message.
-MOST_NAMED = 4
+MAX_NAMED = 4
 
 
 class FinishedProcess(NamedTuple):
@@ -145,8 +145,8 @@ def load_snapshot_code(run: RunDir, launch: Launch, is_trusted: bool = False) ->
     differing = list_differing_files(contents)
     note = f"The code of {run.path} is the code installed here."
     if differing:
-        more = f" and {len(differing) - MOST_NAMED} more" if len(differing) > MOST_NAMED else ""
-        names = ", ".join(differing[:MOST_NAMED]) + more
+        more = f" and {len(differing) - MAX_NAMED} more" if len(differing) > MAX_NAMED else ""
+        names = ", ".join(differing[:MAX_NAMED]) + more
         note = f"--trust: running {archive}, which differs from the code installed here in {names}."
         if not is_trusted:
             raise UserError(

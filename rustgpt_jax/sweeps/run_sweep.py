@@ -102,7 +102,7 @@ class Command:
     info: SweepInfo
     options: SweepOptions
     dry_run: bool
-    is_oversubscribed: bool = False
+    allow_oversubscription: bool = False
 
 
 def run_sweep(
@@ -130,7 +130,7 @@ def run_sweep(
         search.check_validation(trials)
     if isinstance(spec, SuccessiveHalving):
         search.check_rungs(spec, trials)
-    if not (command.dry_run or command.is_oversubscribed or options.launcher == "slurm"):
+    if not (command.dry_run or command.allow_oversubscription or options.launcher == "slurm"):
         _check_each(trials, _check_memory, is_tpe)
     with show_progress(console, "characters read and encoded") as progress, show_spinner(console, "reading the data"):
         assets = AssetCache(progress=progress)

@@ -201,8 +201,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def chat_format_file(path: Path) -> Path:
-    """Return the path of the chat format of the tokenizer in `path`, such as tokenizer.dialect.json."""
-    return path.with_suffix(".dialect.json")
+    """Return the path of the chat format of the tokenizer in `path`, such as tokenizer.chat_format.json."""
+    return path.with_suffix(".chat_format.json")
 
 
 def _load_chat_format(path: Path) -> ChatFormat | None:

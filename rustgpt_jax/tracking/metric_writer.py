@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 
 from rustgpt_jax.atomic_io import NotWritableError
-from rustgpt_jax.config.validation import LARGEST_COUNT
+from rustgpt_jax.config.validation import MAX_COUNT
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.workdir.run_dir import RunDir
 
@@ -331,7 +331,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 def _validate(record: Any) -> dict[str, Any] | None:
     """Convert a line of metrics parsed from JSON to the expected types, or return None if it is malformed."""
-    if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] <= LARGEST_COUNT:
+    if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] <= MAX_COUNT:
         return None
     if not isinstance(record.get("stage", ""), str):
         return None

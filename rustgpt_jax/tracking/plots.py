@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rustgpt_jax.atomic_io import write_atomically
-from rustgpt_jax.config.validation import LARGEST_NUMBER
+from rustgpt_jax.config.validation import MAX_NUMBER
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tracking.metric_writer import Columns, read_columns
 from rustgpt_jax.workdir.run_dir import RunDir
@@ -105,7 +105,7 @@ def draw_loss_curves(folder: Path) -> Path:
 def _split_stages(columns: Columns, name: str) -> list[Curve]:
     """Return the curve of a metric in each stage, without values that are not finite or too large to plot."""
     values = columns.values[name]
-    is_drawn = (values <= LARGEST_NUMBER) & (values >= -LARGEST_NUMBER)
+    is_drawn = (values <= MAX_NUMBER) & (values >= -MAX_NUMBER)
     steps, stages = columns.steps, columns.stages
     if not is_drawn.all():
         steps, stages, values = steps[is_drawn], stages[is_drawn], values[is_drawn]

@@ -52,7 +52,7 @@ class LoadedModel:
 def load_model(
     path: Path,
     which: str = "last",
-    is_oversubscribed: bool = False,
+    allow_oversubscription: bool = False,
     n_generated: int = 0,
 ) -> LoadedModel:
     """Load the model of a run.
@@ -60,7 +60,7 @@ def load_model(
     Args:
         path: The run folder.
         which: The checkpoint: "last", "best" or a step. If it is damaged, the previous one is loaded, with a warning.
-        is_oversubscribed: Whether to load the model even if the memory is too small.
+        allow_oversubscription: Whether to load the model even if the memory is too small.
         n_generated: The number of tokens of one row in the KV cache, which has to fit in memory too.
 
     Raises:
@@ -72,7 +72,7 @@ def load_model(
         raise UserError(f"{path} has no checkpoint yet; `launch.py train` saves one.")
     tokenizer = load_run_tokenizer(run)
     config = fill_vocab_size(stored, tokenizer)
-    check_inference_memory(config, query_machine(), 0, is_oversubscribed, n_generated)
+    check_inference_memory(config, query_machine(), 0, allow_oversubscription, n_generated)
     if run.is_untrained:
         shapes = plan_for_local_devices().add_shardings(parameter_shapes(config.model))
         params, step = read_parameters(run.parameters_file, shapes), 0

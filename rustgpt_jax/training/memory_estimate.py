@@ -109,7 +109,9 @@ def _saved_bytes(config: Config, seq_len: int) -> int:
 # Checks against the available memory.
 
 
-def check_training_memory(config: Config, machine: Machine, mesh: Mapping[str, int], is_allowed: bool = False) -> None:
+def check_training_memory(
+    config: Config, machine: Machine, mesh: Mapping[str, int], allow_oversubscription: bool = False
+) -> None:
     """Check that a training step can fit in memory, without allocating or compiling anything.
 
     It checks a lower bound: an unknown vocabulary does not count, and half of the estimated activations do.
@@ -118,12 +120,12 @@ def check_training_memory(config: Config, machine: Machine, mesh: Mapping[str, i
         config: The config of a run.
         machine: The devices of this process and their memory.
         mesh: The sizes of the mesh axes; {} for one device.
-        is_allowed: Whether to skip the check.
+        allow_oversubscription: Whether to skip the check.
 
     Raises:
         UserError: The step cannot fit.
     """
-    for stage in {} if is_allowed else dict.fromkeys(stage.config for stage in stages(config)):
+    for stage in {} if allow_oversubscription else dict.fromkeys(stage.config for stage in stages(config)):
         if _upper_bound(stage) > SKIP_BELOW_SHARE * machine.memory:
             # All axes but `data` shard the model, and all axes shard the rest.
             n_devices = math.prod(mesh.values())
@@ -154,7 +156,7 @@ def training_needs(config: Config) -> dict[str, float]:
 
 
 def check_inference_memory(
-    config: Config, machine: Machine, n_rows: int, is_allowed: bool = False, n_cached: int = 0
+    config: Config, machine: Machine, n_rows: int, allow_oversubscription: bool = False, n_cached: int = 0
 ) -> None:
     """Check that a model, and the logits of some rows or a KV cache, can fit in memory.
 
@@ -162,13 +164,13 @@ def check_inference_memory(
         config: The config, with the vocabulary size.
         machine: The devices of this process, which shard the model, and their memory.
         n_rows: The number of rows whose logits are computed at once, or 0.
-        is_allowed: Whether to skip the check.
+        allow_oversubscription: Whether to skip the check.
         n_cached: The number of tokens in the KV cache of one row, or 0.
 
     Raises:
         UserError: They cannot fit.
     """
-    if is_allowed:
+    if allow_oversubscription:
         return
     seq_len = config.data.seq_len or config.model.context_length
 

@@ -83,7 +83,7 @@ def train(
     console: Console,
     barrier_timeout: float = math.inf,
     profile: str | None = None,
-    is_oversubscribed: bool = False,
+    allow_oversubscription: bool = False,
     extends: bool = False,
 ) -> int:
     """Train a run in a folder, resuming from its last valid checkpoint if there is one.
@@ -97,7 +97,7 @@ def train(
         console: The console to print to.
         barrier_timeout: Seconds to wait for other processes before exiting.
         profile: The steps to trace with the profiler, as START:STOP.
-        is_oversubscribed: Whether to start even if the memory is too small.
+        allow_oversubscription: Whether to start even if the memory is too small.
         extends: Whether to allow more steps than the learning-rate schedule of the run was made for.
 
     Returns:
@@ -118,14 +118,14 @@ def train(
         console.print(message, markup=False, highlight=False, soft_wrap=True)
     plan = plan_for_all_devices(config.mesh)
     check_host_offload(config)
-    check_training_memory(config, query_machine(), plan.sizes, is_oversubscribed)
+    check_training_memory(config, query_machine(), plan.sizes, allow_oversubscription)
     remedy = "The same command continues from the last checkpoint."
     # Only process 0 writes to the run folder.
     with nullcontext(path) if is_process_zero() else scratch_run_dir(path, config, origins) as folder:
         with process_zero_first("data"):
             inputs = prepare_inputs(config, RunDir(folder).tokenizer_file, console, earlier, tokenizer)
         # Check again, now that the vocabulary size is known.
-        check_training_memory(inputs.full_config, query_machine(), plan.sizes, is_oversubscribed)
+        check_training_memory(inputs.full_config, query_machine(), plan.sizes, allow_oversubscription)
         inputs.check(RunDir(folder), plan.n_devices)
         startup_timer.lap("the data")
         tracer = None if profile is None else StepTracer(profile, inputs.total_steps, path / "profile")

@@ -92,7 +92,7 @@ class Trainer:
         self._writer: MetricsWriter | None = None
         self._batch_source: BatchSource | None = None
         self._seconds_per_step, self._recorded_programs = dict[StaticConfig, float](), set[int]()
-        self._events = EventLog(self.folder.journal_file)
+        self._events = EventLog(self.folder.events_file)
         self._pace = LaggedAllReduceMax(math.inf)
         self._state: State | None = None
         self._skipped = 0
@@ -104,7 +104,7 @@ class Trainer:
             self._resources.enter_context(self.plan.use_mesh())
             earlier = self.inputs.earlier
             prepare_run_dir(self.folder.path, self.inputs.config, earlier)
-            check_no_symlinks((self.folder.metrics_file, self.folder.samples_file, self.folder.journal_file))
+            check_no_symlinks((self.folder.metrics_file, self.folder.samples_file, self.folder.events_file))
             self._resources.enter_context(lock_run_dir(self.folder.path))
             self._record_config()
             save_tokenizer(self.inputs.tokenizer, self.folder.tokenizer_file)

@@ -41,7 +41,7 @@ DENIED = (
     "*password*",
 )
 BYTECODE = ("__pycache__", "*.pyc")
-# Maximum number of skipped files to list in the journal.
+# Maximum number of skipped files to list in the event log.
 MAX_LEFT_OUT = 100
 # Maximum unpacked size of an archive, in bytes.
 MAX_UNPACKED_BYTES = 2**29
@@ -53,7 +53,7 @@ def save_code_snapshot(run: RunDir) -> dict[str, Any]:
     """Save the running code in a run folder.
 
     Returns:
-        The journal fields that describe the code: its hash and its git commit. `left_out` lists files next to the code
+        The event fields that describe the code: its hash and its git commit. `left_out` lists files next to the code
         that were not copied because git ignores or does not track them, their names look like secrets, they are too
         large to be code, or their names are not valid UTF-8.
 

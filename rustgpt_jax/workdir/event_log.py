@@ -172,7 +172,7 @@ def record_launch(run: RunDir, step: int, mode: str, width: int, devices: int, m
         UserError: The folder is not writable.
     """
     code = save_code_snapshot(run)
-    EventLog(run.journal_file).append(
+    EventLog(run.events_file).append(
         "launch",
         step=step,
         argv=sys.argv,
@@ -189,7 +189,7 @@ def record_launch(run: RunDir, step: int, mode: str, width: int, devices: int, m
 
 def record_program(run: RunDir, stage: str, program: Program, step: int) -> None:
     """Record in the event log which compiled program a stage runs from a given step onward."""
-    EventLog(run.journal_file).append("program", stage=stage, step=step, **program._asdict())
+    EventLog(run.events_file).append("program", stage=stage, step=step, **program._asdict())
 
 
 def load_launches(run: RunDir) -> list[Launch]:
@@ -198,14 +198,14 @@ def load_launches(run: RunDir) -> list[Launch]:
     Raises:
         UserError: A launch is incomplete or invalid.
     """
-    events = EventLog(run.journal_file).events_named("launch", LAUNCH_FIELDS)
+    events = EventLog(run.events_file).events_named("launch", LAUNCH_FIELDS)
     names = [each.name for each in fields(Launch)]
     found = [Launch(**{name: event[name] for name in names if name in event}) for event in events]
     for launch in found:
         if not _is_environment(launch.environment) or not 1 <= launch.devices <= MAX_DEVICES:
-            raise UserError(f"{run.journal_file} is damaged: the environment of a launch is invalid.")
+            raise UserError(f"{run.events_file} is damaged: the environment of a launch is invalid.")
         if not isinstance(launch.mesh, dict) or not isinstance(launch.left_out, list):
-            raise UserError(f"{run.journal_file} is damaged: the mesh or the skipped files of a launch are invalid.")
+            raise UserError(f"{run.events_file} is damaged: the mesh or the skipped files of a launch are invalid.")
     return found
 
 
@@ -222,14 +222,14 @@ def load_first_launch(run: RunDir) -> Launch:
     """Load the first launch of a run. Raises UserError if there is none."""
     every = load_launches(run)
     if not every:
-        raise UserError(f"{run.path} has no record of its launches: journal.jsonl is missing or lists none.")
+        raise UserError(f"{run.path} has no record of its launches: events.jsonl is missing or lists none.")
     return every[0]
 
 
 def load_programs(run: RunDir) -> dict[str, Program]:
     """Load the first program of each stage of a run. Raises UserError if a record is incomplete."""
     found: dict[str, Program] = {}
-    for event in EventLog(run.journal_file).events_named("program", PROGRAM_FIELDS):
+    for event in EventLog(run.events_file).events_named("program", PROGRAM_FIELDS):
         found.setdefault(event["stage"], Program(event["stablehlo"], event["cache_key"]))
     return found
 

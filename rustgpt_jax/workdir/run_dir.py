@@ -63,7 +63,7 @@ class RunDir:
         self.parameters_file = path / "parameters.safetensors"
         self.import_file = path / "import.json"
         # The event log in JSON Lines format: launches with their code and environment, programs, and rewinds.
-        self.journal_file = path / "journal.jsonl"
+        self.events_file = path / "events.jsonl"
         # The folder of code snapshots, archives named by their hash.
         self.code = path / "code"
         # The autotuning results of the GPU compiler, which let later launches use the same kernels.

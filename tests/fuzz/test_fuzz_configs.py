@@ -24,7 +24,7 @@ from rustgpt_jax.workdir.run_dir import load_config, load_origins, prepare_run_d
 
 ROOT = Path(__file__).parent.parent.parent
 # Shapes of more than this take more time than a case has.
-MOST_LAYERS = 30
+MAX_LAYERS = 30
 
 
 def recipes() -> dict[str, Any]:
@@ -52,7 +52,7 @@ def use(config: Config) -> Config | None:
         combined = combine(*partition(stage.config))
         assert partition(dataclasses.replace(stage.config, **vars(combined))) == partition(stage.config)
     model = config.model
-    if model.n_layers < MOST_LAYERS or model.period < MOST_LAYERS:
+    if model.n_layers < MAX_LAYERS or model.period < MAX_LAYERS:
         sized = replace_paths(config, {"model.vocab_size": model.vocab_size or 300})
         check_decay_groups(parameter_shapes(sized.model), config.optimizer)
     return resolve(json.loads(json.dumps(to_dict(config))))

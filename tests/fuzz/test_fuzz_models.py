@@ -169,7 +169,7 @@ def test_import_of_edited_model(
         assert list(folder.rglob(".*")) == []
 
 
-EXPORTED = ("import.json", "parameters.safetensors", "tokenizer.json", "tokenizer.dialect.json", "config.json")
+EXPORTED = ("import.json", "parameters.safetensors", "tokenizer.json", "tokenizer.chat_format.json", "config.json")
 
 
 @pytest.fixture(scope="module")

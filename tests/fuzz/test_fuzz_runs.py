@@ -184,7 +184,7 @@ def test_edited_event_log_is_read_or_is_an_error(
 ) -> None:
     with sandbox.case() as folder:
         run = RunDir(folder / "run")
-        write(run.journal_file, b"\n".join(filter(None, (launch, rewind, program))) + b"\n")
+        write(run.events_file, b"\n".join(filter(None, (launch, rewind, program))) + b"\n")
         for read in (load_launches, load_programs, read_rewinds):
             run_or_refuse(lambda read=read: read(run))  # type: ignore[misc]
 
