@@ -170,7 +170,7 @@ def test_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
     save(tmp_path, small_state(a=[1.0]), 4)
     with (
         Checkpoints(tmp_path, small_config(seed=1)) as checkpoints,
-        pytest.raises(UserError, match=r"/4 .* another config: seed is 0 there and 1 here\."),
+        pytest.raises(UserError, match=r"/4 .* another config: seed is 0 in the run and 1 in this config\."),
     ):
         checkpoints.restore(shapes_of(small_state(a=[0.0])))
 

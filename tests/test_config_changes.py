@@ -129,7 +129,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_extending_a_decaying_schedule_requires_the_flag(finished: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     longer, before = tiny(**{"schedule.name": "cosine"}, **LONGER), contents(run)
-    with pytest.raises(UserError, match=r"another config: training.steps is 10 there and 16 here; the cosine schedule"):
+    with pytest.raises(
+        UserError, match=r"another config: training.steps is 10 in the run and 16 in this config; the cosine schedule"
+    ):
         train(longer, run)
     assert contents(run) == before
     said = extend(longer, run)
@@ -169,10 +171,18 @@ def test_config_change_without_steps_keeps_earlier_configs(finished: Path, tmp_p
 @pytest.mark.parametrize(
     ("changes", "extends", "sentence"),
     [
-        ({"optimizer.learning_rate": 0.5}, False, r"another config: optimizer.learning_rate is .* there and 0.5 here"),
-        ({"data.seq_len": 8}, False, r"another config: data.seq_len is None there and 8 here"),
+        (
+            {"optimizer.learning_rate": 0.5},
+            False,
+            r"another config: optimizer.learning_rate is .* in the run and 0.5 in this config",
+        ),
+        ({"data.seq_len": 8}, False, r"another config: data.seq_len is None in the run and 8 in this config"),
         ({"training.steps": 9}, True, r"--extend: .* has 10 steps; give a larger config.training.steps, such as 20"),
-        ({"training.steps": 9}, False, r"training.steps is 10 there and 9 here, and 10 steps are done already"),
+        (
+            {"training.steps": 9},
+            False,
+            r"training.steps is 10 in the run and 9 in this config, and 10 steps are done already",
+        ),
         ({}, True, r"--extend: .* has 10 steps; give a larger"),
         ({"stages": ({"name": "a"},)}, False, r"another config: stages"),
     ],

@@ -325,7 +325,9 @@ def test_training_a_complete_run_changes_nothing(finished: Path) -> None:
 
 def test_training_with_another_config_is_refused(finished: Path) -> None:
     before = contents(finished)
-    with pytest.raises(UserError, match="another config: seed is 0 there and 3 here. Choose another --run folder"):
+    with pytest.raises(
+        UserError, match="another config: seed is 0 in the run and 3 in this config. Choose another --run folder"
+    ):
         train(tiny(seed=3), finished)
     assert contents(finished) == before
 

@@ -49,8 +49,8 @@ def test_another_config_is_rejected_with_its_differences(tmp_path: Path, config:
     with pytest.raises(UserError) as refusal:
         create_run_dir(tmp_path, other, {})
     text = str(refusal.value)
-    assert "training.steps is 200 there and 400 here" in text
-    assert "optimizer.name is 'adamw' there and 'lion' here" in text
+    assert "training.steps is 200 in the run and 400 in this config" in text
+    assert "optimizer.name is 'adamw' in the run and 'lion' in this config" in text
     assert "seed" not in text
     assert text.endswith("Choose another --run folder.") and "delete" not in text
     assert load_config(tmp_path) == config
@@ -82,9 +82,12 @@ def test_many_differences_are_truncated(tmp_path: Path, config: Config) -> None:
 @pytest.mark.parametrize(
     ("stages", "said"),
     [
-        (({"name": "one", "training": {"steps": 7}},), "stages.one.training.steps is 5 there and 7 here"),
-        (({"name": "one"},), "stages.one.training.steps is 5 there and 'not overridden' here"),
-        (({"name": "two"},), r"stages is \('one',\) there and \('two',\) here"),
+        (
+            ({"name": "one", "training": {"steps": 7}},),
+            "stages.one.training.steps is 5 in the run and 7 in this config",
+        ),
+        (({"name": "one"},), "stages.one.training.steps is 5 in the run and 'not overridden' in this config"),
+        (({"name": "two"},), r"stages is \('one',\) in the run and \('two',\) in this config"),
     ],
 )
 def test_stages_are_compared_by_field(tmp_path: Path, stages: tuple[dict, ...], said: str) -> None:

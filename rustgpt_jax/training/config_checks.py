@@ -94,7 +94,9 @@ def resolve_change(path: Path, config: Config, extends: bool = False) -> Change:
     changed = {knob: values for knob, values in diff_configs(stored, config).items() if affects_result(knob)}
     fixed = {knob: values for knob, values in changed.items() if not may_change(knob)}
     if fixed:
-        shown = "; ".join(f"{knob} is {there!r} there and {here!r} here" for knob, (there, here) in fixed.items())
+        shown = "; ".join(
+            f"{knob} is {there!r} in the run and {here!r} in this config" for knob, (there, here) in fixed.items()
+        )
         raise UserError(f"{path} has a run with another config: {shown}. Choose another --run folder.")
     n_done = max(run.saved_steps, default=0)
     # A command that was stopped may be repeated unchanged, with --extend.
@@ -127,7 +129,7 @@ def _check_steps(
         raise UserError(f"--extend: {path} has {before} steps; give a larger config.{STEPS}, such as {2 * before}.")
     if not any(knob.endswith(STEPS) for knob in changed):
         return ()
-    problem = f"{path} has a run with another config: {STEPS} is {before} there and {after} here"
+    problem = f"{path} has a run with another config: {STEPS} is {before} in the run and {after} in this config"
     if _started_stages(stored, n_done) != _started_stages(config, n_done) or after < n_done or after == n_done < before:
         raise UserError(f"{problem}, and {n_done} steps are done already. Choose another --run folder.")
     old, new = _multipliers(stored, n_done), _multipliers(config, n_done)

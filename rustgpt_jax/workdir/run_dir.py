@@ -323,7 +323,7 @@ def describe_differences(stored: Mapping[str, Any], wanted: Config) -> str:
         changed = {path: values for path, values in differing.items() if affects_result(path)}
     except UserError as error:
         return f"it is not valid in this version ({error})"
-    listed = [f"{path} is {there!r} there and {here!r} here" for path, (there, here) in changed.items()]
+    listed = [f"{path} is {there!r} in the run and {here!r} in this config" for path, (there, here) in changed.items()]
     if len(listed) > MAX_DIFFERENCES_SHOWN:
         listed[MAX_DIFFERENCES_SHOWN:] = [f"and {len(listed) - MAX_DIFFERENCES_SHOWN} more"]
     return "; ".join(listed)
