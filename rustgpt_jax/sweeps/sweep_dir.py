@@ -147,7 +147,7 @@ class Ledger:
     """The event log of a sweep, which many processes and threads may read and append to at once."""
 
     def __init__(self, file: Path) -> None:
-        self._file, self._events = file, EventLog(file)
+        self._file, self._log = file, EventLog(file)
         self._lock = threading.Lock()
         self._events, self._events_end, self._n_damaged = list[Event](), 0, 0
         self._done, self._done_end = set[str](), 0
@@ -158,7 +158,7 @@ class Ledger:
 
     def append_all(self, events: Iterable[tuple[str, str, dict[str, Any]]]) -> None:
         """Append several events in one write."""
-        self._events.append_all({"trial": trial, "event": event, **details} for trial, event, details in events)
+        self._log.append_all({"trial": trial, "event": event, **details} for trial, event, details in events)
 
     def events(self) -> list[Event]:
         """Return all events so far, in order. Partial and damaged lines are skipped.
@@ -175,7 +175,7 @@ class Ledger:
 
     def _read(self, offset: int) -> tuple[list[Event], int]:
         try:
-            return self._events.events_from(offset)
+            return self._log.events_from(offset)
         except OSError as error:
             raise UserError(f"{self._file} cannot be read: {error.strerror}.") from error
 
