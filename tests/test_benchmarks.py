@@ -301,7 +301,11 @@ def command(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "part",
-    ["decoding", pytest.param("training", marks=pytest.mark.long), pytest.param("startup", marks=pytest.mark.long)],
+    [
+        pytest.param("decoding", marks=pytest.mark.long),
+        pytest.param("training", marks=pytest.mark.long),
+        pytest.param("startup", marks=pytest.mark.long),
+    ],
 )
 def test_benchmark_runs_with_tiny_models(part: str, tmp_path: Path) -> None:
     out, before = tmp_path / "out", page.PAGE.read_bytes()

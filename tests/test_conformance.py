@@ -110,7 +110,7 @@ def parametrize_components(components: list[Component]) -> Any:
     return pytest.mark.parametrize("component", components, ids=[component.title for component in components])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_attention_conforms_in_small_scope() -> None:
     (component,) = find_components("attention", {"n_layers": 1})
     require_ok(dataclasses.replace(component, scope=Scope.SMALL), set(CHECKS) - {"drift", "heads"})

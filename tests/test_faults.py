@@ -444,7 +444,7 @@ print((resident() - before) / 2**20)
 
 
 @pytest.mark.parametrize(
-    ("steps", "texts"), [pytest.param(1000, 80, marks=pytest.mark.slow), pytest.param(5000, 500, marks=IN_FULL)]
+    ("steps", "texts"), [pytest.param(1000, 80, marks=pytest.mark.long), pytest.param(5000, 500, marks=IN_FULL)]
 )
 def test_memory_does_not_grow_with_steps_and_texts(tmp_path: Path, steps: int, texts: int) -> None:
     tests = Path(__file__).parent

@@ -229,7 +229,7 @@ def assert_resume_is_bit_exact(config: Config, interruptions: list[Interruption]
         ("facts", "bpe", 1, None, [Interruption(5, is_kill=False)]),
         pytest.param(
             *("chat", "byte", 2, None, [Interruption(0, is_kill=False), Interruption(7, is_kill=True)]),
-            marks=pytest.mark.slow,
+            marks=pytest.mark.long,
         ),
         ("files", "char", 1, 5, [Interruption(4, is_kill=False)]),
         ("facts", "word", 1, 5, [Interruption(5, is_kill=False), Interruption(2, is_kill=True)]),
@@ -241,7 +241,7 @@ def test_resume_is_bit_exact(
     assert_resume_is_bit_exact(config_of(corpus, tokenizer, accumulation, boundary), interruptions)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @hypothesis.settings(max_examples=6)
 @hypothesis.given(
     corpus=st.sampled_from(sorted(CORPORA)),

@@ -213,7 +213,7 @@ def test_resume_with_non_finite_steps_is_bit_exact(tmp_path: Path, nonfinite_pol
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["exact", pytest.param("fused", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["exact", pytest.param("fused", marks=pytest.mark.long)])
 def test_rewind_of_a_member_does_not_affect_the_population(tmp_path: Path, mode: str) -> None:
     steady = make_config("rewind", seed=2, **{"training.steps": 4})
     configs = [*(make_config("rewind", seed=seed) for seed in (0, 1)), steady]

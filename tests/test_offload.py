@@ -29,7 +29,7 @@ def test_offloaded_optimizer_state_is_created_in_host_memory(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["adamw", pytest.param("schedule_free", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("schedule_free", marks=pytest.mark.long)])
 def test_offloading_is_bit_exact(name: str, tmp_path: Path) -> None:
     here = tiny(**{"optimizer.name": name, "training.steps": 6})
     there = tiny(**{"optimizer.name": name, "training.steps": 6, "optimizer.offload_state": True})

@@ -42,7 +42,7 @@ def test_profile_traces_the_given_steps_and_changes_no_result(tmp_path: Path) ->
     assert metrics(tmp_path / "traced") == metrics(tmp_path / "plain")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_profile_may_end_with_the_run(tmp_path: Path) -> None:
     assert "The trace is in" in train(tmp_path / "traced", "1:2", n_steps=2)
 

@@ -47,7 +47,7 @@ EXPECTED = {
 }
 
 
-LONG_CASES = {"data 8", "fsdp 8", "tensor 4", "context 4"}
+LONG_CASES = {"data 8", "fsdp 8", "tensor 4", "context 4", "expert 4"}
 CASES = [pytest.param(case, marks=[pytest.mark.long] if case in LONG_CASES else []) for case in EXPECTED]
 
 
