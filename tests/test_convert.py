@@ -114,6 +114,7 @@ def test_an_imported_run_trains_from_its_parameters(native: Path, folder: Path, 
     assert (tmp_path / "trained/model.safetensors").stat().st_size < (folder / "model.safetensors").stat().st_size
 
 
+@pytest.mark.slow
 def test_a_model_without_a_chat_template_continues_prompts(folder: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     shutil.copytree(folder, plain)

@@ -42,6 +42,7 @@ def test_calls_make_no_implicit_transfers(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(guarded) >= 3 and guarded[-1] < 8
 
 
+@pytest.mark.slow
 def test_metrics_are_read_one_call_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     advanced, events = Trainer.on_steps_done, list[tuple[str, int]]()
 

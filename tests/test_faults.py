@@ -161,6 +161,7 @@ def test_preemption_signal_saves_and_asks_to_be_requeued(tmp_path: Path, number:
     assert_is_valid(run)
 
 
+@pytest.mark.slow
 def test_calls_of_slow_steps_have_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A signal is handled after a call, so calls of slow steps have few steps; results do not change.
     counts: list[int] = []

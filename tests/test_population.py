@@ -114,6 +114,7 @@ def test_fused_mode_is_close_to_each_run_alone(tmp_path: Path, monkeypatch: pyte
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["exact", pytest.param("fused", marks=pytest.mark.long)])
 def test_population_compiles_once_and_resumes_bit_exactly(
     mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -336,6 +336,7 @@ def test_taps_show_every_layer_and_write_a_page(copy: Path, tmp_path: Path, monk
     assert f"All tensors of the step: {file}" in output_of(console) and file.read_text() == page
 
 
+@pytest.mark.slow
 def test_trace_has_every_array_of_every_step(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

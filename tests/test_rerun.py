@@ -193,7 +193,7 @@ CHANGES: dict[str, tuple[Callable[[RunDir, RunDir], None], bool, list[str]]] = {
     "launches": (
         add_launch,
         True,
-        ["was trained by 2 versions of the code; this is the first, ", "nor in the rerun: lab/w.bin."],
+        ["was trained by 2 versions of the code; this is the first, ", "but not in its snapshot: lab/w.bin."],
     ),
 }
 

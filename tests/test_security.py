@@ -96,6 +96,7 @@ def test_rerun_requires_trust_for_other_code(hostile: RunDir, tmp_path: Path, mo
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sitecustomize.py", "rustgpt_jax.py", "rustgpt_jax/extra.py", "json/__init__.py"])
 def test_missing_modules_count_as_other_code(name: str, trained: Path, tmp_path: Path) -> None:
     run = RunDir(Path(shutil.copytree(trained, tmp_path / "run")))

@@ -275,6 +275,7 @@ def test_a_batch_without_loss_changes_only_the_step() -> None:
     assert (metrics.loss[0], metrics.gradient_norm[0], metrics.learned_tokens[0], state.step) == (0, 0, 0, 1)
 
 
+@pytest.mark.slow
 def test_gradient_norm_is_reported_before_clipping() -> None:
     # With these, the update is the clipped gradient.
     plain = {"optimizer.momentum": 0.0, "optimizer.weight_decay": 0.0, "optimizer.learning_rate": 1.0}
