@@ -21,8 +21,15 @@ from rustgpt_jax.model import intermediates, transformer
 from rustgpt_jax.model.flops import inner_programs
 from rustgpt_jax.model.hook_points import grad_slots, hook_points
 from rustgpt_jax.model.interfaces import BlockInputs
-from rustgpt_jax.model.kernels import ANY_DEVICE, AttentionInputs, AttentionSpec, Device, accelerator, attention, verify
-from rustgpt_jax.model.kernels.accelerator import cudnn
+from rustgpt_jax.model.kernels import (
+    ANY_DEVICE,
+    AttentionInputs,
+    AttentionSpec,
+    Device,
+    attention,
+    flash_attention,
+    verify,
+)
 from rustgpt_jax.model.kernels.attention import (
     KERNELS,
     LONG,
@@ -33,6 +40,7 @@ from rustgpt_jax.model.kernels.attention import (
     select_kernel,
     triangular,
 )
+from rustgpt_jax.model.kernels.flash_attention import cudnn
 from rustgpt_jax.model.kernels.verify import check_kernels, select_kernels
 from rustgpt_jax.planning import hlo
 from rustgpt_jax.planning.aot_compile import count_matmul_flops
@@ -250,13 +258,13 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes cuDNN and tokamax available on this device."""
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
     monkeypatch.setitem(sys.modules, "tokamax", SimpleNamespace(dot_product_attention=by_xla))  # type: ignore[arg-type]
-    monkeypatch.setattr(accelerator, "IMPLEMENTATIONS", {"cpu": ("xla",), "gpu": ("xla",)})
+    monkeypatch.setattr(flash_attention, "IMPLEMENTATIONS", {"cpu": ("xla",), "gpu": ("xla",)})
 
 
 @pytest.mark.usefixtures("libraries")
 @pytest.mark.parametrize("case", FOR_LIBRARIES)
 def test_library_kernels_get_the_right_mask_and_scale(case: str) -> None:
-    check_against_brute_force(attention_inputs(**FOR_LIBRARIES[case]), 2e-5, cudnn, accelerator.tokamax)
+    check_against_brute_force(attention_inputs(**FOR_LIBRARIES[case]), 2e-5, cudnn, flash_attention.tokamax)
 
 
 @pytest.mark.usefixtures("libraries")
@@ -271,7 +279,7 @@ def test_library_kernels_match_on_a_mesh() -> None:
 
 
 @pytest.mark.usefixtures("libraries")
-@pytest.mark.parametrize("attend", [cudnn, accelerator.tokamax])
+@pytest.mark.parametrize("attend", [cudnn, flash_attention.tokamax])
 def test_library_kernels_reject_vmap(attend: Callable[[AttentionInputs], jax.Array]) -> None:
     task = attention_inputs()
 
@@ -311,10 +319,10 @@ def test_tokamax_is_lowered_for_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
     base = "tokamax._src.ops.attention.pallas_mosaic_tpu"
     for module, name in ((base, "PallasMosaicTpuFlashAttention"), (f"{base}_vjp", "PallasMosaicTpuFlashAttentionVjp")):
         monkeypatch.setattr(getattr(importlib.import_module(module), name), "supported_on", lambda *_: True)
-    monkeypatch.setattr(accelerator, "current_device", lambda: Device("tpu"))
+    monkeypatch.setattr(flash_attention, "current_device", lambda: Device("tpu"))
     with jax.numpy_rank_promotion("allow"):
         text = lowered_for(
-            "tpu", accelerator.tokamax, attention_inputs(256, n_kv_heads=2, packed=True, dtype=jnp.bfloat16)
+            "tpu", flash_attention.tokamax, attention_inputs(256, n_kv_heads=2, packed=True, dtype=jnp.bfloat16)
         )
     assert text.count("tpu_custom_call") == 2
 
@@ -365,7 +373,7 @@ USUAL = AttentionSpec(
     ],
 )
 def test_kernel_selection(changes: dict[str, Any], kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accelerator, "find_spec", lambda name: name)
+    monkeypatch.setattr(flash_attention, "find_spec", lambda name: name)
     request = USUAL._replace(**changes)
     assert select_kernel("auto", request).kernel == kernel
     assert (
@@ -383,7 +391,7 @@ def test_kernel_selection(changes: dict[str, Any], kernel: str, monkeypatch: pyt
 
 
 def test_kernel_choice_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accelerator, "find_spec", lambda name: None)
+    monkeypatch.setattr(flash_attention, "find_spec", lambda name: None)
     requests = [
         USUAL,
         USUAL._replace(softcap=True),

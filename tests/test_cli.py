@@ -36,7 +36,7 @@ def launch(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedPro
 RUN_ALL = """
 import json, os, runpy, sys, traceback, warnings
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
-import rustgpt_jax.sweeps.run_sweep, rustgpt_jax.training.run_training, rustgpt_jax.training.load_model
+import rustgpt_jax.sweeps.sweep_command, rustgpt_jax.training.run_training, rustgpt_jax.training.load_model
 # JAX warns of forks in general; here it has not started threads yet.
 warnings.simplefilter("ignore", RuntimeWarning)
 

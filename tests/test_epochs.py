@@ -21,9 +21,9 @@ from rustgpt_jax.reproduce.recorded_run import RecordedRun
 from rustgpt_jax.reproduce.replay import replay_one_step
 from rustgpt_jax.sharding.hardware_specs import Machine
 from rustgpt_jax.sweeps.asset_cache import AssetCache
-from rustgpt_jax.sweeps.run_sweep import print_preview
 from rustgpt_jax.sweeps.search import check_rungs
 from rustgpt_jax.sweeps.search_space import SuccessiveHalving
+from rustgpt_jax.sweeps.sweep_command import print_preview
 from rustgpt_jax.sweeps.trials import describe_overrides, make_trials
 from rustgpt_jax.workdir.config_files import load_config_file
 from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_origins

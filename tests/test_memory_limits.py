@@ -17,7 +17,7 @@ from small_runs import ROOT, run_config
 from rustgpt_jax.errors import UserError, is_out_of_memory
 from rustgpt_jax.sharding import hardware_specs as machines
 from rustgpt_jax.sharding.hardware_specs import Machine, free_memory, query_machine
-from rustgpt_jax.sweeps import run_sweep as sweep_command
+from rustgpt_jax.sweeps import sweep_command
 from rustgpt_jax.sweeps.trials import make_trials
 from rustgpt_jax.training import memory_estimate, run_training
 from rustgpt_jax.training.memory_estimate import (

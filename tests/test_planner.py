@@ -31,7 +31,7 @@ from rustgpt_jax.sweeps.planner import (
     group_by_shape,
     make_plan,
 )
-from rustgpt_jax.sweeps.run_sweep import print_preview
+from rustgpt_jax.sweeps.sweep_command import print_preview
 from rustgpt_jax.sweeps.trials import Trial, make_trials
 from rustgpt_jax.training.memory_estimate import batch_shapes, state_shapes, step_bytes
 from rustgpt_jax.training.train_step import compiled_train_steps

@@ -46,8 +46,8 @@ from rustgpt_jax.sweeps import (
     uniform,
     values,
 )
-from rustgpt_jax.sweeps import run_sweep as commands
-from rustgpt_jax.sweeps.launchers import Launch
+from rustgpt_jax.sweeps import sweep_command as commands
+from rustgpt_jax.sweeps.local_launchers import Launch
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.report import report
 from rustgpt_jax.sweeps.report.results import group_by_setting, read_results

@@ -28,7 +28,7 @@ from test_population import train_alone
 from rustgpt_jax.cli.evaluation_report import print_evaluation
 from rustgpt_jax.sweeps import product, seeds, values
 from rustgpt_jax.sweeps.asset_cache import AssetCache
-from rustgpt_jax.sweeps.launchers import MAX_DEATHS, Launch, run_in_subprocesses
+from rustgpt_jax.sweeps.local_launchers import MAX_DEATHS, Launch, run_in_subprocesses
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.report import report
 from rustgpt_jax.sweeps.sweep import Sweep, SweepInfo, SweepOptions, open_sweep

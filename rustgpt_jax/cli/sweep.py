@@ -49,7 +49,7 @@ def run_sweep(args: argparse.Namespace) -> int:
         trials = sample_feasible_points(tree, spec, fixed)
     else:
         trials = make_trials(tree, spec.trials if isinstance(spec, SuccessiveHalving) else spec, fixed)
-    from rustgpt_jax.sweeps import run_sweep as sweeps
+    from rustgpt_jax.sweeps import sweep_command as sweeps
     from rustgpt_jax.sweeps.sweep import SweepInfo, SweepOptions
 
     settings = SweepOptions(args.launcher, args.mode, args.width, args.workers, dict(args.slurm))

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.sweeps.launchers import Launch
+from rustgpt_jax.sweeps.local_launchers import Launch
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.sweep_dir import Ledger, is_settled
 

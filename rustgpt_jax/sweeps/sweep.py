@@ -16,8 +16,8 @@ from rustgpt_jax.registry import lookup
 from rustgpt_jax.sharding.hardware_specs import Machine, count_cores, detect_machine
 from rustgpt_jax.sharding.sharding_plan import min_devices
 from rustgpt_jax.sweeps.asset_cache import AssetCache
-from rustgpt_jax.sweeps.launchers import Launch, find_visible_gpus, run_in_subprocesses, run_inline
 from rustgpt_jax.sweeps.live_table import LiveTable
+from rustgpt_jax.sweeps.local_launchers import Launch, find_visible_gpus, run_in_subprocesses, run_inline
 from rustgpt_jax.sweeps.planner import MODES, Chunk, Plan, group_by_shape, make_plan
 from rustgpt_jax.sweeps.slurm import run_on_slurm
 from rustgpt_jax.sweeps.sweep_dir import (

@@ -25,7 +25,12 @@ from rustgpt_jax.model.kernels import (
     Kernel,
     current_device,
 )
-from rustgpt_jax.model.kernels.accelerator import cudnn, cudnn_unsupported_reason, tokamax, tokamax_unsupported_reason
+from rustgpt_jax.model.kernels.flash_attention import (
+    cudnn,
+    cudnn_unsupported_reason,
+    tokamax,
+    tokamax_unsupported_reason,
+)
 from rustgpt_jax.model.kv_cache import AttentionContext, KVCache, attention_mask, update_kv_cache
 from rustgpt_jax.model.layers import dropout
 from rustgpt_jax.model.matmul import accum_dtype, softcap
