@@ -939,7 +939,7 @@ def stages_in_turn(config: Config, earlier: Sequence[Earlier] = ()) -> tuple[Sta
 
 
 def uses_epochs(config: Config) -> bool:
-    """Return whether the length of any stage is given in epochs, which only its data can convert to steps."""
+    """Return whether the length of any stage is given in epochs; converting it to steps requires the data."""
     return any(stage.config.training.epochs is not None for stage in stages(config))
 
 

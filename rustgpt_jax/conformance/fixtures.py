@@ -24,7 +24,7 @@ MAX_MESSAGE_LENGTH = 240
 
 
 class CheckFailure(Exception):
-    """The failure of a component in a check: what is wrong, where, and by how much."""
+    """Raised when a component fails a check: what is wrong, where, and by how much."""
 
     def __init__(self, what: str, where: str, how_much: str) -> None:
         super().__init__(what, where, how_much)

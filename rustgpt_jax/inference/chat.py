@@ -121,7 +121,7 @@ class Session:
             self.show(f"{error}\n", "red")
 
     def note(self, text: str) -> None:
-        """Print a line that is not output of the model."""
+        """Print a line that is not model output."""
         self.show(f"{text}\n", "dim")
 
     def show(self, text: str, style: str = "") -> None:

@@ -117,7 +117,7 @@ def shortest_pattern(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def dense_width(model: ModelConfig) -> int:
-    """Return the hidden width of dense feed-forwards."""
+    """Return the hidden width of the dense feed-forward layers."""
     is_gated = (GATED_FEEDFORWARDS | {"moe"}) & set(model.feedforwards)
     return model.d_ff or (default_glu_width(model.d_model) if is_gated else 4 * model.d_model)
 
@@ -567,7 +567,7 @@ def rope(has_fraction: bool = False, types: Mapping[str, str] = ALL_ROPE_TYPES) 
 
 
 def global_and_local_rope() -> KeyMapping:
-    """Map a RoPE for global layers and an unscaled one for local layers (Gemma 3)."""
+    """Map separate RoPE settings of global (scaled) and local (unscaled) layers (Gemma 3)."""
 
     def read(reader: HFConfigReader) -> Knobs:
         stored = _parse_mapping(reader, reader["rope_parameters"])

@@ -87,7 +87,7 @@ def compare_with_reference(
 
 
 def reference_logits(folder: Path, tokens_BT: np.ndarray) -> np.ndarray | str:
-    """Compute the logits of a Hugging Face folder with `transformers`, in float32 on the CPU.
+    """Compute the logits of the Hugging Face model in a folder with `transformers`, in float32 on the CPU.
 
     Nothing is downloaded, and neither pickles nor code in the folder are loaded.
 

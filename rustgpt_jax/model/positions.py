@@ -156,7 +156,7 @@ def alibi(query_positions_BT: jax.Array, key_positions_BS: jax.Array, config: Mo
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
-    """Return the slopes of ALiBi (heads,).
+    """Return the ALiBi slopes, of shape (heads,).
 
     For n heads, a power of two, they are 2^(-8/n), 2^(-16/n), and so on. For other numbers, they are those of the
     next smaller power of two, followed by every other slope of twice that power.

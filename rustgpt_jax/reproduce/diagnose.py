@@ -68,7 +68,7 @@ class Anomaly(NamedTuple):
 
 
 class DivergenceThreshold(NamedTuple):
-    """The loss above which a run counts as diverged from step `since` on, and a description of it."""
+    """The loss above which a run counts as diverged, from step `since` on, with a description."""
 
     loss: float
     meaning: str

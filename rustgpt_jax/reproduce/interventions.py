@@ -63,7 +63,7 @@ class InterventionResult(NamedTuple):
 
 
 def list_interventions(config: Config, usual_norm: float) -> list[Intervention]:
-    """Return the interventions for a stage, the control first, given its usual gradient norm (0 if unknown)."""
+    """Return the interventions for a stage, control first. `usual_norm` is the usual gradient norm, or 0 if unknown."""
     rates = ["learning_rate"] + (["muon_learning_rate"] if config.optimizer.name == "muon" else [])
     # The changed knobs, or the reason why they cannot be changed.
     found: dict[str, dict[str, Any] | str] = {CONTROL: {}}

@@ -87,7 +87,7 @@ class StepTensor(NamedTuple):
 def list_step_tensors(
     program: tuple[StaticConfig, Hyperparams], params: transformer.Params, report: StepIntermediates
 ) -> list[StepTensor]:
-    """List the tensors of a step from `params`, grouped by KINDS. Gradients are listed from the logits backward."""
+    """List the tensors of a step, grouped by kind (see KINDS); gradients run from the logits backward."""
     config = combine(*program)
     rows, length = report.weights_BT.shape
     n_microbatches = config.training.grad_accum_steps

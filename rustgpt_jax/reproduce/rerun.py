@@ -154,7 +154,7 @@ def _check_record(run: RunDir, console: Console) -> bool:
 
 
 def _compare_fused(run: RunDir, new: RunDir, console: Console) -> bool:
-    """Compare two runs within a tolerance, since the first was trained together with others."""
+    """Compare two runs within a tolerance; the first was trained fused with others and so is not bit-exact."""
     metrics = compare_records(run.path, new.path, FUSED_TOLERANCE)
     print_line(
         console,

@@ -32,7 +32,7 @@ ClassKey = tuple[tuple[StaticConfig, int, MeshConfig], ...]
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a trial: memory of its state and of a step's intermediates, and FLOPs of a step and of all steps."""
+    """Cost of a trial: memory of its state and of the intermediates of a step, and FLOPs per step and in total."""
 
     parameters: int
     state_bytes: int

@@ -90,7 +90,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class LogUniform:
-    """The distribution of real numbers from low to high whose logarithm is uniform."""
+    """Log-uniform distribution over [low, high]."""
 
     low: float
     high: float

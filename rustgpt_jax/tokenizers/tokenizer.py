@@ -122,7 +122,7 @@ class Tokenizer:
             return None
 
     def id_to_token(self, index: int) -> str | None:
-        """Return the token with an id, or None."""
+        """Return the token for an id, or None if there is none."""
         return self.backend.id_to_token(index)
 
 

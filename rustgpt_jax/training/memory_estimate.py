@@ -137,7 +137,7 @@ def check_training_memory(
 
 
 def training_needs(config: Config) -> dict[str, float]:
-    """Return the bytes that a training step needs for each purpose, on all devices together."""
+    """Return the bytes that a training step needs, by purpose, summed over all devices."""
     config, seq_len = _fill_vocab_size(config), config.data.seq_len or config.model.context_length
 
     def needs(config: Config) -> dict[str, float]:

@@ -53,7 +53,7 @@ def init_loss_stats() -> LossStats:
 def update_loss_stats(
     loss_stats: LossStats, loss: jax.Array, is_finite: jax.Array, is_first: jax.Array, is_last: jax.Array
 ) -> LossStats:
-    """Update the statistics with the loss of a step, which may be the first or the last of its stage."""
+    """Update the running loss statistics with the loss of one step, also at the boundaries of stages."""
     seen = jnp.where(is_first, 0, loss_stats.seen)
     above = loss - loss_stats.mean
     is_spike = is_finite & (seen >= MEMORY_STEPS) & (above > SPIKE_DEVIATIONS * jnp.sqrt(loss_stats.variance))

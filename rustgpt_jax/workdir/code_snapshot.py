@@ -171,7 +171,7 @@ def code_sources(parts: Iterable[str] = ()) -> list[Path]:
 
 
 def code_files(sources: Sequence[Path]) -> dict[str, Path]:
-    """Return the source files to copy by their names in the copy, in order."""
+    """Return a sorted mapping from the path in the snapshot to the source file."""
     return {name: file for name, file in _files_by_name(sources).items() if file is not None}
 
 
@@ -185,7 +185,7 @@ def _files_by_name(sources: Sequence[Path]) -> dict[str, Path | None]:
 
 
 def code_hash(files: Mapping[str, Path]) -> str:
-    """Return the hash of the names and contents of source files, which names their archive."""
+    """Return a hash of the names and contents of the source files, which names the archive."""
     return _digest((name, file.read_bytes()) for name, file in files.items())
 
 

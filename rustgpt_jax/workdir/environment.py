@@ -113,7 +113,7 @@ def filter_variables(values: Mapping[str, str]) -> dict[str, str]:
 
 
 def _filter_flags(text: str) -> str:
-    """Remove flags that are not recorded from a list of flags."""
+    """Drop the flags that are not recorded."""
     flags = [(flag, FLAG.fullmatch(flag)) for flag in text.split() if not flag.startswith(CPU_DEVICES_FLAG)]
     return " ".join(flag for flag, match in flags if match and not FILE_FLAG.search(match["name"]))
 

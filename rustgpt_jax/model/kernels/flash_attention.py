@@ -1,4 +1,4 @@
-"""Flash attention kernels from libraries, for GPUs and TPUs.
+"""Flash attention kernels of third-party libraries, for GPUs and TPUs.
 
 They take an explicit mask, and support neither vmap nor automatic partitioning.
 """

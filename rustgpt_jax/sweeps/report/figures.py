@@ -404,7 +404,7 @@ def plot_interactions(results: Results) -> ReportFigure | None:
 
 
 def _plot_cells(axes: Axes, shares: np.ndarray, texts: np.ndarray, colormap: Colormap, dark_from: float) -> None:
-    """Draw a cell per share from 0 to 1, with text in the page's color on dark cells."""
+    """Draw a heat map of shares in [0, 1]; labels on dark cells use the background color of the page."""
     axes.pcolormesh(shares, cmap=colormap, vmin=0, vmax=1, edgecolors=get_css_color("paper"), linewidth=3)
     axes.grid(False)
     axes.spines[:].set_visible(False)
