@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from rustgpt_jax.config.schema import FIELDS, flatten, get_path, replace_paths, to_dict
-from rustgpt_jax.config.validation import override, parse, parse_all, resolve, validate_value
+from rustgpt_jax.config.validation import override, parse, parse_all, resolve, unknown_key_message, validate_value
 from rustgpt_jax.errors import UserError
 
 VALID = to_dict(small_config())
@@ -315,3 +315,17 @@ def test_override_of_an_unknown_path_is_an_error(path: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
         override(tree, {path: 1})
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "suggestion"),
+    [
+        ("model.n_heads", "model.attention.n_heads"),
+        ("model.theta", "model.rope.theta"),
+        ("optimizr.name", "optimizer.name"),
+        ("optimizer.learning_rat", "optimizer.learning_rate"),
+        ("model.n_head", "model.attention.n_heads"),
+    ],
+)
+def test_unknown_field_suggests_the_field_of_that_name_or_a_similar_one(path: str, suggestion: str) -> None:
+    assert unknown_key_message(path).endswith(f"Did you mean config.{suggestion}?")

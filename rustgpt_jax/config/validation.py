@@ -313,11 +313,14 @@ def unknown_key_message(path: str, where: str = "config") -> str:
     group = [valid for valid in FIELDS if valid.startswith(path + ".")]
     if group:
         return f"{where}.{path} is a group of knobs, such as {where}.{group[0]}."
-    by_leaf: dict[str, str] = {}
+    paths_by_name: dict[str, list[str]] = {}
     for valid in FIELDS:
-        by_leaf.setdefault(valid.rsplit(".", 1)[-1], valid)
-    near = difflib.get_close_matches(path, FIELDS, n=1, cutoff=0.7)
-    near = near or [by_leaf[leaf] for leaf in difflib.get_close_matches(path.rsplit(".", 1)[-1], by_leaf, n=1)]
+        paths_by_name.setdefault(valid.rsplit(".", 1)[-1], []).append(valid)
+    name = path.rsplit(".", 1)[-1]
+    # A field of this name in another group, rather than one with a similar path.
+    near = difflib.get_close_matches(path, paths_by_name.get(name, ()), n=1, cutoff=0.0)
+    near = near or difflib.get_close_matches(path, FIELDS, n=1, cutoff=0.7)
+    near = near or [paths_by_name[similar][0] for similar in difflib.get_close_matches(name, paths_by_name, n=1)]
     hint = f" Did you mean {where}.{near[0]}?" if near else " `launch.py explain` lists every knob."
     return f"{where}.{path}: unknown field.{hint}"
 
