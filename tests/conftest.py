@@ -57,6 +57,21 @@ def small_config(**changes: Any) -> Config:
     return resolve(small_tree(**changes))
 
 
+def other_value(value: Any) -> Any:
+    """Return another value of the same type; it need not be valid."""
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value + 1
+        case str():
+            return value + "2"
+        case tuple():
+            return (*value, "another")
+        case _:
+            return 1
+
+
 def random_params(model: ModelConfig, seed: int = 0) -> Any:
     """Return parameters of which none is 0 or 1, so that each one matters, and activations are of order 1."""
     import jax

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import other_value, small_config
 
 from configs import base
 from rustgpt_jax.config import schema
@@ -58,21 +58,6 @@ SWITCHES = tuple(
         *("moe.load_balance_loss_weight", "moe.router_z_loss"),
     )
 ) + ("optimizer.clip_norm", "training.z_loss")
-
-
-def other(value: Any) -> Any:
-    """Return a different value of the same type, which need not be a valid one."""
-    match value:
-        case bool():
-            return not value
-        case int() | float():
-            return value + 1
-        case str():
-            return value + "x"
-        case tuple():
-            return value + ("x",)
-        case _:
-            return 7
 
 
 # base.py and the recipes.
@@ -145,7 +130,7 @@ def test_hash_depends_on_every_field_but_the_mesh(path: str) -> None:
     if path == "stages":
         changed = small_config(stages=TWO_STAGES)
     else:
-        changed = replace_paths(config, {path: other(get_path(config, path))})
+        changed = replace_paths(config, {path: other_value(get_path(config, path))})
         assert diff(config, changed) == {path: (get_path(config, path), get_path(changed, path))}
     assert list(diff(config, changed)) == [path]
     # The mesh says where a run is computed, and not what.
@@ -201,7 +186,7 @@ def test_combine_is_the_inverse_of_partition() -> None:
 def test_traced_fields_are_in_hparams_and_all_others_in_the_static_config(path: str) -> None:
     config = small_config(**dict.fromkeys(SWITCHES, 0.5))
     static, hparams = partition(config)
-    value = other(get_path(config, path))
+    value = other_value(get_path(config, path))
     changed_static, changed_hparams = partition(replace_paths(config, {path: value}))
     if path in NUMBERS:
         assert (changed_static, hash(changed_static)) == (static, hash(static))
@@ -216,7 +201,7 @@ def test_traced_fields_are_in_hparams_and_all_others_in_the_static_config(path: 
 @pytest.mark.parametrize("path", sorted(set(FIELDS) - set(IN_STATIC_CONFIG)))
 def test_other_fields_change_neither_static_config_nor_hparams(path: str) -> None:
     config = small_config()
-    assert partition(replace_paths(config, {path: other(get_path(config, path))})) == partition(config)
+    assert partition(replace_paths(config, {path: other_value(get_path(config, path))})) == partition(config)
 
 
 @pytest.mark.parametrize("path", NUMBERS)
