@@ -9,7 +9,7 @@ checks     values and gradients of every supported attention kernel, compared wi
 training   GPT-2 with 124M, 350M and 1.5B parameters, sequences of 1024 tokens, bfloat16 over float32 parameters, AdamW
 torch      the same in PyTorch (`gpt2_torch.py`)
 decoding   batches of 1, 8 and 64, with parameters in bfloat16, greedy, 128 tokens after a prompt of 128
-sweep      16 small trials (configs/shakespeare_char.py) in one program, and one after another
+sweep      16 small trials (configs/shakespeare_char.py) in one program, and run sequentially
 
 The best batch size of each framework is searched for (see `best_batch.py`; every measurement runs in its own process),
 and variants are measured at that batch size. Then the best settings of both frameworks are measured alternately,
@@ -290,7 +290,7 @@ class Bench:
             self.keep("decoding", [row | found] if found else [])
 
     def sweep(self) -> None:
-        """Measure small trials in one program, and one after another."""
+        """Measure small trials in one program, and run sequentially."""
         extent = self.extent
         wanted = {"trials": extent.trials, "knobs": extent.trial_knobs, "repeats": extent.repeats}
         found = self.attempt(f"{extent.trials} trials", partial(self.ask, "gpt2_jax", "sweep", **wanted))

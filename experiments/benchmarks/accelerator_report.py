@@ -1,11 +1,9 @@
-"""What do the measurements of `accelerator.py` show, and are its goals met?
+"""Report of the measurements of `accelerator.py`: tables, and which goals are met.
 
 python -m experiments.benchmarks.accelerator_report runs/accelerator/results.json
 
 Prints the tables of a results.json, which holds raw measurements: seconds, bytes, and the costs of models. All shares
 and ratios are computed here. Repeated measurements are merged; the best of a framework has the most tokens per second.
-
-FINDING: none; see `accelerator.py`.
 """
 
 import json
@@ -15,12 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from configs import gpt2_124m
 from rustgpt_jax.sharding.hardware_specs import CHIPS, Chip
 from rustgpt_jax.tracking.console import format_bytes, format_count
 
@@ -32,11 +28,6 @@ TRAINING_GOAL, TRAINING_GOAL_SIZES = 0.5, ("350m", "1.5b")
 TORCH_GOAL = 1.0
 DECODING_GOAL = 0.6
 SWEEP_GOAL = 6.0
-
-
-def get_config() -> ConfigDict:
-    """Return the config of the smallest model."""
-    return gpt2_124m.get_config()
 
 
 # Rates, shares and ratios.

@@ -1,10 +1,8 @@
-"""How long do the compiled training steps of a run take, alone in a process, with data in memory?
+"""Time of the compiled training steps of a run alone, with data in memory.
 
 python -m experiments.benchmarks.bare_steps CONFIG.py
 
 Prints the seconds of all steps of the run, the minimum of three repeats. Nothing is written.
-
-FINDING: none; see `sweep_throughput.py`.
 """
 
 import json
@@ -16,9 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from configs import tiny
 from rustgpt_jax.config.schema import StaticConfig
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.process_setup import enable_compilation_cache, keep_freed_memory
@@ -29,11 +25,6 @@ from rustgpt_jax.training.train_step import StepArgs, compiled_train_steps
 from rustgpt_jax.training.trainer import Trainer
 
 REPEATS = 3
-
-
-def get_config() -> ConfigDict:
-    """Return the config of a short run."""
-    return tiny.get_config()
 
 
 def bare_steps(file: Path) -> tuple[Callable[[], float], int]:

@@ -1,12 +1,10 @@
-"""At which batch size does a GPT-2 train fastest on this accelerator, here or in PyTorch?
+"""Search for the batch size at which a GPT-2 trains fastest on this accelerator, here or in PyTorch.
 
 python -m experiments.benchmarks.best_batch 350m rustgpt_jax
 
 Every measurement runs in its own process, so that memory is measured separately and a failure does not affect others.
 The batch size is doubled until it no longer fits or the throughput rises by less than 2%. If memory is exhausted, the
 search continues with fewer saved residuals; if not even the first batch size fits then, it continues with smaller ones.
-
-FINDING: none; see `accelerator.py`.
 """
 
 import json
@@ -68,11 +66,6 @@ class Best(NamedTuple):
     rate: float
     batch: int
     knobs: Knobs
-
-
-def get_config() -> ConfigDict:
-    """Return the config of the smallest model."""
-    return tree_of("124m")
 
 
 def as_given(words: list[str]) -> str:

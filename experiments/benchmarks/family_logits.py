@@ -1,4 +1,4 @@
-"""How much do the logits of each model family differ from those of `transformers`, with the same weights?
+"""How closely do the logits of each model family match those of `transformers`, with the same weights?
 
 python -m experiments.benchmarks.family_logits
 

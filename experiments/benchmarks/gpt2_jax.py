@@ -1,4 +1,4 @@
-"""How fast does one process of this framework train, decode or sweep a GPT-2, and do its attention kernels agree?
+"""Benchmark tasks of one JAX process: training, decoding, sweeping and kernel checks of a GPT-2.
 
 python -m experiments.benchmarks.gpt2_jax '{"what": "training", "size": "124m", "batch": 16}'
 
@@ -6,8 +6,6 @@ Prints one measurement as JSON; `accelerator.py` runs many and collects them. Th
 arguments of its function. A training step is the framework's own, compiled as `train` compiles it, with several steps
 per call; decoding is what `generate` does. Calls are timed after two warm-up calls: the first compiles, and the second
 has its arguments on the device.
-
-FINDING: none; see `accelerator.py`.
 """
 
 import time
@@ -18,10 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from configs import shakespeare_char
-from experiments.benchmarks.best_batch import config_of, printed, tree_of
+from experiments.benchmarks.best_batch import config_of, printed
 from rustgpt_jax.config.schema import Config, ModelConfig, partition, replace_paths
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.data.pipeline import Batch
@@ -45,11 +42,6 @@ from rustgpt_jax.training.train_step import (
 from rustgpt_jax.workdir.environment import collect_environment
 
 WARM_UP = 2
-
-
-def get_config() -> ConfigDict:
-    """Return the config of the smallest GPT-2."""
-    return tree_of("124m")
 
 
 def machine(sizes: list[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How fast does PyTorch train the same GPT-2?
+"""PyTorch implementation of the same GPT-2, and its training benchmark.
 
 python -m experiments.benchmarks.gpt2_torch '{"what": "training", "size": "124m", "batch": 16, "device": "cuda"}'
 
@@ -8,28 +8,19 @@ float32 weights, a bfloat16 residual stream, fused AdamW. It has the same parame
 logits and training losses (tests/test_accelerator.py). Knobs: remat=full recomputes each block in the backward pass;
 attention=cudnn selects that kernel instead of PyTorch's default. In its favor, logits stay bfloat16 up to the loss, the
 learning rate is constant, and updates are not checked for finiteness.
-
-FINDING: none; see `accelerator.py`.
 """
 
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ml_collections import ConfigDict
-
-from experiments.benchmarks.best_batch import config_of, printed, tree_of
+from experiments.benchmarks.best_batch import config_of, printed
 from rustgpt_jax.config.schema import Config, ModelConfig
 
 if TYPE_CHECKING:
     import torch
 
 WARM_UP = 2
-
-
-def get_config() -> ConfigDict:
-    """Return the config of the smallest GPT-2."""
-    return tree_of("124m")
 
 
 def gpt2(model: ModelConfig) -> "torch.nn.ModuleDict":

@@ -11,4 +11,4 @@ The functions for an experiment's `sweep()` are importable from here:
     product(sobol(16, space), seeds(2))                             # 32 trials, spread evenly over the space
 """
 
-from rustgpt_jax.sweeps.search_space import *  # noqa: F403
+from rustgpt_jax.sweeps.search_space import *  # noqa: F403 (re-exports its __all__)

@@ -1,8 +1,6 @@
-"""What do all parts of the benchmark share: the extent of measurements, the machine, and messages?
+"""Shared state of the benchmark: what to measure, on which machine, and progress messages.
 
 python experiments/benchmarks/run.py
-
-FINDING: none; see `run.py`.
 """
 
 import os
@@ -20,7 +18,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from experiments.benchmarks.accelerator_report import spread
-from experiments.benchmarks.best_batch import as_given, tree_of
+from experiments.benchmarks.best_batch import as_given
 from experiments.benchmarks.performance.models import DECODED, SMOKE, Decoded
 from experiments.benchmarks.performance.turns import Reading, take_turns
 from experiments.benchmarks.performance.workers import Request, describe_task, start_workers
@@ -208,8 +206,3 @@ def machine() -> Row:
         "cores": len(os.sched_getaffinity(0)),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
-
-
-def get_config() -> ConfigDict:
-    """Return the config of the smallest model."""
-    return tree_of("124m")

@@ -1,4 +1,4 @@
-"""How fast is decoding, compared with transformers and llama.cpp with the same weights?
+"""Decoding benchmark against transformers and llama.cpp with the same weights.
 
 python experiments/benchmarks/run.py decoding
 
@@ -6,22 +6,12 @@ GPT-2 124M with random weights, exported for both peers: a prompt of 128 tokens,
 Contenders of a race have the same dtype and batch size and take turns, each in its own process. The dtype is that of
 the weights; int8 has one scale per group of numbers, and is not supported by transformers. Then 1,000 of our steps are
 timed individually.
-
-FINDING: none; see `run.py`.
 """
 
 import shutil
 
-from ml_collections import ConfigDict
-
-from experiments.benchmarks.best_batch import tree_of
 from experiments.benchmarks.performance.bench import Bench, Row, about
 from experiments.benchmarks.performance.workers import Request
-
-
-def get_config() -> ConfigDict:
-    """Return the config of the model."""
-    return tree_of("124m")
 
 
 def measure(bench: Bench) -> Row:

@@ -1,21 +1,17 @@
-"""Which speed goals are reached on two cores?
+"""Speed goals on two cores, and whether the measurements reach them.
 
 python experiments/benchmarks/run.py training decoding startup --text=tinyshakespeare.txt
 
 Ratios are computed in each round of a race, and their median is reported. "The best" of a framework is its contender
 with the smallest median time in that race.
-
-FINDING: none; docs/performance.md has the goals and the measurements.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from experiments.benchmarks.accelerator_report import percent, spread, times
-from experiments.benchmarks.best_batch import tree_of
 from experiments.benchmarks.performance.turns import times_as_fast
 
 Row = dict[str, Any]
@@ -58,11 +54,6 @@ class Goal(NamedTuple):
             return "not measured"
         reached = self.measured >= self.wanted if self.at_least else self.measured <= self.wanted
         return "reached" if reached else "missed"
-
-
-def get_config() -> ConfigDict:
-    """Return the config of the smallest model."""
-    return tree_of("124m")
 
 
 def best(race: Row, beginning: str, what: str) -> str | None:

@@ -1,12 +1,10 @@
-"""How fast does one process of llama.cpp decode with our exported weights, turn by turn?
+"""Benchmark worker that decodes our exported weights with llama.cpp.
 
 python -m experiments.benchmarks.performance.llama_cpp_peer \
     '{"what": "decoding", "folder": "weights", "batch": 1, "dtype": "int8", "prompt": 9, "new": 9}'
 
 A worker (see `workers.py`). It calls the C functions through llama-cpp-python: one `llama_decode` for the prompts of
 all rows, then one per token of all rows, greedily, with one thread per core.
-
-FINDING: none; see `run.py`.
 """
 
 import os
@@ -15,16 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from experiments.benchmarks.best_batch import tree_of
 from experiments.benchmarks.performance.turns import Reading
 from experiments.benchmarks.performance.workers import Prepared, serve
-
-
-def get_config() -> ConfigDict:
-    """Return the config of the smallest model."""
-    return tree_of("124m")
 
 
 class Context:

@@ -1,15 +1,11 @@
-"""Which models are measured, at which batch size, and in which variants?
+"""Model sizes, batch sizes and variants of the benchmark.
 
 python experiments/benchmarks/run.py
-
-FINDING: none; see `run.py`.
 """
 
 from typing import NamedTuple
 
-from ml_collections import ConfigDict
-
-from experiments.benchmarks.best_batch import Knobs, config_of, tree_of
+from experiments.benchmarks.best_batch import Knobs, config_of
 from rustgpt_jax.config.schema import Config
 
 
@@ -95,8 +91,3 @@ SMOKE = Decoded("smoke", prompt=16, new=16, steps=40)
 def decoding_config(size: str, weights: str, kernel: str) -> Config:
     """Return the config of a GPT-2 that decodes with weights in a dtype and with a matrix kernel."""
     return config_of(size, {"model.scan_layers": False, "sampling.matmul_impl": kernel} | WEIGHTS[weights])
-
-
-def get_config() -> ConfigDict:
-    """Return the config of the largest model."""
-    return tree_of("124m")

@@ -1,10 +1,8 @@
-"""How fast does one process of this framework train and decode, turn by turn, and what are the peaks of the machine?
+"""Benchmark worker for this framework: training, decoding, and peak FLOP/s and bandwidth.
 
 python -m experiments.benchmarks.performance.ours '{"what": "peaks", "size": 2048, "gigabytes": 1}'
 
 A worker (see `workers.py`) for one of TASKS.
-
-FINDING: none; see `run.py`.
 """
 
 import gc
@@ -19,10 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from experiments.benchmarks.bare_steps import bare_steps
-from experiments.benchmarks.best_batch import Knobs, tree_of
+from experiments.benchmarks.best_batch import Knobs
 from experiments.benchmarks.gpt2_jax import trainer
 from experiments.benchmarks.performance.models import SHAPES, decoding_config, training_config
 from experiments.benchmarks.performance.turns import Reading
@@ -42,11 +39,6 @@ from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 
 # The event that JAX records for each program that it compiles or finds in the compilation cache.
 COMPILED = "/jax/core/compile/backend_compile_duration"
-
-
-def get_config() -> ConfigDict:
-    """Return the config of the smallest model."""
-    return tree_of("124m")
 
 
 # Peaks of the machine.

@@ -1,11 +1,9 @@
-"""What do the tables of the benchmark and docs/performance.md show?
+"""Renders the benchmark tables and updates docs/performance.md.
 
 python -m experiments.benchmarks.performance.page
 
 Updates the page from docs/performance.json. Its text does not change; the tables of the part NAME between
 `<!-- begin: NAME -->` and `<!-- end: NAME -->` are replaced if that part was measured.
-
-FINDING: none; see `run.py`.
 """
 
 import json
@@ -15,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from experiments.benchmarks.accelerator_report import (
     UNKNOWN,
@@ -27,7 +24,7 @@ from experiments.benchmarks.accelerator_report import (
     spread,
     times,
 )
-from experiments.benchmarks.best_batch import ROOT, tree_of
+from experiments.benchmarks.best_batch import ROOT
 from experiments.benchmarks.performance.goals import LLAMA_CPP, OURS, TORCH, TRANSFORMERS, goals, megabytes, ratio
 from experiments.benchmarks.performance.models import SHAPES
 from rustgpt_jax.errors import UserError
@@ -36,11 +33,6 @@ from rustgpt_jax.tracking.console import format_bytes, format_count
 Row = dict[str, Any]
 PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "docs" / "performance.json"
 PARTS = ("training", "decoding", "startup", "sweeps")
-
-
-def get_config() -> ConfigDict:
-    """Return the config of the smallest model."""
-    return tree_of("124m")
 
 
 def draw(results: Row, page: Path = PAGE) -> None:

@@ -1,4 +1,4 @@
-"""How long does a run take until its first step, and how long does RustGPT's whole training job take?
+"""Startup benchmark: time to the first training step, and RustGPT's whole training job.
 
 python experiments/benchmarks/run.py startup --text=tinyshakespeare.txt
 
@@ -10,8 +10,6 @@ facts for 100 epochs and on 53 dialogues for 100 more, one text per update: 7,80
 measured with its program built by rustc 1.95 on 2 vCPUs of an AMD EPYC (Zen 4); its program is not run here. Ours has
 the same sizes (plus an output projection of attention) and number of updates, each on a sequence of 32 tokens, which
 fits any of RustGPT's texts.
-
-FINDING: none; see `run.py`.
 """
 
 import os
@@ -25,7 +23,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from configs import rustgpt
-from experiments.benchmarks.best_batch import ROOT, Failure, tree_of
+from experiments.benchmarks.best_batch import ROOT, Failure
 from experiments.benchmarks.performance.bench import Bench, Row, about
 from experiments.benchmarks.performance.workers import Request
 from experiments.benchmarks.sweep_throughput import write_config
@@ -35,11 +33,6 @@ LOOK_SECONDS = 0.003
 START_STEPS = 40
 # The time of RustGPT's program, measured once.
 RUSTGPT_SECONDS = 20.0
-
-
-def get_config() -> ConfigDict:
-    """Return the config of the smallest model."""
-    return tree_of("124m")
 
 
 def job(steps: tuple[int, int]) -> ConfigDict:

@@ -1,27 +1,17 @@
-"""How fast does one process of PyTorch train the same models, turn by turn?
+"""Benchmark worker that trains the same models with PyTorch.
 
 python -m experiments.benchmarks.performance.torch_peer '{"what": "peaks", "size": 2048}'
 
 A worker (see `workers.py`). The model is defined in `gpt2_torch.py`, with the same parameters and logits as ours; it is
 run eagerly or with torch.compile, and trained with fused AdamW.
-
-FINDING: none; see `run.py`.
 """
 
 import time
 
-from ml_collections import ConfigDict
-
-from experiments.benchmarks.best_batch import tree_of
 from experiments.benchmarks.gpt2_torch import trainer
 from experiments.benchmarks.performance.models import training_config
 from experiments.benchmarks.performance.turns import Reading
 from experiments.benchmarks.performance.workers import Prepared, serve
-
-
-def get_config() -> ConfigDict:
-    """Return the config of the smallest model."""
-    return tree_of("124m")
 
 
 def peaks(size: int) -> Prepared:

@@ -1,4 +1,4 @@
-"""How fast is a training step, compared with the same model in PyTorch, and what overhead does a whole run add?
+"""Training benchmark: steps against PyTorch, and the overhead of a whole run.
 
 python experiments/benchmarks/run.py training --text=tinyshakespeare.txt
 
@@ -7,8 +7,6 @@ the allocator settings that are fastest for it. There are two races: all contend
 only the operands of products; and all that compute in bfloat16, with the fastest that rounds operands. Then a whole run
 of configs/shakespeare_char.py, with data, metrics, evaluations and checkpoints, is compared with its bare compiled
 steps.
-
-FINDING: none; see `run.py`.
 """
 
 import shutil
@@ -18,7 +16,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from experiments.benchmarks.best_batch import ROOT, Failure, tree_of
+from experiments.benchmarks.best_batch import ROOT, Failure
 from experiments.benchmarks.performance.bench import Bench, Row, about, columns_of, format_median
 from experiments.benchmarks.performance.models import TRAINING
 from experiments.benchmarks.performance.turns import Reading, take_turns
@@ -30,11 +28,6 @@ from rustgpt_jax.tracking.metric_writer import read_metrics
 RACES = {"float32": ("float32", "bfloat16 factors"), "bfloat16": ("bfloat16 factors", "bfloat16")}
 # Warm-up steps of a run: the first calls compile and take one step each.
 FIRST_STEPS = 60
-
-
-def get_config() -> ConfigDict:
-    """Return the config of the smallest model."""
-    return tree_of("124m")
 
 
 def measure(bench: Bench, shapes: list[str], earlier: Row) -> Row:

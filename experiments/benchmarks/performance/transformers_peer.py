@@ -1,26 +1,16 @@
-"""How fast does one process of transformers decode with our exported weights, turn by turn?
+"""Benchmark worker that decodes our exported weights with transformers.
 
 python -m experiments.benchmarks.performance.transformers_peer \
     '{"what": "decoding", "folder": "weights", "batch": 1, "dtype": "float32", "prompt": 9, "new": 9}'
 
 A worker (see `workers.py`): unmodified greedy `generate` with its KV cache.
-
-FINDING: none; see `run.py`.
 """
 
 import time
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
-from experiments.benchmarks.best_batch import tree_of
 from experiments.benchmarks.performance.turns import Reading
 from experiments.benchmarks.performance.workers import Prepared, serve
-
-
-def get_config() -> ConfigDict:
-    """Return the config of the smallest model."""
-    return tree_of("124m")
 
 
 def decoding(folder: str, batch: int, dtype: str, prompt: int, new: int) -> Prepared:

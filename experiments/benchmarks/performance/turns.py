@@ -1,12 +1,10 @@
-"""Which of several contenders is faster on a machine whose speed varies?
+"""Interleaved timing, which compares contenders fairly on a machine whose speed varies.
 
 python experiments/benchmarks/run.py
 
 The contenders take turns, in a different order in each round, so that slow periods affect all of them alike. A time is
 the median over rounds, with the interquartile range as a fraction of it; a ratio is computed in each round and
 summarized in the same way, so that the slowdown of a whole round cancels out.
-
-FINDING: none; see `run.py`.
 """
 
 import time
@@ -14,10 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from experiments.benchmarks.accelerator_report import spread
-from experiments.benchmarks.best_batch import Failure, tree_of
+from experiments.benchmarks.best_batch import Failure
 
 # The measurements of a turn by name, mostly seconds.
 Reading = dict[str, float]
@@ -30,11 +27,6 @@ class Summary(NamedTuple):
 
     median: float
     spread: float
-
-
-def get_config() -> ConfigDict:
-    """Return the config of the smallest model."""
-    return tree_of("124m")
 
 
 def take_turns(

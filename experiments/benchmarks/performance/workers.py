@@ -1,12 +1,10 @@
-"""How are several frameworks measured in turns, each in its own process?
+"""Worker processes of the benchmark, each measuring one framework.
 
 python -m experiments.benchmarks.performance.ours '{"what": "peaks", "size": 2048, "gigabytes": 1}'
 
 A worker is a process that prepares the task named by its argument, reports that it is ready, and then runs one turn per
 line of standard input and reports the measurement. Only one works at a time; the others wait for input. Our workers use
 the framework's allocator settings; peers start with the settings that are fastest for them (`MALLOC`).
-
-FINDING: none; see `run.py`.
 """
 
 import json
@@ -21,9 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
-from experiments.benchmarks.best_batch import ROOT, Failure, tree_of
+from experiments.benchmarks.best_batch import ROOT, Failure
 from experiments.benchmarks.performance.turns import Reading
 
 PACKAGE = "experiments.benchmarks.performance"
@@ -173,8 +169,3 @@ def serve(tasks: Mapping[str, Callable[..., Prepared]]) -> None:
 def description_only(about: dict[str, Any]) -> Prepared:
     """Return a task that has a description but no turns."""
     return about, dict
-
-
-def get_config() -> ConfigDict:
-    """Return the config of the smallest model."""
-    return tree_of("124m")
