@@ -15,20 +15,19 @@ PACKAGE = "rustgpt_jax"
 
 # From the bottom up: a package imports only from the packages before it.
 LAYERS = (
-    *("jax_internals", "errors", "atomic_io", "cache_dir", "process_setup", "registry", "pytrees", "fingerprints"),
+    *("jax_internals", "errors", "atomic_io", "cache_dir", "process_setup", "registry", "pytrees"),
     *("config", "tokenizers", "data", "model", "sharding", "distributed", "workdir", "tracking", "inference"),
     *("evaluation", "training", "interop", "planning", "sweeps", "reproduce", "conformance", "cli", "launch"),
 )
 WITHOUT_JAX = ("errors", "atomic_io", "cache_dir", "registry", "config", "tokenizers", "data")
 VAGUE_NAMES = ("util", "utils", "common", "helpers", "misc")
 # The package stays small: raise these only for a new capability.
-MAX_FILES = 150
-MAX_FILES_LOADED_BY_THE_LOOP = 55
+MAX_FILES = 144
+MAX_FILES_LOADED_BY_THE_LOOP = 53
 # File names that two packages share, because each holds its package's part of the same thing.
 SHARED_FILE_NAMES = {
     "__init__.py": "packages",
     "attention.py": "the mixer in model/mixers, the kernels' entry point in model/kernels",
-    "sweep.py": "the sweep in sweeps, its verb in cli",
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

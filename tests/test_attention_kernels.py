@@ -43,7 +43,7 @@ from rustgpt_jax.model.kernels.attention import (
 from rustgpt_jax.model.kernels.flash_attention import cudnn
 from rustgpt_jax.model.kernels.verify import check_kernels, select_kernels
 from rustgpt_jax.planning import hlo
-from rustgpt_jax.planning.aot_compile import count_matmul_flops
+from rustgpt_jax.planning.estimate import count_matmul_flops
 from rustgpt_jax.sharding.sharding_plan import make_mesh
 from rustgpt_jax.training.config_checks import validate_components
 

@@ -361,7 +361,7 @@ WAIT = {"Python": "while True: pass", "native code": "hashlib.pbkdf2_hmac('sha25
 def test_second_interrupt_ends_the_process(where: str) -> None:
     code = f"""
 import hashlib
-from rustgpt_jax.training.preemption import StopRequest
+from rustgpt_jax.process_setup import StopRequest
 with StopRequest():
     print("waiting", flush=True)
     {WAIT[where]}

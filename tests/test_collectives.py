@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from rustgpt_jax.planning.aot_compile import count_matmul_flops, count_matmul_traffic, find_warnings
+from rustgpt_jax.planning.estimate import count_matmul_flops, count_matmul_traffic, find_warnings
 from rustgpt_jax.planning.hlo import (
     Collective,
     CollectiveTotal,
@@ -77,7 +77,7 @@ programs = {
                       at(), ((2, 64, 4), f32, at())),
     "half": text(lambda a: a.sum(), at(), ((8, 4), f32, at(("tensor", "data")))),
 }
-from rustgpt_jax.planning.aot_compile import capture_compiler_log
+from rustgpt_jax.planning.estimate import capture_compiler_log
 cube = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(AxisType.Auto,) * 3)
 with capture_compiler_log() as warnings:
     rows, others = NamedSharding(cube, P(("a", "b", "c"))), NamedSharding(cube, P("b", "a"))

@@ -16,9 +16,9 @@ from small_runs import train
 from rustgpt_jax.cli.evaluation_report import print_evaluation
 from rustgpt_jax.config.schema import ModelConfig, for_inference
 from rustgpt_jax.config.validation import resolve
-from rustgpt_jax.inference.decode_params import WeightLayout, select_weight_layout, to_decode_params
 from rustgpt_jax.inference.generate import decode_steps, generate, pad_stop_ids, start_generation
 from rustgpt_jax.inference.sampling import Greedy
+from rustgpt_jax.inference.text_generator import WeightLayout, select_weight_layout, to_decode_params
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block import linear_layers
 from rustgpt_jax.model.flops import total_bytes

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rustgpt_jax.fingerprints import fingerprint_tree
+from rustgpt_jax.pytrees import fingerprint_tree
 
 TYPES = [np.float32, ml_dtypes.bfloat16, np.float16, np.int32, np.uint32, np.int8, np.uint8]
 
@@ -65,7 +65,7 @@ def test_fingerprint_matches_its_definition() -> None:
 def test_fingerprint_does_not_depend_on_sharding() -> None:
     code = """
 import jax, numpy as np
-from rustgpt_jax.fingerprints import fingerprint_tree
+from rustgpt_jax.pytrees import fingerprint_tree
 mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 values = np.random.default_rng(2).normal(size=(8, 6)).astype(np.float32)
 placed = [jax.device_put(values, jax.NamedSharding(mesh, spec)) for spec in (jax.P(), jax.P("data"))]

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from rustgpt_jax.config.schema import ModelConfig, partition
 from rustgpt_jax.data.pipeline import Batch
-from rustgpt_jax.fingerprints import fingerprint_tree, format_fingerprint
 from rustgpt_jax.model import block as block_module
 from rustgpt_jax.model import intermediates, transformer
 from rustgpt_jax.model.block import Block, layer_groups
@@ -27,6 +26,7 @@ from rustgpt_jax.model.kernels import attention
 from rustgpt_jax.model.layers import NORMS
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.mlps import FEEDFORWARDS
+from rustgpt_jax.pytrees import fingerprint_tree, format_fingerprint
 from rustgpt_jax.reproduce.recorded_run import (
     ACTIVATION,
     ACTIVATION_GRADIENT,

@@ -27,6 +27,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.evaluation import loss
 from rustgpt_jax.interop.convert import export_run
 from rustgpt_jax.interop.gguf import export_gguf
+from rustgpt_jax.process_setup import StopRequest
 from rustgpt_jax.reproduce.recorded_run import RecordedRun
 from rustgpt_jax.reproduce.run_diff import diff_data
 from rustgpt_jax.tokenizers import save_tokenizer, train_tokenizer
@@ -34,7 +35,6 @@ from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training import hooks, loop, run_training
 from rustgpt_jax.training.checkpointing import Checkpoints, read_metadata
 from rustgpt_jax.training.load_model import load_model
-from rustgpt_jax.training.preemption import StopRequest
 from rustgpt_jax.training.train_step import State, compiled_init_state
 from rustgpt_jax.workdir.run_dir import RunDir, lock_run_dir
 

@@ -29,8 +29,8 @@ from rustgpt_jax.distributed import (
     local_device_ids,
 )
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.process_setup import STOPPED_BY_CLUSTER, STOPPED_BY_USER
 from rustgpt_jax.tracking.metric_writer import read_metrics
-from rustgpt_jax.training.preemption import STOPPED_BY_CLUSTER, STOPPED_BY_USER
 from rustgpt_jax.workdir.run_dir import lock_run_dir
 
 LAUNCH = str(Path(__file__).parent.parent / "launch.py")

@@ -15,9 +15,9 @@ import pytest
 from conftest import random_params, small_config
 
 from rustgpt_jax.config.schema import for_inference
-from rustgpt_jax.inference.decode_params import WeightLayout, select_weight_layout, to_decode_params
 from rustgpt_jax.inference.generate import generate
 from rustgpt_jax.inference.sampling import Greedy
+from rustgpt_jax.inference.text_generator import WeightLayout, select_weight_layout, to_decode_params
 from rustgpt_jax.model.kernels import matvec
 from rustgpt_jax.model.kernels.matvec import BuildError, build_library
 from rustgpt_jax.model.matmul import MAX_NATIVE_ROWS, to_row_major

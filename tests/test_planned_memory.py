@@ -16,7 +16,7 @@ import numpy as np
 from conftest import small_config
 from rustgpt_jax.config.schema import partition
 from rustgpt_jax.sharding.sharding_plan import (ShardingPlan)
-from rustgpt_jax.planning.aot_compile import compile_step
+from rustgpt_jax.planning.estimate import compile_step
 from rustgpt_jax.training.memory_estimate import batch_shapes, state_shapes
 from rustgpt_jax.training.train_step import compiled_init_state, train_step
 

@@ -18,10 +18,10 @@ from rich.console import Console
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, training_flops_per_token
-from rustgpt_jax.planning.aot_compile import compile_step
 from rustgpt_jax.planning.estimate import (
     Estimate,
     StepTime,
+    compile_step,
     compute_collective_time,
     compute_step_time,
     compute_utilization,

@@ -16,7 +16,7 @@ from small_runs import new_console, output_of, train
 
 from rustgpt_jax.config.schema import Stage
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.fingerprints import fingerprint_tree
+from rustgpt_jax.pytrees import fingerprint_tree
 from rustgpt_jax.reproduce import recorded_run, step_trace
 from rustgpt_jax.reproduce.diagnose import find_anomaly
 from rustgpt_jax.reproduce.recorded_run import RecordedRun, Rewind, StepTensor, describe_start

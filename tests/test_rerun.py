@@ -21,6 +21,7 @@ from hypothesis import strategies as some
 from small_runs import ROOT, copy_code, new_console, output_of, train, train_elsewhere
 
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.process_setup import SIGNALS
 from rustgpt_jax.reproduce import compare_metrics, step_trace
 from rustgpt_jax.reproduce import rerun as rerun_module
 from rustgpt_jax.reproduce.compare_metrics import (
@@ -31,7 +32,6 @@ from rustgpt_jax.reproduce.compare_metrics import (
     compare_samples,
 )
 from rustgpt_jax.reproduce.snapshot_runner import FinishedProcess, SnapshotCode
-from rustgpt_jax.training.preemption import SIGNALS
 from rustgpt_jax.workdir.environment import collect_environment
 from rustgpt_jax.workdir.event_log import EventLog, load_launches
 from rustgpt_jax.workdir.run_dir import RunDir

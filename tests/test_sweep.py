@@ -26,6 +26,7 @@ from test_loop import assert_same_bits, metrics, stored_state
 from test_population import train_alone
 
 from rustgpt_jax.cli.evaluation_report import print_evaluation
+from rustgpt_jax.process_setup import STOPPED_BY_CLUSTER, STOPPED_BY_USER
 from rustgpt_jax.sweeps import product, seeds, values
 from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.local_launchers import MAX_DEATHS, Launch, run_in_subprocesses
@@ -38,7 +39,6 @@ from rustgpt_jax.sweeps.worker import Worker
 from rustgpt_jax.training import loop
 from rustgpt_jax.training.hooks import Evaluate
 from rustgpt_jax.training.load_model import load_model
-from rustgpt_jax.training.preemption import STOPPED_BY_CLUSTER, STOPPED_BY_USER
 from rustgpt_jax.workdir.run_dir import load_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

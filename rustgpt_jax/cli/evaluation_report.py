@@ -9,8 +9,7 @@ from rustgpt_jax.data.datasets import assign_splits, load_documents
 from rustgpt_jax.data.preprocess import StageData, find_changed_stages, prepare_stage
 from rustgpt_jax.evaluation.exact_match import count_exact_matches
 from rustgpt_jax.evaluation.loss import evaluate
-from rustgpt_jax.inference.decode_params import select_weight_layout
-from rustgpt_jax.inference.text_generator import TextGenerator
+from rustgpt_jax.inference.text_generator import TextGenerator, select_weight_layout
 from rustgpt_jax.sharding.hardware_specs import query_machine
 from rustgpt_jax.tracking.console import show_progress
 from rustgpt_jax.training.load_model import LoadedModel

@@ -19,7 +19,7 @@ from absl import logging
 from absl.flags import argparse_flags
 
 from rustgpt_jax.cache_dir import cache_limit
-from rustgpt_jax.cli import explain, models, reproduce, sweep, train
+from rustgpt_jax.cli import explain, models, reproduce, train
 from rustgpt_jax.cli.arguments import VerbParser, fail, read_config
 from rustgpt_jax.errors import UserError, is_out_of_memory, suggest_names
 from rustgpt_jax.process_setup import keep_freed_memory
@@ -49,10 +49,10 @@ class Verb(NamedTuple):
 
 VERBS = {
     "train": Verb(
-        train.add_arguments, train.run_train, "--config=configs/rustgpt.py --config.optimizer.learning_rate=3e-4"
+        train.add_train_arguments, train.run_train, "--config=configs/rustgpt.py --config.optimizer.learning_rate=3e-4"
     ),
-    "sweep": Verb(sweep.add_arguments, sweep.run_sweep, "--config=experiments/learning_rate.py --dry_run"),
-    "report": Verb(sweep.add_report_arguments, sweep.run_report, "runs/learning_rate", reads_overrides=False),
+    "sweep": Verb(train.add_sweep_arguments, train.run_sweep, "--config=experiments/learning_rate.py --dry_run"),
+    "report": Verb(train.add_report_arguments, train.run_report, "runs/learning_rate", reads_overrides=False),
     "explain": Verb(explain.add_explain_arguments, explain.run_explain, "--config=configs/rustgpt.py"),
     "plan": Verb(
         explain.add_plan_arguments, explain.run_plan, "--config=configs/llama3_8b.py --devices=64 --chip=h100"

@@ -19,9 +19,8 @@ from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.config.schema import SamplingConfig
 from rustgpt_jax.config.validation import parse, validate_value
 from rustgpt_jax.errors import UserError, suggest_names
-from rustgpt_jax.inference.decode_params import WeightLayout, select_weight_layout
 from rustgpt_jax.inference.sampling import SAMPLERS, is_greedy
-from rustgpt_jax.inference.text_generator import TextGenerator, stream_text
+from rustgpt_jax.inference.text_generator import TextGenerator, WeightLayout, select_weight_layout, stream_text
 from rustgpt_jax.model.flops import total_size
 from rustgpt_jax.tokenizers import Document, Message
 from rustgpt_jax.tracking.console import format_count, replace_control_characters

@@ -14,9 +14,8 @@ from rustgpt_jax.config.schema import FIELDS, Config, ModelConfig, diff, partiti
 from rustgpt_jax.data.preprocess import fill_vocab_size, load_or_train_tokenizer, resolve_epochs_of_text
 from rustgpt_jax.data.token_store import hash_tokenizer
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.fingerprints import fingerprint_tree
 from rustgpt_jax.model.block import layer_groups
-from rustgpt_jax.pytrees import flatten_paths
+from rustgpt_jax.pytrees import fingerprint_tree, flatten_paths
 from rustgpt_jax.tokenizers import IMPORTED, save_tokenizer
 from rustgpt_jax.tracking.console import format_count
 from rustgpt_jax.training.load_model import load_model

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rustgpt_jax.fingerprints import hash_elements
 from rustgpt_jax.model.matmul import to_float32
+from rustgpt_jax.pytrees import hash_elements
 
 # Length of the array of `tensor_stats`.
 N_STATS = 7

@@ -15,11 +15,10 @@ from rustgpt_jax.config.schema import MeshConfig, StaticConfig, combine
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.data.preprocess import StageData, find_changed_stages
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.fingerprints import format_fingerprint
 from rustgpt_jax.model import intermediates, transformer
 from rustgpt_jax.model.block import layer_groups
 from rustgpt_jax.model.hook_points import hook_points
-from rustgpt_jax.pytrees import flatten_paths
+from rustgpt_jax.pytrees import flatten_paths, format_fingerprint
 from rustgpt_jax.sharding.sharding_plan import axis_sizes, check_batch_shards, describe_mesh, plan_for_all_devices
 from rustgpt_jax.tracking.console import print_line, show_progress
 from rustgpt_jax.tracking.metric_writer import iter_metrics, read_columns

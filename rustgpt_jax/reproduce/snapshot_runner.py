@@ -14,8 +14,8 @@ from types import FrameType
 from typing import IO, NamedTuple
 
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.process_setup import SIGNALS
 from rustgpt_jax.sweeps.local_launchers import find_visible_gpus
-from rustgpt_jax.training.preemption import SIGNALS
 from rustgpt_jax.workdir.code_snapshot import list_differing_files, read_verified_code, write_code
 from rustgpt_jax.workdir.environment import environment_variables
 from rustgpt_jax.workdir.event_log import Launch, code_archive

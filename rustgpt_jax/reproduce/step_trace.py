@@ -20,8 +20,8 @@ from rich.console import Console
 
 from rustgpt_jax.atomic_io import write_atomically
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.fingerprints import fingerprint_tree
 from rustgpt_jax.process_setup import enable_compilation_cache
+from rustgpt_jax.pytrees import fingerprint_tree
 from rustgpt_jax.reproduce.recorded_run import ACTIVATION, ACTIVATION_GRADIENT, PARAMETER_GRADIENT, RecordedRun
 from rustgpt_jax.reproduce.snapshot_runner import load_snapshot_code
 from rustgpt_jax.tracking.console import PlainTextConsole

@@ -189,7 +189,7 @@ class Job:
 
     def __call__(self, chunk: Chunk) -> None:
         """Run a chunk. If the cluster reclaims the node, save and requeue the job."""
-        from rustgpt_jax.training.preemption import StopRequest
+        from rustgpt_jax.process_setup import StopRequest
 
         with StopRequest() as stop:
             import jax

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.process_setup import StopRequest
 from rustgpt_jax.registry import lookup
 from rustgpt_jax.sharding.hardware_specs import Machine, count_cores, detect_machine
 from rustgpt_jax.sharding.sharding_plan import min_devices
@@ -30,7 +31,6 @@ from rustgpt_jax.sweeps.sweep_dir import (
 )
 from rustgpt_jax.sweeps.trials import Trial, describe_overrides
 from rustgpt_jax.training.config_checks import validate_components
-from rustgpt_jax.training.preemption import StopRequest
 from rustgpt_jax.workdir.run_dir import create_run_dir as create_run
 
 # A launcher returns when all chunks have been processed, or after a stop request; outcomes are in the ledger.

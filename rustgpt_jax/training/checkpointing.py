@@ -22,8 +22,7 @@ from rustgpt_jax.atomic_io import NotWritableError, write_atomically
 from rustgpt_jax.config.schema import Config, Earlier, config_hash, to_dict
 from rustgpt_jax.distributed import all_agree, barrier, is_peer_lost, is_process_zero
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.fingerprints import fingerprint_tree
-from rustgpt_jax.pytrees import flatten_paths
+from rustgpt_jax.pytrees import fingerprint_tree, flatten_paths
 from rustgpt_jax.tracking.console import format_bytes
 from rustgpt_jax.training.train_step import State
 from rustgpt_jax.workdir.run_dir import describe_differences, is_step_name

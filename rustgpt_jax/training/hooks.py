@@ -13,8 +13,7 @@ import numpy as np
 from rustgpt_jax.config.schema import StaticConfig, partition
 from rustgpt_jax.data.preprocess import StageData
 from rustgpt_jax.evaluation.loss import evaluate
-from rustgpt_jax.inference.decode_params import select_weight_layout
-from rustgpt_jax.inference.text_generator import TextGenerator, generate_text
+from rustgpt_jax.inference.text_generator import TextGenerator, generate_text, select_weight_layout
 from rustgpt_jax.model.flops import training_flops_per_token
 from rustgpt_jax.model.transformer import Params
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan

@@ -21,6 +21,7 @@ from rustgpt_jax.distributed import EXIT_USER_ERROR, LaggedAllReduceMax, Watchdo
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes, total_size
 from rustgpt_jax.model.kernels.verify import check_kernels
+from rustgpt_jax.process_setup import StopRequest
 from rustgpt_jax.sharding.hardware_specs import query_machine
 from rustgpt_jax.sharding.sharding_plan import check_host_offload, describe_mesh, plan_for_all_devices
 from rustgpt_jax.tokenizers import Tokenizer
@@ -29,7 +30,6 @@ from rustgpt_jax.tracking.plots import draw_loss_curves
 from rustgpt_jax.training.config_checks import resolve_change, validate_components
 from rustgpt_jax.training.loop import SingleRunExecutor, run_training_loop
 from rustgpt_jax.training.memory_estimate import check_training_memory
-from rustgpt_jax.training.preemption import StopRequest
 from rustgpt_jax.training.run_inputs import prepare_inputs, prepare_tokenizer
 from rustgpt_jax.training.trainer import Trainer
 from rustgpt_jax.workdir.code_snapshot import record_code

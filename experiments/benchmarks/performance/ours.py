@@ -26,14 +26,14 @@ from experiments.benchmarks.performance.turns import Reading
 from experiments.benchmarks.performance.workers import Prepared, description_only, serve
 from rustgpt_jax.config.schema import ModelConfig, for_inference
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.inference.decode_params import select_weight_layout, to_decode_params
 from rustgpt_jax.inference.generate import DecodeState, decode_steps, pad_stop_ids, start_generation
 from rustgpt_jax.inference.sampling import Greedy
+from rustgpt_jax.inference.text_generator import select_weight_layout, to_decode_params
 from rustgpt_jax.interop.gguf import write_gguf
 from rustgpt_jax.interop.hf_checkpoint import export_model
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size, training_flops_per_token
-from rustgpt_jax.planning.aot_compile import compile_step
+from rustgpt_jax.planning.estimate import compile_step
 from rustgpt_jax.process_setup import enable_compilation_cache, keep_freed_memory
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 

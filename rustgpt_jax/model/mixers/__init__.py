@@ -17,9 +17,8 @@ import jax.numpy as jnp
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.interfaces import BlockInputs, CachedMixer, module_class
 from rustgpt_jax.model.kv_cache import KVCache, last_position
-from rustgpt_jax.model.mixers.attention import Attention, LocalAttention
+from rustgpt_jax.model.mixers.attention import Attention, LatentAttention, LocalAttention
 from rustgpt_jax.model.mixers.deltanet import GatedDeltaNet
-from rustgpt_jax.model.mixers.mla import LatentAttention
 from rustgpt_jax.model.mixers.rg_lru import RecurrentGatedLRU
 from rustgpt_jax.registry import lookup
 
