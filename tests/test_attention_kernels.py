@@ -19,8 +19,8 @@ from rustgpt_jax.config.schema import ModelConfig, is_enabled, replace_paths
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import intermediates, transformer
 from rustgpt_jax.model.flops import inner_programs
-from rustgpt_jax.model.hook_points import grad_slots, hook_points
 from rustgpt_jax.model.interfaces import BlockInputs
+from rustgpt_jax.model.intermediates import grad_slots
 from rustgpt_jax.model.kernels import (
     ANY_DEVICE,
     AttentionInputs,
@@ -346,29 +346,29 @@ USUAL = AttentionSpec(
     [
         ({}, "cudnn"),
         ({"device": A100}, "cudnn"),
-        ({"device": A100, "head_width": 256, "value_width": 256}, "plain"),
+        ({"device": A100, "head_width": 256, "value_width": 256}, "reference"),
         ({"head_width": 256, "value_width": 256}, "cudnn"),
-        ({"head_width": 264, "value_width": 264}, "plain"),
-        ({"head_width": 60, "value_width": 60}, "plain"),
-        ({"head_width": 96}, "plain"),
-        ({"device": V100}, "plain"),
-        ({"device": Device("rocm")}, "plain"),
-        ({"dtype": "float32"}, "plain"),
+        ({"head_width": 264, "value_width": 264}, "reference"),
+        ({"head_width": 60, "value_width": 60}, "reference"),
+        ({"head_width": 96}, "reference"),
+        ({"device": V100}, "reference"),
+        ({"device": Device("rocm")}, "reference"),
+        ({"dtype": "float32"}, "reference"),
         ({"dtype": "float32", "length": LONG}, "blockwise"),
         ({"softcap": True, "length": LONG}, "blockwise"),
-        ({"bias": True, "length": LONG - 1}, "plain"),
-        ({"sinks": True}, "plain"),
-        ({"length": 1023}, "plain"),
+        ({"bias": True, "length": LONG - 1}, "reference"),
+        ({"sinks": True}, "reference"),
+        ({"length": 1023}, "reference"),
         ({"length": LONG + 1}, "blockwise"),
-        ({"dropout": True, "length": LONG}, "plain"),
-        ({"cached": True, "length": LONG}, "plain"),
-        ({"device": CPU, "length": SHORT - 1}, "plain"),
+        ({"dropout": True, "length": LONG}, "reference"),
+        ({"cached": True, "length": LONG}, "reference"),
+        ({"device": CPU, "length": SHORT - 1}, "reference"),
         ({"device": CPU, "length": SHORT}, "triangular"),
         ({"device": CPU, "length": LONG - 1}, "triangular"),
-        ({"device": CPU, "dropout": True}, "plain"),
+        ({"device": CPU, "dropout": True}, "reference"),
         ({"device": CPU, "length": LONG}, "blockwise"),
         ({"device": TPU}, "tokamax"),
-        ({"device": TPU, "length": 1000}, "plain"),
+        ({"device": TPU, "length": 1000}, "reference"),
         ({"device": TPU, "length": LONG, "dtype": "float32"}, "blockwise"),
     ],
 )
@@ -382,7 +382,7 @@ def test_kernel_selection(changes: dict[str, Any], kernel: str, monkeypatch: pyt
     # A named kernel is used or rejected, except for cached keys.
     for name, each in KERNELS.items():
         if request.cached:
-            assert select_kernel(name, request).kernel == "plain"
+            assert select_kernel(name, request).kernel == "reference"
         elif each.unsupported_reason(request) is None:
             assert select_kernel(name, request) == KernelChoice(name, "the config names it")
         else:
@@ -449,8 +449,8 @@ def model_config(**changes: Any) -> ModelConfig:
     return small_config(**{f"model.{name}": value for name, value in changes.items()}).model
 
 
-def test_short_rows_on_cpu_use_the_plain_program() -> None:
-    auto, named = model_config(**{"attention.kernel": "auto"}), model_config(**{"attention.kernel": "plain"})
+def test_short_rows_on_cpu_use_the_reference_kernel() -> None:
+    auto, named = model_config(**{"attention.kernel": "auto"}), model_config(**{"attention.kernel": "reference"})
     params = jax.eval_shape(lambda: transformer.init(jax.random.key(0), auto))
     texts = {
         jax.jit(partial(transformer.apply, model=model)).lower(params, tokens()).as_text() for model in (auto, named)
@@ -476,12 +476,12 @@ def test_model_logits_do_not_depend_on_the_kernel(changes: dict[str, Any]) -> No
         return transformer.apply(params, tokens_BT, model, segments_BT=jnp.asarray(segments_BT))[0]
 
     expected, got = (
-        logits(params, replace_paths(model, {"attention.kernel": name})) for name in ("plain", "blockwise")
+        logits(params, replace_paths(model, {"attention.kernel": name})) for name in ("reference", "blockwise")
     )
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
-def test_cached_keys_are_read_by_plain() -> None:
+def test_cached_keys_are_read_by_the_reference_kernel() -> None:
     model = model_config(mixers=("attention", "latent_attention"), **{"attention.kernel": "blockwise"})
     params = random_params(model)
     cache = transformer.init_cache(model, 2, 30)
@@ -490,22 +490,22 @@ def test_cached_keys_are_read_by_plain() -> None:
         named = replace_paths(model, {"attention.kernel": kernel})
         return jax.jit(partial(transformer.apply, model=named)).lower(params, tokens(), cache=cache).as_text()
 
-    assert program("blockwise") == program("plain")
+    assert program("blockwise") == program("reference")
 
 
-def test_scores_are_a_hook_point_of_plain_only() -> None:
+def test_scores_are_a_hook_point_of_the_reference_kernel_only() -> None:
     def found(kernel: str) -> dict[str, tuple[int, ...]]:
-        every = hook_points(model_config(**{"attention.kernel": kernel}), 2, 24)
-        return {site.name: site.shape for site in every}
+        every = transformer.hook_points(model_config(**{"attention.kernel": kernel}), 2, 24)
+        return {point.name: point.shape for point in every}
 
-    plain_sites, blockwise_sites = found("plain"), found("blockwise")
-    scores = {name for name in plain_sites if name.endswith("mixer/scores")}
+    reference_sites, blockwise_sites = found("reference"), found("blockwise")
+    scores = {name for name in reference_sites if name.endswith("mixer/scores")}
     assert len(scores) == 2 and blockwise_sites == {
-        name: plain_sites[name] for name in plain_sites if name not in scores
+        name: reference_sites[name] for name in reference_sites if name not in scores
     }
     model = model_config(**{"attention.kernel": "blockwise"})
     inputs = BlockInputs(jnp.zeros((2, 24), jnp.int32), jnp.ones((2, 24), jnp.int32))
-    slots = grad_slots(hook_points(model, 2, 24))
+    slots = grad_slots(transformer.hook_points(model, 2, 24))
     _, _, measured = jax.eval_shape(
         lambda params: transformer.apply_with_intermediates(params, tokens(), model, inputs, slots),
         random_params(model),
@@ -558,7 +558,7 @@ def test_correct_kernels_pass_the_check(changes: dict[str, Any]) -> None:
         )
 
 
-def test_checks_are_per_mixer_and_skip_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_are_per_mixer_and_skip_the_reference_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "largest_difference", None)
     names = [finding.mixer for finding in check_kernels(model_config(**MIXED), 32)]
     assert names == ["local_attention", "attention"]

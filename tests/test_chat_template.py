@@ -183,7 +183,7 @@ def test_weights_of_documents_in_a_circular_stream(
     parts = [encode_document(tokenizer, document, loss_mask) for document in load_documents(config)]
     allowed = {tuple(ids.tolist()): weights.tolist() for ids, weights in parts}
     length = sum(map(len, allowed))
-    assert stream.n_tokens == length + 1 and stream.n_learned == sum(map(sum, allowed.values()))
+    assert stream.n_tokens == length + 1 and stream.n_targets == sum(map(sum, allowed.values()))
     # Once around, from each place of the circle.
     windows, found = SequenceReader(stream, length), set()
     for start in range(length):

@@ -20,12 +20,13 @@ from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.model import block as block_module
 from rustgpt_jax.model import intermediates, transformer
 from rustgpt_jax.model.block import Block, layer_groups
-from rustgpt_jax.model.hook_points import HookPoint, grad_slots, hook_points
 from rustgpt_jax.model.interfaces import BlockInputs
+from rustgpt_jax.model.intermediates import HookPointInfo, grad_slots
 from rustgpt_jax.model.kernels import attention
 from rustgpt_jax.model.layers import NORMS
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.mlps import FEEDFORWARDS
+from rustgpt_jax.model.transformer import hook_points
 from rustgpt_jax.pytrees import fingerprint_tree, format_fingerprint
 from rustgpt_jax.reproduce.recorded_run import (
     ACTIVATION,
@@ -97,7 +98,7 @@ compiled_measured = jax.jit(intermediates.tensor_stats)
 
 def test_probe_changes_neither_the_tensor_nor_its_gradient() -> None:
     def loss(x: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
-        watched, measured = intermediates.probe(x, slot)
+        watched, measured = intermediates.record_stats(x, slot)
         return jnp.sum(watched**3), measured
 
     x = jnp.linspace(-1.0, 2.0, 5)
@@ -114,9 +115,9 @@ def perturbed(params: Any, moves: dict[str, jax.Array], batch: Batch, model: Mod
     """Return the loss with an array added to each tensor, and the tensors, from a loop over layers in Python."""
     seen: dict[str, jax.Array] = {}
 
-    def at(site: str, x: jax.Array) -> jax.Array:
-        seen[site] = x + moves[site]
-        return seen[site]
+    def at(name: str, x: jax.Array) -> jax.Array:
+        seen[name] = x + moves[name]
+        return seen[name]
 
     x_BTD = at("embeddings", params["embedding"]["table"][batch.tokens_BT])
     index_of = {
@@ -127,12 +128,12 @@ def perturbed(params: Any, moves: dict[str, jax.Array], batch: Batch, model: Mod
 
         def move(call: Any, given: Any, named: Any, context: Any, layer: int = layer) -> Any:
             output = call(*given, **named)
-            site = f"layers/{layer}/{'/'.join(context.module.path)}"
-            if context.method_name != "__call__" or site not in moves:
+            name = f"layers/{layer}/{'/'.join(context.module.path)}"
+            if context.method_name != "__call__" or name not in moves:
                 return output
             if isinstance(output, tuple):
-                return (at(site, output[0]), *output[1:])
-            return at(site, output)
+                return (at(name, output[0]), *output[1:])
+            return at(name, output)
 
         own = jax.tree.map(lambda leaf, row=row: leaf[row], params["blocks"][key])
         with nn.intercept_methods(move):
@@ -158,7 +159,7 @@ def check(model: ModelConfig) -> None:
 
         return jax.value_and_grad(loss, has_aux=True)(grad_slots)
 
-    moves = {site.name: jnp.zeros(site.shape) for site in every}
+    moves = {point.name: jnp.zeros(point.shape) for point in every}
     (expected_loss, expected), expected_gradients = jax.jit(
         jax.value_and_grad(lambda moves: perturbed(params, moves, read, model), has_aux=True)
     )(moves)
@@ -166,11 +167,11 @@ def check(model: ModelConfig) -> None:
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-4)
     assert list(expected) == [] or set(expected) == set(moves)
     for measurements, arrays in ((forward, expected), (backward, expected_gradients)):
-        for site in every:
-            read_there = intermediates.unpack_stats(np.asarray(site.select(measurements)))
-            array = np.asarray(arrays[site.name], np.float64)
-            assert array.shape == site.shape and read_there.nonfinite == 0
-            np.testing.assert_allclose(read_there.norm, np.linalg.norm(array), rtol=2e-3, atol=1e-6, err_msg=site.name)
+        for point in every:
+            read_there = intermediates.unpack_stats(np.asarray(point.select(measurements)))
+            array = np.asarray(arrays[point.name], np.float64)
+            assert array.shape == point.shape and read_there.nonfinite == 0
+            np.testing.assert_allclose(read_there.norm, np.linalg.norm(array), rtol=2e-3, atol=1e-6, err_msg=point.name)
             np.testing.assert_allclose(read_there.largest, np.abs(array).max(), rtol=2e-3, atol=1e-6)
             assert np.linalg.norm(array) > 0
 
@@ -205,7 +206,7 @@ def test_every_layer_is_measured(mixer: str, feedforward: str) -> None:
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_hook_points_are_in_order_of_computation(mixer: str) -> None:
     model = model_with(n_layers=2, mixers=mixer, feedforwards="moe", norm_placement="pre")
-    names = [site.name for site in hook_points(model, ROWS, LENGTH)]
+    names = [point.name for point in hook_points(model, ROWS, LENGTH)]
     assert len(set(names)) == len(names)
     inside = [name for name in names if name.startswith("layers/0/mixer/")]
     assert len(inside) >= 4 and inside[-1] == "layers/0/mixer/output"
@@ -218,7 +219,7 @@ CUSTOM_LAYER = """
 import flax.linen as nn
 import jax, jax.numpy as jnp
 from rustgpt_jax.model.layers import Linear
-from rustgpt_jax.model.intermediates import Probe
+from rustgpt_jax.model.intermediates import HookPoint
 
 class Custom(nn.Module):
     config: object
@@ -226,7 +227,7 @@ class Custom(nn.Module):
     def __call__(self, x_BTD, inputs):
         twice = Linear(self.config, self.config.d_model, name="twice")
         x_BTD = twice(jnp.tanh(twice(x_BTD)))
-        angle = Probe(name="angle")(3 * x_BTD)
+        angle = HookPoint(name="angle")(3 * x_BTD)
         many = nn.vmap(Linear, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2)
         again = nn.remat(Linear)(self.config, self.config.d_model, name="again")
         return jnp.sin(angle) + jnp.sum(many(self.config, 16, name="many")(x_BTD), axis=0) + again(x_BTD), {}
@@ -237,7 +238,7 @@ def test_custom_layer_is_measured_without_changes(tmp_path: Path, monkeypatch: p
     (tmp_path / "custom_layer.py").write_text(CUSTOM_LAYER)
     monkeypatch.syspath_prepend(str(tmp_path))
     model = model_with(n_layers=2, feedforwards="custom_layer:Custom")
-    found = {site.site: site for site in hook_points(model, ROWS, LENGTH) if site.layer == 1}
+    found = {point.path: point for point in hook_points(model, ROWS, LENGTH) if point.layer == 1}
     inside = [name for name in found if name.startswith("feedforward") and "_" not in name]
     # Linear layers under vmap have many outputs, so only what is computed from them is a hook point.
     kinds = ["twice", "twice:2", "angle", "again"]
@@ -246,7 +247,7 @@ def test_custom_layer_is_measured_without_changes(tmp_path: Path, monkeypatch: p
     _, _, measured = transformer.apply_with_intermediates(
         params, read.tokens_BT, model, context_of(read), grad_slots(every)
     )
-    norms = {name: intermediates.unpack_stats(np.asarray(site.select(measured))).norm for name, site in found.items()}
+    norms = {name: intermediates.unpack_stats(np.asarray(point.select(measured))).norm for name, point in found.items()}
     np.testing.assert_allclose(norms["feedforward/angle"], 3 * norms["feedforward/twice:2"], rtol=1e-5)
 
 
@@ -274,7 +275,7 @@ def test_program_without_intermediates_is_unchanged(remat: str, monkeypatch: pyt
         lambda block, params, grad_slots, *rest: (block.apply({"params": params}, *rest), {}),
     )
     for module in (attention, block_module):
-        monkeypatch.setattr(module, "Probe", lambda name: lambda x: x)
+        monkeypatch.setattr(module, "HookPoint", lambda name: lambda x: x)
     assert lowered(model) == with_code
 
 
@@ -376,13 +377,13 @@ def test_nonfinite_elements_are_counted_where_they_arise() -> None:
     _, _, measured = transformer.apply_with_intermediates(
         params, read.tokens_BT, model, context_of(read), grad_slots(every)
     )
-    bad = [site.name for site in every if intermediates.unpack_stats(np.asarray(site.select(measured))).nonfinite]
+    bad = [point.name for point in every if intermediates.unpack_stats(np.asarray(point.select(measured))).nonfinite]
     assert bad[0] == "layers/1/mixer/key"
-    key = next(site for site in every if site.name == bad[0])
+    key = next(point for point in every if point.name == bad[0])
     assert intermediates.unpack_stats(np.asarray(key.select(measured))).nonfinite == ROWS * LENGTH
     assert "layers/1/mixer/value" not in bad and bad[-1] == "logits"
 
 
 def test_hook_points_have_names() -> None:
-    site = HookPoint("mixer/key", (2, 3), 4, "1", 2)
-    assert (site.name, site.size) == ("layers/4/mixer/key", 6)
+    point = HookPointInfo("mixer/key", (2, 3), 4, "1", 2)
+    assert (point.name, point.size) == ("layers/4/mixer/key", 6)

@@ -20,7 +20,7 @@ from rustgpt_jax.data.pipeline import Batch, Batches
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.training import batch_source
 from rustgpt_jax.training.train_step import (
-    MEMORY_STEPS,
+    AVERAGING_STEPS,
     SPIKE_DEVIATIONS,
     LossStats,
     init_loss_stats,
@@ -42,7 +42,7 @@ def after(losses: list[float]) -> LossStats:
 
 
 def test_averages_are_plain_means_at_first() -> None:
-    losses = np.random.default_rng(0).normal(3.0, 0.5, MEMORY_STEPS)
+    losses = np.random.default_rng(0).normal(3.0, 0.5, AVERAGING_STEPS)
     loss_stats = after(list(losses))
     np.testing.assert_allclose((loss_stats.mean, loss_stats.variance), (losses.mean(), losses.var()), rtol=1e-5)
 
@@ -53,8 +53,8 @@ def test_spikes_are_losses_far_above_the_exponential_mean() -> None:
     losses[[20, 120, 250]] += 2.0
     mean, variance, expected = 0.0, 0.0, 0
     for step, loss in enumerate(losses):
-        expected += step >= MEMORY_STEPS and loss - mean > SPIKE_DEVIATIONS * variance**0.5
-        share = 1 / min(step + 1, MEMORY_STEPS)
+        expected += step >= AVERAGING_STEPS and loss - mean > SPIKE_DEVIATIONS * variance**0.5
+        share = 1 / min(step + 1, AVERAGING_STEPS)
         mean, variance = (
             mean + share * (loss - mean),
             (1 - share) * (variance + share * (loss - mean) ** 2) if step else 0.0,
@@ -70,8 +70,8 @@ def test_non_finite_losses_are_counted_and_not_averaged() -> None:
 
 
 def test_loss_statistics_restart_with_a_stage() -> None:
-    loss_stats = after([1.0] * MEMORY_STEPS)
-    for step in range(MEMORY_STEPS):
+    loss_stats = after([1.0] * AVERAGING_STEPS)
+    for step in range(AVERAGING_STEPS):
         loss_stats = update_loss_stats(
             loss_stats, jnp.float32(5.0), jnp.bool_(True), jnp.bool_(step == 0), jnp.bool_(False)
         )

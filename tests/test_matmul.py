@@ -258,7 +258,7 @@ def barriers(model: ModelConfig) -> int:
 def test_residuals_are_saved_by_default_on_cpus_only(
     monkeypatch: pytest.MonkeyPatch, platform: bool, form: bool
 ) -> None:
-    model = model_of(n_layers=1, **{"attention.kernel": "plain"})
+    model = model_of(n_layers=1, **{"attention.kernel": "reference"})
     wanted = barriers(dataclasses.replace(model, save_residuals=form))
     monkeypatch.setattr(matmul_module, "current_device", lambda: Device(platform))
     assert barriers(dataclasses.replace(model, save_residuals=None)) == wanted

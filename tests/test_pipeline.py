@@ -27,8 +27,8 @@ def stream_of(lengths: list[int], weights: list[bool] | None = None, shard: int 
         weight_shards=cut(learned, shard) if weights else (),
         offsets=offsets,
         end_id=0,
-        n_learned=int(learned[1:].sum()),
-        learned_bytes=n_tokens,
+        n_targets=int(learned[1:].sum()),
+        target_bytes=n_tokens,
     )
 
 
@@ -234,7 +234,7 @@ def test_evaluation_reads_all_sequences_in_order(stream: TokenStream, seq_len: i
     taken = list(iterate_eval_batches(stream, seq_len, batch_size, None))
     targets = [token for b in taken for token in b.targets_BT[b.segments_BT > 0].tolist()]
     assert targets == stream.tokens(1, stream.n_tokens).tolist()
-    assert sum(b.weights_BT.sum() for b in taken) == stream.n_learned
+    assert sum(b.weights_BT.sum() for b in taken) == stream.n_targets
     assert {b.tokens_BT.shape for b in taken} == {(batch_size, seq_len)}
 
 

@@ -348,9 +348,9 @@ def test_trace_has_every_array_of_every_step(
     records = {line["step"]: line for line in read_metrics(finished) if "train/loss" in line}
     for step in steps:
         assert step["loss"] == {"train/loss": repr(records[step["step"]]["train/loss"])}
-        sites, backward = list(step["activations"]), list(step["gradients"])
-        assert sites[0] == "embeddings" and sites[-1] == "logits" and "layers/1/mixer/query" in sites
-        assert backward[: len(sites)] == sites[::-1] and "params/layers/0/mixer/query/kernel" in backward
+        names, backward = list(step["activations"]), list(step["gradients"])
+        assert names[0] == "embeddings" and names[-1] == "logits" and "layers/1/mixer/query" in names
+        assert backward[: len(names)] == names[::-1] and "params/layers/0/mixer/query/kernel" in backward
         assert {"params/embedding/table", "step"} <= set(step["before"])
     with RecordedRun(finished, new_console()) as run:
         assert fingerprint_tree(run.compute_state(7)) == steps[-1]["after"]

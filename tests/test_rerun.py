@@ -166,7 +166,7 @@ CHANGES: dict[str, tuple[Callable[[RunDir, RunDir], None], bool, list[str]]] = {
         change_metrics,
         False,
         [
-            "bit-identical for 3 steps. Step 4 is the first that differs: train/gradient_norm is nan and ",
+            "bit-identical for 3 steps. Step 4 is the first that differs: train/gradient_norm is nan in the first run",
             *("code: the same", "data: the same", "config: the same"),
         ],
     ),
@@ -175,7 +175,7 @@ CHANGES: dict[str, tuple[Callable[[RunDir, RunDir], None], bool, list[str]]] = {
         False,
         [
             "bit-identical for 2 steps. Step 3 is the first that differs: ",
-            "the text after 'A' is something and something else.",
+            "the text after 'A' is something in the first run and something else in the second.",
         ],
     ),
     "interrupted run": (truncate_run, True, ["bit-identical for 3 steps"]),

@@ -109,7 +109,7 @@ def test_equal_runs_and_programs_of_different_modes(tmp_path: Path, first: RunDi
     exact = write_run(tmp_path / "exact", launch={"mode": "exact", "width": 4}, programs={"train": "00" * 32})
     assert list_differences(first, exact) == {"environment": ["launch.mode"]}
     _, lines = run_diff_verb(first.path, exact.path)
-    assert "program: not compared. The runs were trained in different modes, solo of 1 and exact of 4." in lines
+    assert "program: not compared. The first run was trained in the mode solo of 1, the second in exact of 4." in lines
 
 
 def test_changed_code_is_shown_as_a_patch(tmp_path: Path, first: RunDir) -> None:
@@ -237,7 +237,7 @@ def test_without_recomputation_every_difference_is_a_likely_cause(
     is_same, lines = run_diff_verb(first.path, second.path)
     assert not is_same
     assert lines[-3:] == [
-        "losses: Step 1 is the first that differs: train/loss is 1.0 and 2.0.",
+        "losses: Step 1 is the first that differs: train/loss is 1.0 in the first run and 2.0 in the second.",
         "first tensor: not found. The text is gone.",
         "likely cause: config.seed: 0 -> 3",
     ]

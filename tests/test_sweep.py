@@ -169,10 +169,10 @@ def test_stopped_sweep_resumes_and_its_trials_resume_alone(
 def faulty(seed: int, step: int) -> Callable[..., bool]:
     """Return an `evaluate` that raises in the trial of a seed from a step on."""
 
-    def evaluate(hook: Evaluate, state: Any, at: int, is_stopped: Callable[[], bool]) -> bool:
+    def evaluate(hook: Evaluate, state: Any, at: int, is_stop_requested: Callable[[], bool]) -> bool:
         if hook.data.stage.config.seed == seed and at >= step:
             raise OSError("no space\nleft")
-        return whole(hook, state, at, is_stopped)
+        return whole(hook, state, at, is_stop_requested)
 
     whole = Evaluate.evaluate
     return evaluate

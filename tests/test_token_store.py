@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from rustgpt_jax import tokenizers
 from rustgpt_jax.config.schema import DataConfig
 from rustgpt_jax.data import datasets, preprocess, token_store
-from rustgpt_jax.data.token_store import build_store, check_enough_tokens, open_store, temporary_folder
+from rustgpt_jax.data.token_store import FORMAT_VERSION, build_store, check_enough_tokens, open_store, temporary_folder
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tokenizers import TOKENIZERS, Tokenizer
 
@@ -71,9 +71,9 @@ def test_a_split_concatenates_its_documents(name: str, shard_tokens: int, lines:
         stream, manifest = built.split(split), built.manifest.splits[split]
         assert stream.tokens(0, len(expected) + 9).tolist() == expected
         assert stream.offsets.tolist() == np.cumsum([0, *map(len, encoded[:-1])]).tolist()
-        assert (stream.n_tokens, stream.n_learned) == (len(expected), len(expected) - 1)
-        assert stream.learned_bytes == sum(len(document.text.encode()) for document in documents)
-        assert stream.bytes_per_token == stream.learned_bytes / stream.n_learned
+        assert (stream.n_tokens, stream.n_targets) == (len(expected), len(expected) - 1)
+        assert stream.target_bytes == sum(len(document.text.encode()) for document in documents)
+        assert stream.bytes_per_token == stream.target_bytes / stream.n_targets
         assert manifest.n_documents == len(documents) > 0
         assert manifest.n_unknown == (expected.count(4) if name == "word" else 0)
         assert len(manifest.tokens) == -(-len(expected) // shard_tokens)
@@ -97,10 +97,10 @@ def test_weights_are_stored_for_dialogues(dialogues: DataConfig, tmp_path: Path)
     parts = [tokenizers.encode_document(tokenizer, document, "assistant")[1] for document in documents]
     expected = np.concatenate([*parts, [True]])
     assert stream.weights(0, stream.n_tokens).tolist() == expected.tolist()
-    assert stream.n_learned == expected.sum() - 1
-    assert stream.learned_bytes == sum(len(document.messages[-1].text) for document in documents)
+    assert stream.n_targets == expected.sum() - 1
+    assert stream.target_bytes == sum(len(document.messages[-1].text) for document in documents)
     # Each answer is learned with the END after it, and one character is one token here.
-    assert stream.n_learned == stream.learned_bytes + len(documents)
+    assert stream.n_targets == stream.target_bytes + len(documents)
 
 
 def test_large_vocabularies_take_four_bytes_per_token(lines: DataConfig, tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a missing manifest": (lambda path: (path / "manifest.json").unlink(), "not a token store"),
     "half a manifest": (lambda path: os.truncate(path / "manifest.json", 40), "not a token store"),
     "a manifest of nothing": (lambda path: os.truncate(path / "manifest.json", 0), "not a token store"),
-    "another format": (rewrite_format, "has format -1, not 1"),
+    "another format": (rewrite_format, f"has format -1, not {FORMAT_VERSION}"),
 }
 
 

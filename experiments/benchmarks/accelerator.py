@@ -5,7 +5,7 @@ python experiments/benchmarks/accelerator.py
 A full run takes about an hour on one H100. --only=checks,training,torch,decoding,sweep and --sizes=124m,350m,1.5b
 select parts, and --add merges them with earlier results:
 
-checks     values and gradients of every supported attention kernel, compared with plain attention in float32
+checks     values and gradients of every supported attention kernel, compared with reference attention in float32
 training   GPT-2 with 124M, 350M and 1.5B parameters, sequences of 1024 tokens, bfloat16 over float32 parameters, AdamW
 torch      the same in PyTorch (`gpt2_torch.py`)
 decoding   batches of 1, 8 and 64, with parameters in bfloat16, greedy, 128 tokens after a prompt of 128

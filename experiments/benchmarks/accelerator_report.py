@@ -163,7 +163,7 @@ def sheets(results: Row) -> Sheets:
     """Return all non-empty tables by title."""
     size_of = {size: format_count(cost["parameters"]) for size, cost in results["machine"]["costs"].items()}
     every = {
-        "Attention kernels: the largest difference from plain attention in float32, relative to its largest value": [
+        "Attention kernels: the largest difference from the reference in float32, relative to its largest value": [
             _check(row) for row in results["checks"]
         ],
         "Training": [

@@ -58,8 +58,8 @@ def machine(sizes: list[str]) -> dict[str, Any]:
 
 def cost(model: ModelConfig) -> dict[str, float]:
     """Return the number of parameters, and the training FLOPs per token as `rustgpt_jax.model.flops` counts them."""
-    # The products inside library kernels are invisible, so count those of plain attention.
-    counted = replace_paths(model, {"attention.kernel": "plain"})
+    # The products inside library kernels are invisible, so count those of reference attention.
+    counted = replace_paths(model, {"attention.kernel": "reference"})
     return {
         "parameters": total_size(parameter_shapes(model)),
         "flops_per_token": training_flops_per_token(counted, model.context_length),

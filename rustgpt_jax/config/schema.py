@@ -156,12 +156,12 @@ class AttentionConfig:
     )
     kernel: str = static_field(
         "auto",
-        "Attention implementation; results differ by rounding only, and decoding with a cache always uses plain. "
+        "Attention implementation; results differ by rounding only, and decoding with a cache always uses reference. "
         "auto: cudnn for bfloat16 on NVIDIA GPUs, tokamax on TPUs, triangular on CPUs from 128 to 2047 tokens, "
-        "else as portable; portable: blockwise from 2048 tokens, else plain; plain: all scores in memory; "
+        "else as portable; portable: blockwise from 2048 tokens, else reference; reference: all scores in memory; "
         "triangular: for each quarter of the row, only scores with tokens before its end; blockwise: scores of "
         "512 tokens at a time; cudnn, tokamax: flash attention (arXiv 2307.08691) of these libraries.",
-        choices=("auto", "portable", "plain", "triangular", "blockwise", "cudnn", "tokamax"),
+        choices=("auto", "portable", "reference", "triangular", "blockwise", "cudnn", "tokamax"),
     )
     local_window: int = static_field(64, "Tokens that a query of local_attention sees, including itself.", low=1)
 

@@ -30,7 +30,7 @@ from rustgpt_jax.data.datasets import assign_splits, hash_document, is_validatio
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tokenizers import UNKNOWN, Document, Tokenizer, encode_documents, plain_document, split_text
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Increment when the document delimiters of imported tokenizers change.
 CHAT_FORMAT_VERSION = 2
 SPLITS = ("train", "valid")
@@ -55,15 +55,15 @@ class StoredFile:
 class SplitManifest:
     """The counts and files of one split.
 
-    `n_learned` is the number of targets: tokens with weight True, except the first, which has no predecessor.
-    `learned_bytes` is the length of their text in UTF-8.
+    `n_targets` is the number of targets: tokens with weight True, except the first, which has no predecessor.
+    `target_bytes` is the length of their text in UTF-8.
     """
 
     n_documents: int
     n_tokens: int
-    n_learned: int
+    n_targets: int
     n_unknown: int
-    learned_bytes: int
+    target_bytes: int
     tokens: tuple[StoredFile, ...]
     weights: tuple[StoredFile, ...]
     offsets: StoredFile
@@ -83,16 +83,16 @@ class TokenStream:
         weight_shards: Loss weights, cut in the same way; empty if every token is a target.
         offsets: The index of each document's first token (int64).
         end_id: The id of the end token, which is also used as padding.
-        n_learned: The number of targets.
-        learned_bytes: The length of their text in UTF-8.
+        n_targets: The number of targets.
+        target_bytes: The length of their text in UTF-8.
     """
 
     token_shards: tuple[np.ndarray, ...]
     weight_shards: tuple[np.ndarray, ...]
     offsets: np.ndarray
     end_id: int
-    n_learned: int
-    learned_bytes: int
+    n_targets: int
+    target_bytes: int
 
     @property
     def n_tokens(self) -> int:
@@ -102,7 +102,7 @@ class TokenStream:
     @property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes per target, for the conversion of bits per target to bits per byte; 0 for an empty stream."""
-        return self.learned_bytes / self.n_learned if self.n_learned else 0.0
+        return self.target_bytes / self.n_targets if self.n_targets else 0.0
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Return the token ids from `start` to `stop` or the end of the stream (int32)."""
@@ -143,19 +143,19 @@ class SplitWriter:
         self._first: tuple[np.ndarray, np.ndarray] | None = None
         self._offsets = array.array("q")
         self._pending: list[tuple[np.ndarray, np.ndarray]] = []
-        self._n_tokens = self._n_weighted = self._n_unknown = self._learned_bytes = 0
+        self._n_tokens = self._n_weighted = self._n_unknown = self._target_bytes = 0
 
-    def append(self, ids: np.ndarray, weights: np.ndarray, n_unknown: int, learned_bytes: int) -> None:
+    def append(self, ids: np.ndarray, weights: np.ndarray, n_unknown: int, target_bytes: int) -> None:
         """Append a document, including its delimiter tokens, or the first piece of a document."""
         if self._first is None and len(ids):
             self._first = ids[:1], weights[:1]
         self._offsets.append(self._n_tokens)
-        self.extend(ids, weights, n_unknown, learned_bytes)
+        self.extend(ids, weights, n_unknown, target_bytes)
 
-    def extend(self, ids: np.ndarray, weights: np.ndarray, n_unknown: int = 0, learned_bytes: int = 0) -> None:
+    def extend(self, ids: np.ndarray, weights: np.ndarray, n_unknown: int = 0, target_bytes: int = 0) -> None:
         """Append another piece to the latest document."""
         self._n_unknown += n_unknown
-        self._learned_bytes += learned_bytes
+        self._target_bytes += target_bytes
         self._pending.append((ids, weights))
         self._n_tokens += len(ids)
         self._n_weighted += int(weights.sum())
@@ -174,7 +174,7 @@ class SplitWriter:
         The stream is circular, so its first token is repeated at the end, as the target that follows the last document.
         """
         # The first token has no predecessor, so it is a target only in its copy at the end.
-        n_learned = self._n_weighted
+        n_targets = self._n_weighted
         if self._first is not None:
             self.extend(*self._first)
         self.flush()
@@ -184,9 +184,9 @@ class SplitWriter:
         return SplitManifest(
             n_documents=len(self._offsets),
             n_tokens=self._n_tokens,
-            n_learned=n_learned,
+            n_targets=n_targets,
             n_unknown=self._n_unknown,
-            learned_bytes=self._learned_bytes,
+            target_bytes=self._target_bytes,
             tokens=tuple(map(_describe_file, self._tokens.paths)),
             weights=tuple(map(_describe_file, self._weights.paths)),
             offsets=_describe_file(self._offsets_path),
@@ -252,8 +252,8 @@ class Store:
             weight_shards=tuple(_map(self.path / file.name, "u1") for file in split.weights),
             offsets=np.load(self.path / split.offsets.name, allow_pickle=False),
             end_id=self.manifest.end_id,
-            n_learned=split.n_learned,
-            learned_bytes=split.learned_bytes,
+            n_targets=split.n_targets,
+            target_bytes=split.target_bytes,
         )
 
     def verify(self) -> None:
@@ -473,7 +473,7 @@ def _write_splits(
     for batch in _batches(_split_long(assign_splits(documents, config, stats.n_characters), tokenizer)):
         encoded = encode_documents(tokenizer, [part.document for part in batch], config.loss_mask)
         for part, (ids, weights) in zip(batch, encoded, strict=True):
-            counts = int((ids == unknown_id).sum()), _count_learned_bytes(part.document, config.loss_mask)
+            counts = int((ids == unknown_id).sum()), _count_target_bytes(part.document, config.loss_mask)
             if part.is_first:
                 writers[part.split].append(ids, weights, *counts)
             else:
@@ -525,7 +525,7 @@ def _batches(source: Iterable[_Part]) -> Iterator[list[_Part]]:
         yield batch
 
 
-def _count_learned_bytes(document: Document, loss_mask: str) -> int:
+def _count_target_bytes(document: Document, loss_mask: str) -> int:
     learned = (each for each in document.messages if loss_mask == "all" or each.is_assistant_target)
     return sum(len(message.text.encode()) for message in learned)
 

@@ -145,7 +145,7 @@ SIZES = (
     mapping.direct("tie_word_embeddings", "tie_embeddings"),
 )
 WIDTH = mapping.direct("intermediate_size", "d_ff", dense_width)
-GATED = (*SIZES, WIDTH, mapping.activation("hidden_act", mapping.GATED))
+GATED_MLP = (*SIZES, WIDTH, mapping.activation("hidden_act", mapping.GATED_ACTIVATIONS))
 ATTENTION_BIAS = mapping.attention_bias("attention_bias")
 MLP_BIAS = mapping.direct("mlp_bias", "feedforward_bias", lambda model: model.has_feedforward_bias)
 
@@ -182,7 +182,7 @@ GEMMA = (
     WIDTH,
     ATTENTION_BIAS,
     mapping.divisible_heads(),
-    mapping.activation("hidden_activation", mapping.GATED),
+    mapping.activation("hidden_activation", mapping.GATED_ACTIVATIONS),
     mapping.query_pre_attn_scalar("query_pre_attn_scalar"),
     mapping.softcap("final_logit_softcapping", "final_logit_softcap"),
     mapping.constant("use_bidirectional_attention", False, None),
@@ -200,7 +200,7 @@ _ARCHITECTURES = (
         name="LlamaForCausalLM",
         model_type="llama",
         family="llama2",
-        mappings=(*GATED, mapping.divisible_heads(), ATTENTION_BIAS, MLP_BIAS, rope()),
+        mappings=(*GATED_MLP, mapping.divisible_heads(), ATTENTION_BIAS, MLP_BIAS, rope()),
         defaults=COMMON_DEFAULTS,
         rules=DENSE,
     ),
@@ -217,7 +217,7 @@ _ARCHITECTURES = (
             mapping.direct("n_inner", "d_ff", dense_width),
             mapping.direct("layer_norm_epsilon", "norm_eps"),
             mapping.direct("tie_word_embeddings", "tie_embeddings"),
-            mapping.activation("activation_function", mapping.NOT_GATED),
+            mapping.activation("activation_function", mapping.UNGATED_ACTIVATIONS),
             mapping.scale_attn_weights("scale_attn_weights"),
             mapping.direct("scale_attn_by_inverse_layer_idx", "attention.scale_by_layer"),
             mapping.constant("add_cross_attention", False),
@@ -247,7 +247,7 @@ _ARCHITECTURES = (
         name="MistralForCausalLM",
         model_type="mistral",
         family="mistral",
-        mappings=(*GATED, mapping.sliding_window_in_all_layers(), rope()),
+        mappings=(*GATED_MLP, mapping.sliding_window_in_all_layers(), rope()),
         defaults=COMMON_DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096},
         rules=DENSE,
     ),
@@ -255,7 +255,7 @@ _ARCHITECTURES = (
         name="Qwen2ForCausalLM",
         model_type="qwen2",
         family="qwen2",
-        mappings=(*GATED, mapping.sliding_window_after_first_layers(), rope()),
+        mappings=(*GATED_MLP, mapping.sliding_window_after_first_layers(), rope()),
         defaults=QWEN_DEFAULTS,
         rules=DENSE,
     ),
@@ -263,7 +263,7 @@ _ARCHITECTURES = (
         name="Qwen3ForCausalLM",
         model_type="qwen3",
         family="qwen3",
-        mappings=(*GATED, ATTENTION_BIAS, mapping.sliding_window_after_first_layers(), rope()),
+        mappings=(*GATED_MLP, ATTENTION_BIAS, mapping.sliding_window_after_first_layers(), rope()),
         defaults=QWEN_DEFAULTS | {"head_dim": 128},
         rules=DENSE,
     ),
@@ -305,7 +305,7 @@ _ARCHITECTURES = (
             *SIZES,
             mapping.doubled_mlp_width("intermediate_size"),
             mapping.divisible_heads(),
-            mapping.activation("hidden_activation", {"gelu": mapping.GATED["gelu"]}),
+            mapping.activation("hidden_activation", {"gelu": mapping.GATED_ACTIVATIONS["gelu"]}),
             mapping.softcap("logits_soft_cap", "final_logit_softcap"),
             mapping.direct("attention_bias", "attention.qkv_bias", lambda model: model.has_qkv_bias),
             mapping.block_types(),
@@ -336,7 +336,7 @@ _ARCHITECTURES = (
         model_type="stablelm",
         family="stablelm",
         mappings=(
-            *(mapping.direct("layer_norm_eps", "norm_eps") if each is NORM_EPSILON else each for each in GATED),
+            *(mapping.direct("layer_norm_eps", "norm_eps") if each is NORM_EPSILON else each for each in GATED_MLP),
             mapping.divisible_heads(),
             mapping.direct("use_qkv_bias", "attention.qkv_bias", lambda model: model.has_qkv_bias),
             mapping.constant("qk_layernorm", False),
@@ -359,7 +359,7 @@ _ARCHITECTURES = (
         model_type="phi3",
         family="phi3",
         mappings=(
-            *GATED,
+            *GATED_MLP,
             mapping.divisible_heads(),
             mapping.sliding_window_in_all_layers(),
             # Older files use other names for longrope.
@@ -378,7 +378,7 @@ _ARCHITECTURES = (
         name="Olmo2ForCausalLM",
         model_type="olmo2",
         family="olmo2",
-        mappings=(*GATED, ATTENTION_BIAS, rope()),
+        mappings=(*GATED_MLP, ATTENTION_BIAS, rope()),
         defaults=COMMON_DEFAULTS | {"rms_norm_eps": 1e-5},
         rules=OUTPUT_NORMS,
     ),
@@ -387,7 +387,7 @@ _ARCHITECTURES = (
         model_type="smollm3",
         family="smollm3",
         mappings=(
-            *GATED,
+            *GATED_MLP,
             ATTENTION_BIAS,
             MLP_BIAS,
             mapping.no_rope_layers(),

@@ -102,7 +102,14 @@ READ_ONLY_BY: tuple[tuple[set[str], tuple[str, ...]], ...] = (
     ({"local_rope"}, ("rope.local_theta",)),
 )
 
-GATED_FEEDFORWARDS = {"swiglu", "geglu", "geglu_exact", "reglu", "relu_squared_glu"}
+# The gated feed-forward with each activation.
+GATED_ACTIVATIONS = {
+    "silu": "swiglu",
+    "gelu": "geglu",
+    "gelu_exact": "geglu_exact",
+    "relu": "reglu",
+    "relu_squared": "relu_squared_glu",
+}
 
 
 def expand_pattern(pattern: Sequence[str], layers: int) -> tuple[str, ...]:
@@ -118,7 +125,7 @@ def shortest_pattern(names: Sequence[str]) -> tuple[str, ...]:
 
 def dense_width(model: ModelConfig) -> int:
     """Return the hidden width of the dense feed-forward layers."""
-    is_gated = (GATED_FEEDFORWARDS | {"moe"}) & set(model.feedforwards)
+    is_gated = {*GATED_ACTIVATIONS.values(), "moe"} & set(model.feedforwards)
     return model.d_ff or (default_glu_width(model.d_model) if is_gated else 4 * model.d_model)
 
 
@@ -242,15 +249,8 @@ ACTIVATIONS = {
     "relu": "relu",
     "relu2": "relu_squared",
 }
-# The feed-forward for each activation, gated or not.
-GATED = {
-    "silu": "swiglu",
-    "gelu": "geglu",
-    "gelu_exact": "geglu_exact",
-    "relu": "reglu",
-    "relu_squared": "relu_squared_glu",
-}
-NOT_GATED = {name: name for name in ("gelu", "gelu_exact", "relu", "relu_squared")}
+# The feed-forward with each activation that is not gated.
+UNGATED_ACTIVATIONS = {name: name for name in ("gelu", "gelu_exact", "relu", "relu_squared")}
 
 
 def activation(key: str, feedforwards: Mapping[str, str]) -> KeyMapping:
@@ -269,7 +269,10 @@ def activation(key: str, feedforwards: Mapping[str, str]) -> KeyMapping:
 def expert_activation(key: str) -> KeyMapping:
     """Map the activation of experts."""
     return KeyMapping(
-        lambda reader: {"feedforwards": ("moe",), "moe.expert_activation": _parse_activation(reader, key, GATED)},
+        lambda reader: {
+            "feedforwards": ("moe",),
+            "moe.expert_activation": _parse_activation(reader, key, GATED_ACTIVATIONS),
+        },
         lambda model: {key: _hf_activation_name(model.moe.expert_activation)},
     )
 
@@ -500,8 +503,8 @@ def moe_in_some_layers(activation: str) -> KeyMapping:
     def read(reader: HFConfigReader) -> Knobs:
         layers, every = reader.positive_int("num_hidden_layers"), reader.positive_int("decoder_sparse_step")
         dense = reader.optional_list("mlp_only_layers") or ()
-        plain = GATED[_parse_activation(reader, activation, GATED)]
-        names = ["moe" if layer not in dense and (layer + 1) % every == 0 else plain for layer in range(layers)]
+        dense_name = GATED_ACTIVATIONS[_parse_activation(reader, activation, GATED_ACTIVATIONS)]
+        names = ["moe" if layer not in dense and (layer + 1) % every == 0 else dense_name for layer in range(layers)]
         n_experts = reader.parse("num_local_experts", "moe.n_experts")
         return {"feedforwards": shortest_pattern(names), "moe.n_experts": n_experts}
 

@@ -265,7 +265,7 @@ GPT2: TensorRules = {
     **linear_rules("mixer/key", LAYER + "attn_qkv"),
     **linear_rules("mixer/value", LAYER + "attn_qkv"),
 }
-GATED: TensorRules = {
+LLAMA: TensorRules = {
     **COMMON,
     **linear_rules("mixer/query", LAYER + "attn_q"),
     **linear_rules("mixer/key", LAYER + "attn_k"),
@@ -298,8 +298,8 @@ NO_BIASES = dict.fromkeys(("has_qkv_bias", "has_attention_output_bias", "has_fee
 # By the architecture of `transformers` for the same model.
 GGUF_ARCHITECTURES = {
     "GPT2LMHeadModel": GGUFArchitecture("gpt2", GPT2, {"feedforwards": ("gelu",), "attention.scale_by_layer": False}),
-    "LlamaForCausalLM": GGUFArchitecture("llama", GATED, UNSCALED | NO_BIASES, ("attn_q.", "attn_k.")),
-    "Qwen3ForCausalLM": GGUFArchitecture("qwen3", GATED, UNSCALED | NO_BIASES),
+    "LlamaForCausalLM": GGUFArchitecture("llama", LLAMA, UNSCALED | NO_BIASES, ("attn_q.", "attn_k.")),
+    "Qwen3ForCausalLM": GGUFArchitecture("qwen3", LLAMA, UNSCALED | NO_BIASES),
 }
 
 

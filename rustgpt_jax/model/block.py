@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.interfaces import BlockInputs, CachedMixer, LayerMetrics, n_inputs
-from rustgpt_jax.model.intermediates import Probe
+from rustgpt_jax.model.intermediates import HookPoint
 from rustgpt_jax.model.layers import NORMS, Linear, dropout
 from rustgpt_jax.model.mixers import MIXERS, apply_uncached_mixer
 from rustgpt_jax.model.mlps import FEEDFORWARDS
@@ -50,7 +50,7 @@ class Block(nn.Module):
     def _add(self, x_BTD: jax.Array, y_BTD: jax.Array, name: str, inputs: BlockInputs, site: int) -> jax.Array:
         """Add the output of a sublayer to the residual stream, in the dtype of the stream."""
         y_BTD = self._norm(f"{name}_output_norm", y_BTD.astype(x_BTD.dtype), ON_OUTPUT)
-        x_BTD = Probe(name=f"{name}_sum")(x_BTD + dropout(y_BTD, self.config.dropout, inputs, site))
+        x_BTD = HookPoint(name=f"{name}_sum")(x_BTD + dropout(y_BTD, self.config.dropout, inputs, site))
         return self._norm(f"{name}_norm", x_BTD, AFTER_SUM)
 
     def _norm(self, name: str, x_BTD: jax.Array, placements: tuple[str, ...]) -> jax.Array:

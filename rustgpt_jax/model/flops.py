@@ -39,7 +39,7 @@ def forward_flops_per_token(model: ModelConfig, seq_len: int, loops_once: bool =
     `loops_once` is as in `matmul_flops`.
     """
     # Library kernels hide their products, and resolving save_residuals would initialize the device.
-    model = replace_paths(model, {"attention.kernel": "plain", "save_residuals": False})
+    model = replace_paths(model, {"attention.kernel": "reference", "save_residuals": False})
     tokens = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
     jaxpr = jax.make_jaxpr(lambda params, tokens_BT: transformer.apply(params, tokens_BT, model)[0])(
         parameter_shapes(model), tokens

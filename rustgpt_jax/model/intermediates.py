@@ -1,13 +1,14 @@
 """Statistics of the intermediate tensors of a block and of their gradients, without changes to its modules.
 
 A hook point is the first array that a module returns, named by the module's path, such as 'mixer/query', unless an
-inner module returned that same array. `Probe` adds hook points for other tensors.
+inner module returned that same array. The module `HookPoint` makes other tensors hook points.
 
 Statistics of the tensors are outputs of the call. Those of the gradients use a trick: the tensor passes through an
 identity with a second argument, a slot of zeros, whose "gradient" is defined as the statistics of the tensor's
 gradient. So slots are inputs like parameters, and no tensor is kept in memory.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -34,12 +35,44 @@ _SMALL = 2.0**-40
 _SCALES = (1.0, 2.0**80, 2.0**-80)
 
 
-class Probe(nn.Module):
-    """The identity, which makes a tensor a hook point: `scores = Probe(name="scores")(scores)`."""
+class HookPoint(nn.Module):
+    """The identity, which makes a tensor a hook point: `scores = HookPoint(name="scores")(scores)`."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         return x
+
+
+class HookPointInfo(NamedTuple):
+    """A hook point of a whole model.
+
+    Attributes:
+        path: Path within its block, such as 'mixer/query', or 'embeddings', 'hidden' (after the last norm) or 'logits'.
+        shape: Shape of the tensor.
+        layer: Index of the layer; None for tensors outside the blocks.
+        group: Key of the layer's group in parameters and intermediates; None outside the blocks.
+        row: Index of the layer within its group.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    layer: int | None = None
+    group: str | None = None
+    row: int = 0
+
+    @property
+    def name(self) -> str:
+        """Unique name, such as 'layers/3/mixer/query' or 'logits'."""
+        return self.path if self.layer is None else f"layers/{self.layer}/{self.path}"
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the tensor."""
+        return math.prod(self.shape)
+
+    def select(self, values: Intermediates) -> Any:
+        """Return the value of this hook point."""
+        return values[self.path] if self.group is None else values["blocks"][self.group][self.path][self.row]
 
 
 class TensorStats(NamedTuple):
@@ -111,16 +144,30 @@ def _identity_bwd(_: None, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
 _identity.defvjp(_identity_fwd, _identity_bwd)
 
 
-def probe(x: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
+def record_stats(x: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return x and its statistics; the gradient with respect to `slot` is the statistics of the gradient of x."""
     return _identity(x, slot), tensor_stats(jax.lax.stop_gradient(x))
+
+
+def grad_slots(points: tuple[HookPointInfo, ...]) -> GradSlots:
+    """Return slots of zeros for the hook points of a model, an argument of `transformer.apply_with_intermediates`."""
+    slots: GradSlots = {point.path: jnp.zeros(N_STATS) for point in points if point.group is None}
+    n_layers: dict[str, dict[str, int]] = {}
+    for point in points:
+        if point.group is not None:
+            group = n_layers.setdefault(point.group, {})
+            group[point.path] = max(group.get(point.path, 0), point.row + 1)
+    slots["blocks"] = {
+        key: {path: jnp.zeros((n, N_STATS)) for path, n in group.items()} for key, group in n_layers.items()
+    }
+    return slots
 
 
 def apply_block(block: nn.Module, params: Any, slots: GradSlots | None, *arguments: Any) -> tuple[Any, Intermediates]:
     """Apply a block and return its output and statistics by hook point; without slots, an empty dict at no cost."""
     if slots is None:
         return block.apply({"params": params}, *arguments), {}
-    return _apply_with_hooks(block, params, arguments, lambda name, x: probe(x, slots[name]))
+    return _apply_with_hooks(block, params, arguments, lambda name, x: record_stats(x, slots[name]))
 
 
 def block_hook_points(block: nn.Module, *arguments: Any) -> dict[str, jax.ShapeDtypeStruct]:

@@ -16,7 +16,7 @@ from rustgpt_jax.model.matmul import ACTIVATIONS, Activation, apply_activation
 from rustgpt_jax.model.moe import MixtureOfExperts
 
 
-class FeedForward(nn.Module):
+class MLP(nn.Module):
     """activation(x W_up) W_down, with a hidden width of d_ff or 4 d_model (arXiv 1706.03762)."""
 
     config: ModelConfig
@@ -34,7 +34,7 @@ class FeedForward(nn.Module):
         return _linear(self.config, self.config.d_model, "down", residual=True)(hidden_BTF)
 
 
-class GatedFeedForward(nn.Module):
+class GatedMLP(nn.Module):
     """(activation(x W_gate) * x W_up) W_down, with a hidden width of d_ff or about 8/3 d_model (arXiv 2002.05202)."""
 
     config: ModelConfig
@@ -60,14 +60,14 @@ def _linear(config: ModelConfig, features: int, name: str, residual: bool = Fals
 # gelu is the tanh approximation, as in GPT-2 (arXiv 1606.08415); relu_squared from Primer (arXiv 2109.08668); swiglu as
 # in PaLM and Llama, geglu as in Gemma, reglu (arXiv 2002.05202); moe as in Mixtral (arXiv 2401.04088).
 FEEDFORWARDS: dict[str, Callable[..., nn.Module]] = {
-    "gelu": partial(FeedForward, activation=ACTIVATIONS["gelu"]),
-    "gelu_exact": partial(FeedForward, activation=ACTIVATIONS["gelu_exact"]),
-    "relu": partial(FeedForward, activation=ACTIVATIONS["relu"]),
-    "relu_squared": partial(FeedForward, activation=ACTIVATIONS["relu_squared"]),
-    "swiglu": partial(GatedFeedForward, activation=ACTIVATIONS["silu"]),
-    "geglu": partial(GatedFeedForward, activation=ACTIVATIONS["gelu"]),
-    "geglu_exact": partial(GatedFeedForward, activation=ACTIVATIONS["gelu_exact"]),
-    "reglu": partial(GatedFeedForward, activation=ACTIVATIONS["relu"]),
-    "relu_squared_glu": partial(GatedFeedForward, activation=ACTIVATIONS["relu_squared"]),
+    "gelu": partial(MLP, activation=ACTIVATIONS["gelu"]),
+    "gelu_exact": partial(MLP, activation=ACTIVATIONS["gelu_exact"]),
+    "relu": partial(MLP, activation=ACTIVATIONS["relu"]),
+    "relu_squared": partial(MLP, activation=ACTIVATIONS["relu_squared"]),
+    "swiglu": partial(GatedMLP, activation=ACTIVATIONS["silu"]),
+    "geglu": partial(GatedMLP, activation=ACTIVATIONS["gelu"]),
+    "geglu_exact": partial(GatedMLP, activation=ACTIVATIONS["gelu_exact"]),
+    "reglu": partial(GatedMLP, activation=ACTIVATIONS["relu"]),
+    "relu_squared_glu": partial(GatedMLP, activation=ACTIVATIONS["relu_squared"]),
     "moe": partial(MixtureOfExperts),
 }

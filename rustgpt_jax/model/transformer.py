@@ -139,11 +139,32 @@ def apply_with_intermediates(
 ) -> tuple[jax.Array, LayerMetrics, intermediates.Intermediates]:
     """Return logits_BTV, the layer metrics, and the statistics of the tensor at each hook point.
 
-    `slots` are from `hook_points.grad_slots`; the gradient with respect to them is the statistics of the gradients.
+    `slots` are from `intermediates.grad_slots`; the gradient with respect to them is the statistics of the gradients.
     """
     hidden_BTD, _, layer_metrics, stats = _hidden_states(params, tokens_BT, model, None, inputs, slots)
-    logits_BTV, stats["logits"] = intermediates.probe(logits(params, hidden_BTD, model), slots["logits"])
+    logits_BTV, stats["logits"] = intermediates.record_stats(logits(params, hidden_BTD, model), slots["logits"])
     return logits_BTV, layer_metrics, stats
+
+
+def hook_points(model: ModelConfig, rows: int, length: int) -> tuple[intermediates.HookPointInfo, ...]:
+    """Return the hook points of a model for `rows` sequences of `length` tokens, in the order of computation."""
+    x_BTD: Any = jax.ShapeDtypeStruct((rows, length, model.d_model), jnp.dtype(model.dtype))
+    tokens_BT: Any = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0)) if is_enabled(model.dropout) else None
+    by_layer: dict[int, list[intermediates.HookPointInfo]] = {}
+    for index, group in enumerate(layer_groups(model)):
+        inputs = BlockInputs(tokens_BT, tokens_BT, key)
+        tensors = intermediates.block_hook_points(Block(group.block), x_BTD, inputs, None)
+        for row, layer in enumerate(group.layers):
+            by_layer[layer] = [
+                intermediates.HookPointInfo(path, x.shape, layer, str(index), row) for path, x in tensors.items()
+            ]
+    return (
+        intermediates.HookPointInfo("embeddings", x_BTD.shape),
+        *(point for layer in sorted(by_layer) for point in by_layer[layer]),
+        intermediates.HookPointInfo("hidden", x_BTD.shape),
+        intermediates.HookPointInfo("logits", (rows, length, vocab_size(model))),
+    )
 
 
 def _hidden_states(
@@ -156,9 +177,9 @@ def _hidden_states(
 ) -> tuple[jax.Array, Cache | None, LayerMetrics, intermediates.Intermediates]:
     stats: intermediates.Intermediates = {}
 
-    def probe(x_BTD: jax.Array, site: str) -> jax.Array:
+    def record(x_BTD: jax.Array, name: str) -> jax.Array:
         if slots is not None:
-            x_BTD, stats[site] = intermediates.probe(x_BTD, slots[site])
+            x_BTD, stats[name] = intermediates.record_stats(x_BTD, slots[name])
         return x_BTD
 
     x_BTD = shard_activations(params["embedding"]["table"], "VD")[tokens_BT]
@@ -168,14 +189,14 @@ def _hidden_states(
     if (embed := _positions_embedding(model)) is not None:
         x_BTD = x_BTD + embed.apply({"params": params["positions"]}, inputs.positions_BT)
     x_BTD = dropout(x_BTD.astype(model.dtype), model.dropout, inputs, site=model.n_layers)
-    x_BTD = probe(shard_activations(x_BTD, "BTD"), "embeddings")
+    x_BTD = record(shard_activations(x_BTD, "BTD"), "embeddings")
     block_slots = None if slots is None else slots["blocks"]
     x_BTD, cache, layer_metrics, stats["blocks"] = _run_blocks(
         params["blocks"], x_BTD, model, inputs, cache, block_slots
     )
     if model.norm_placement != "post":
         x_BTD = _norm(model).apply({"params": params["norm"]}, x_BTD)
-    return probe(x_BTD, "hidden"), cache, layer_metrics, stats
+    return record(x_BTD, "hidden"), cache, layer_metrics, stats
 
 
 def logits(params: Params, hidden_BTD: jax.Array, model: ModelConfig) -> jax.Array:

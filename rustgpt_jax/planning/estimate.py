@@ -194,7 +194,7 @@ def _imitate_accelerator(config: Config) -> Config:
     """Replace bfloat16 by float16, custom gradients by JAX's, and the attention kernel by a portable one."""
     values: dict[str, Any] = {path: "float16" for path in DTYPES if get_path(config, path) == "bfloat16"}
     values["model.save_residuals"] = False
-    if config.model.attention.kernel != "plain":
+    if config.model.attention.kernel != "reference":
         values["model.attention.kernel"] = "portable" if is_enabled(config.model.dropout) else "blockwise"
     return replace_paths(config, values)
 

@@ -34,7 +34,8 @@ class FirstDifference(NamedTuple):
     second: Any
 
     def __str__(self) -> str:
-        return f"Step {self.step:,} is the first that differs: {self.name} is {self.first} and {self.second}."
+        values = f"{self.first} in the first run and {self.second} in the second"
+        return f"Step {self.step:,} is the first that differs: {self.name} is {values}."
 
 
 class MetricComparison(NamedTuple):

@@ -17,7 +17,6 @@ from rustgpt_jax.data.preprocess import StageData, find_changed_stages
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import intermediates, transformer
 from rustgpt_jax.model.block import layer_groups
-from rustgpt_jax.model.hook_points import hook_points
 from rustgpt_jax.pytrees import flatten_paths, format_fingerprint
 from rustgpt_jax.sharding.sharding_plan import axis_sizes, check_batch_shards, describe_mesh, plan_for_all_devices
 from rustgpt_jax.tracking.console import print_line, show_progress
@@ -58,7 +57,7 @@ class StepTensor(NamedTuple):
         kind: One of KINDS.
         name: Such as 'logits' or 'layers/3/mixer/query', or 'layers/3/mixer/query/kernel' for a parameter.
         layer: The index of its layer; None outside the layers.
-        site: The name without the layer.
+        path: The name without the layer.
         norm: The root of the sum of squares of the finite elements.
         largest: The largest magnitude among the finite elements.
         nonfinite: The number of elements that are not finite.
@@ -69,7 +68,7 @@ class StepTensor(NamedTuple):
     kind: str
     name: str
     layer: int | None
-    site: str
+    path: str
     norm: float
     largest: float
     nonfinite: int
@@ -90,14 +89,14 @@ def list_step_tensors(
     config = combine(*program)
     rows, length = report.weights_BT.shape
     n_microbatches = config.training.grad_accum_steps
-    points = hook_points(config.model, rows // n_microbatches, length)
+    points = transformer.hook_points(config.model, rows // n_microbatches, length)
     order = {point.name: index for index, point in enumerate(points)}
     layers = [group.layers for group in layer_groups(config.model)]
 
     def list_activations(kind: str, stats: intermediates.Intermediates) -> list[StepTensor]:
         stats = jax.device_get(stats)
         return [
-            _step_tensor(kind, each.name, each.layer, each.site, n_microbatches * each.size, each.select(stats))
+            _step_tensor(kind, each.name, each.layer, each.path, n_microbatches * each.size, each.select(stats))
             for each in points
         ]
 
@@ -117,10 +116,10 @@ def _param_tensors(kind: str, tree: transformer.Params, layers: list[range]) -> 
     """Yield the tensors of parameters, or of a tree like them, with stacked layers one by one."""
     for path, array in flatten_paths(tree).items():
         if path.startswith("blocks/"):
-            _, group, site = path.split("/", 2)
+            _, group, rest = path.split("/", 2)
             stats_N = jax.device_get(compiled_tensor_stats_N(array))
             for layer, stats in zip(layers[int(group)], stats_N, strict=True):
-                yield _step_tensor(kind, f"layers/{layer}/{site}", layer, site, array[0].size, stats[None])
+                yield _step_tensor(kind, f"layers/{layer}/{rest}", layer, rest, array[0].size, stats[None])
         else:
             yield _step_tensor(kind, path, None, path, array.size, jax.device_get(compiled_tensor_stats_N(array[None])))
 
@@ -139,14 +138,14 @@ def _param_order(name: str, order: dict[str, int]) -> float:
     return max(inside, default=len(order)) - 0.5
 
 
-def _step_tensor(kind: str, name: str, layer: int | None, site: str, size: int, stats_MN: np.ndarray) -> StepTensor:
+def _step_tensor(kind: str, name: str, layer: int | None, path: str, size: int, stats_MN: np.ndarray) -> StepTensor:
     """Combine the measurements of a tensor over the microbatches."""
     read = intermediates.unpack_stats(stats_MN)
     weights = 2 * np.arange(len(stats_MN), dtype=np.uint32) + 1
     digest = format_fingerprint(*(int(np.sum(half * weights, dtype=np.uint32)) for half in read.digest))
     norm = float(np.sqrt(np.sum(np.square(read.norm.astype(np.float64)))))
     nonfinite = round(float(np.sum(read.nonfinite, dtype=np.float64)))
-    return StepTensor(kind, name, layer, site, norm, float(np.max(read.largest)), nonfinite, size, digest)
+    return StepTensor(kind, name, layer, path, norm, float(np.max(read.largest)), nonfinite, size, digest)
 
 
 # Recorded runs.

@@ -197,18 +197,18 @@ def _find_reasons(run: RecordedRun, step: int) -> tuple[str, ...]:
 def print_tensors(tensors: Sequence[StepTensor], console: Console) -> None:
     """Print a table with a row per hook point, for the layers with the largest activation and the largest gradient."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column("site", no_wrap=True)
+    table.add_column("hook point", no_wrap=True)
     for head in ("largest", "layer", "norm", "not finite", "gradient", "layer", "norm", "not finite"):
         table.add_column(head, justify="right", no_wrap=True)
-    for site in dict.fromkeys(tensor.site for tensor in tensors if tensor.kind == ACTIVATION):
+    for path in dict.fromkeys(tensor.path for tensor in tensors if tensor.kind == ACTIVATION):
         cells: list[RenderableType] = []
         for kind in (ACTIVATION, ACTIVATION_GRADIENT):
-            at_site = [tensor for tensor in tensors if tensor.kind == kind and tensor.site == site]
-            worst = max(at_site, key=lambda tensor: (tensor.nonfinite, tensor.largest))
+            same_path = [tensor for tensor in tensors if tensor.kind == kind and tensor.path == path]
+            worst = max(same_path, key=lambda tensor: (tensor.nonfinite, tensor.largest))
             layer = "" if worst.layer is None else str(worst.layer)
             nonfinite = Text(f"{worst.nonfinite:,}", "red" if worst.nonfinite else "")
             cells += [f"{worst.largest:.3g}", layer, f"{worst.norm:.3g}", nonfinite]
-        table.add_row(site, *cells)
+        table.add_row(path, *cells)
     console.print(table, highlight=False)
 
 
@@ -291,16 +291,16 @@ def _render_heat_maps(tensors: Sequence[StepTensor]) -> str:
 def render_heat_map(
     title: str, caption: str, tensors: Sequence[StepTensor], value: Callable[[StepTensor], float]
 ) -> str:
-    """Render a figure with a row per layer and a column per site. Tensors outside the layers have a separate row."""
+    """Render a figure with a row per layer and a column per path. Tensors outside the layers have a separate row."""
     positive = [each for each in map(value, tensors) if each > 0 and math.isfinite(each)]
     low, high = min(positive, default=1.0), max(positive, default=1.0)
-    columns = _order_sites(tensors)
+    columns = _order_paths(tensors)
 
     def cell(tensor: StepTensor, has_value: bool) -> str:
         return _render_cell(tensor, value(tensor), low, high, has_value)
 
     has_values = len(columns) <= MAX_COLUMNS_WITH_VALUES
-    cells = {(tensor.layer, tensor.site): cell(tensor, has_values) for tensor in tensors}
+    cells = {(tensor.layer, tensor.path): cell(tensor, has_values) for tensor in tensors}
     heads = "".join(f"<th><span>{escape(column)}</span></th>" for column in columns)
     rows = "".join(
         f"<tr><th>{layer}</th>{''.join(cells.get((layer, column), '<td></td>') for column in columns)}</tr>"
@@ -321,17 +321,17 @@ def render_heat_map(
     )
 
 
-def _order_sites(tensors: Sequence[StepTensor]) -> list[str]:
-    """Order the sites of the layers by their mean relative position within the layers that have them."""
+def _order_paths(tensors: Sequence[StepTensor]) -> list[str]:
+    """Order the paths of tensors within layers by their mean relative position within the layers that have them."""
     layers: dict[int, list[str]] = {}
     for tensor in tensors:
         if tensor.layer is not None:
-            layers.setdefault(tensor.layer, []).append(tensor.site)
+            layers.setdefault(tensor.layer, []).append(tensor.path)
     positions: dict[str, list[float]] = {}
-    for sites in layers.values():
-        for index, site in enumerate(sites):
-            positions.setdefault(site, []).append(index / len(sites))
-    return sorted(positions, key=lambda site: fmean(positions[site]))
+    for paths in layers.values():
+        for index, path in enumerate(paths):
+            positions.setdefault(path, []).append(index / len(paths))
+    return sorted(positions, key=lambda path: fmean(positions[path]))
 
 
 def _render_cell(tensor: StepTensor, value: float, low: float, high: float, has_value: bool) -> str:

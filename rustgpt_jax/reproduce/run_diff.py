@@ -196,7 +196,7 @@ def diff_programs(first: RunDir, second: RunDir) -> list[Difference]:
         launch = load_first_launch(run)
         modes.append(f"{launch.mode} of {launch.width}")
     if modes[0] != modes[1]:
-        raise UserError(f"The runs were trained in different modes, {modes[0]} and {modes[1]}.")
+        raise UserError(f"The first run was trained in the mode {modes[0]}, the second in {modes[1]}.")
     left, right = ({stage: side[stage] for stage in hashes[0] if stage in hashes[1]} for side in hashes)
     return _list_unequal(left, right, "stage ")
 

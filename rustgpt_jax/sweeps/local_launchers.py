@@ -40,7 +40,7 @@ class Launch:
         code: The copy of the code that jobs run.
         n_workers: The number of worker processes, or of cluster jobs at a time.
         slurm_options: Slurm options, such as {'partition': 'gpu', 'time': '60'}.
-        is_stopped: A function that returns whether to save and stop.
+        is_stop_requested: A function that returns whether to save and stop.
     """
 
     folder: SweepDir
@@ -48,7 +48,7 @@ class Launch:
     code: Path
     n_workers: int
     slurm_options: dict[str, str]
-    is_stopped: Callable[[], bool]
+    is_stop_requested: Callable[[], bool]
 
 
 def run_inline(launch: Launch, chunks: Sequence[Chunk]) -> None:
@@ -56,7 +56,7 @@ def run_inline(launch: Launch, chunks: Sequence[Chunk]) -> None:
     devices = jax.local_devices()
 
     def run_on(group: Sequence[jax.Device], pending: Iterator[Chunk]) -> None:
-        worker = Worker(launch.folder, launch.assets, group, launch.code.name, launch.is_stopped)
+        worker = Worker(launch.folder, launch.assets, group, launch.code.name, launch.is_stop_requested)
         with jax.default_device(group[0]):
             for chunk in pending:
                 worker.run_chunk(chunk)
@@ -88,7 +88,7 @@ def _run_in_threads(
     queue = deque(chunks)
 
     def take_chunks() -> Iterator[Chunk]:
-        while not launch.is_stopped():
+        while not launch.is_stop_requested():
             try:
                 yield queue.popleft()
             except IndexError:
@@ -119,7 +119,7 @@ class _WorkerProcess:
                 if self._n_trials >= TRIALS_PER_PROCESS:
                     self.stop()
                 return
-            if self._launch.is_stopped():
+            if self._launch.is_stop_requested():
                 return
             status = self.stop()
         reason = signal.Signals(-status).name if status < 0 else f"exit status {status}"
@@ -139,7 +139,7 @@ class _WorkerProcess:
         except OSError:
             return False
         while not select.select([process.stdout], [], [], POLL_SECONDS)[0]:
-            if self._launch.is_stopped():
+            if self._launch.is_stop_requested():
                 process.stdin.close()
         return process.stdout.readline() == "done\n"
 

@@ -46,7 +46,7 @@ def run_on_slurm(launch: Launch, chunks: Sequence[Chunk]) -> None:
     _check_cluster()
     monitor = _JobMonitor(launch)
     monitor.start(chunks)
-    while monitor.jobs and not launch.is_stopped():
+    while monitor.jobs and not launch.is_stop_requested():
         time.sleep(POLL_SECONDS)
         monitor.poll()
 

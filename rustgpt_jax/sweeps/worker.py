@@ -50,7 +50,7 @@ class Worker:
         assets: The tokenizers and data of the trials.
         devices: The devices of this worker.
         code: The hash of the code, for the ledger.
-        is_stopped: A function that returns whether to save and stop.
+        is_stop_requested: A function that returns whether to save and stop.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class Worker:
         assets: AssetCache,
         devices: Sequence[jax.Device],
         code: str,
-        is_stopped: Callable[[], bool],
+        is_stop_requested: Callable[[], bool],
     ) -> None:
         self._folder, self._assets, self._devices = folder, assets, devices
-        self._ledger, self._is_stopped = Ledger(folder.ledger_file), is_stopped
+        self._ledger, self._is_stop_requested = Ledger(folder.ledger_file), is_stop_requested
         self._identity = {"host": socket.gethostname(), "process": os.getpid(), "code": code}
 
     def run_chunk(self, chunk: Chunk) -> None:
@@ -86,7 +86,7 @@ class Worker:
 
     def _claim(self, trial: str, chunk: Chunk, locks: ExitStack) -> Trainer | None:
         """Lock a trial and return its trainer, or None if it is done, locked by another worker, or invalid."""
-        if self._is_stopped() or self._ledger.is_done(trial):
+        if self._is_stop_requested() or self._ledger.is_done(trial):
             return None
         folder = self._folder.trial(trial)
         try:
@@ -111,9 +111,11 @@ class Worker:
             details = {**self._identity, "mode": chunk.mode, "width": chunk.width}
             self._ledger.append_all([(trial, "began", {"step": run.step, **details}) for trial, run in group.items()])
             if chunk.mode == "solo":
-                run_training_loop(members, SingleRunExecutor(members[0]), self._is_stopped)
+                run_training_loop(members, SingleRunExecutor(members[0]), self._is_stop_requested)
             elif not all(run.is_over for run in members):
-                run_training_loop(members, PopulationExecutor(chunk.mode, members, chunk.width), self._is_stopped)
+                run_training_loop(
+                    members, PopulationExecutor(chunk.mode, members, chunk.width), self._is_stop_requested
+                )
             for run in members:
                 run.finish()
             self._ledger.append_all([(trial, *_get_outcome(run)) for trial, run in group.items()])

@@ -73,7 +73,7 @@ class StepEvent:
     Attributes:
         step: The number of steps done.
         state: The state after the step.
-        is_stopped: Returns whether a stop is requested.
+        is_stop_requested: Returns whether a stop is requested.
         has_pending_evaluation: Whether the evaluation after this step was stopped earlier and has to be repeated.
         is_best: Whether this state has the lowest validation loss of the stage. Set by `Evaluate`.
         is_evaluation_stopped: Whether the evaluation was stopped. Set by `Evaluate`.
@@ -81,7 +81,7 @@ class StepEvent:
 
     step: int
     state: State
-    is_stopped: Callable[[], bool]
+    is_stop_requested: Callable[[], bool]
     has_pending_evaluation: bool = False
     is_best: bool = False
     is_evaluation_stopped: bool = False
@@ -204,23 +204,23 @@ class Evaluate:
         if not (self.is_due(event.step) or event.has_pending_evaluation):
             return True
         try:
-            event.is_best = self.evaluate(event.state, event.step, event.is_stopped)
+            event.is_best = self.evaluate(event.state, event.step, event.is_stop_requested)
         except EvaluationStopped:
             event.is_evaluation_stopped = True
         return not event.is_evaluation_stopped
 
-    def evaluate(self, state: State, step: int, is_stopped: Callable[[], bool]) -> bool:
+    def evaluate(self, state: State, step: int, is_stop_requested: Callable[[], bool]) -> bool:
         """Evaluate a state and write samples. Returns whether its loss is the lowest of the stage so far.
 
         Raises:
-            EvaluationStopped: `is_stopped` returned True. Nothing was written.
+            EvaluationStopped: `is_stop_requested` returned True. Nothing was written.
         """
         # The static half of the config, so that changing a hyperparameter recompiles nothing.
         static = partition(self.data.stage.config)[0]
         params = state.params
         if static.optimizer.name in EVAL_PARAMS:
             params = compiled_eval_params(static.optimizer, params, fetch_opt_state(static, state.opt_state))
-        values = self._losses(params, is_stopped)
+        values = self._losses(params, is_stop_requested)
         is_best = values.get("valid/loss", np.inf) < self._best_loss
         if values:
             self.log.writer.write(step, {"stage": self.data.stage.name, **values})
@@ -234,13 +234,13 @@ class Evaluate:
         self.log.restart_clock()
         return is_best
 
-    def _losses(self, params: Params, is_stopped: Callable[[], bool]) -> dict[str, float]:
+    def _losses(self, params: Params, is_stop_requested: Callable[[], bool]) -> dict[str, float]:
         config, plan, n_batches = self.data.stage.config, self.log.plan, self.data.n_validation_batches
         training = config.training
 
         def on_batch(done: int) -> None:
             self.log.progress.update_evaluation(done, n_batches)
-            if is_stopped():
+            if is_stop_requested():
                 raise EvaluationStopped
 
         rows = plan.local_rows(training.batch_size, self.data.seq_len)

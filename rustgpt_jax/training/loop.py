@@ -46,7 +46,7 @@ class Executor(Protocol):
 def run_training_loop(
     trainers: "Sequence[Trainer]",
     executor: Executor,
-    is_stopped: Callable[[], bool],
+    is_stop_requested: Callable[[], bool],
     before_call: Callable[[], object] = lambda: None,
 ) -> None:
     """Train runs until they are over or a stop is requested, then save them.
@@ -54,16 +54,16 @@ def run_training_loop(
     Args:
         trainers: The runs, all on the same devices.
         executor: The states of the runs.
-        is_stopped: Returns whether a stop is requested; called between calls and between the batches of an evaluation.
+        is_stop_requested: Called between calls of the program and between the batches of an evaluation.
         before_call: Called before each call of the compiled program, and after the last one.
     """
     for index, trainer in enumerate(trainers):
         if trainer.has_pending_evaluation:
-            _run_hooks(trainer, executor.get_state(index), is_stopped)
+            _run_hooks(trainer, executor.get_state(index), is_stop_requested)
     while True:
         before_call()
         unfinished = {index: trainer for index, trainer in enumerate(trainers) if not trainer.is_over}
-        if is_stopped() or not unfinished:
+        if is_stop_requested() or not unfinished:
             break
         # Advance the runs that need the same program as the first one.
         static = next(iter(unfinished.values())).program.static
@@ -76,7 +76,7 @@ def run_training_loop(
             trainer.on_steps_done(n_steps, partial(read_metrics, index), seconds)
         for index, trainer in active.items():
             if trainer.has_event:
-                _run_hooks(trainer, executor.get_state(index), is_stopped)
+                _run_hooks(trainer, executor.get_state(index), is_stop_requested)
             if trainer.needs_rewind:
                 executor.set_state(index, trainer.rewind())
     for index, trainer in enumerate(trainers):
@@ -84,8 +84,8 @@ def run_training_loop(
             trainer.stop(executor.get_state(index))
 
 
-def _run_hooks(trainer: "Trainer", state: State, is_stopped: Callable[[], bool]) -> None:
-    event = trainer.new_event(state, is_stopped)
+def _run_hooks(trainer: "Trainer", state: State, is_stop_requested: Callable[[], bool]) -> None:
+    event = trainer.new_event(state, is_stop_requested)
     for hook in trainer.hooks:
         if not hook(event):
             break

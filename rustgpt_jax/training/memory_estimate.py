@@ -89,7 +89,7 @@ def residual_bytes(config: Config, seq_len: int) -> int:
 def _saved_bytes(config: Config, seq_len: int) -> int:
     rows = config.training.batch_size // config.training.grad_accum_steps
     config = replace_paths(config, {"model.save_residuals": False})
-    if config.model.attention.kernel != "plain":
+    if config.model.attention.kernel != "reference":
         # It saves no scores, like library kernels, which cannot be traced without their devices.
         config = replace_paths(config, {"model.attention.kernel": "portable"})
 

@@ -208,14 +208,14 @@ def _make_stop_check(stop: StopRequest, watchdog: Watchdog) -> Callable[[], bool
     """Return a function that returns whether any process was asked to stop. All processes get the same answer."""
     votes = LaggedAllReduceMax(0)
 
-    def is_stopped() -> bool:
+    def is_stop_requested() -> bool:
         watchdog.heartbeat()
         number = int(votes.update(stop.signal_number))
         if number:
             stop.signal_name = signal.Signals(number).name
         return number > 0
 
-    return is_stopped
+    return is_stop_requested
 
 
 def _divergence_message(run: Trainer, path: Path) -> str:
@@ -265,7 +265,7 @@ def _attention_messages(run: Trainer) -> list[str]:
         for finding in check_kernels(data.stage.config.model, data.seq_len)
     ]
     messages = list(dict.fromkeys(finding.message for finding in findings))
-    return messages if any(finding.choice.kernel != "plain" for finding in findings) else []
+    return messages if any(finding.choice.kernel != "reference" for finding in findings) else []
 
 
 def _headline(run: Trainer, path: Path) -> str:

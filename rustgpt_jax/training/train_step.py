@@ -13,23 +13,22 @@ from rustgpt_jax.config.schema import Hyperparams, ModelConfig, StaticConfig, co
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.evaluation.loss import LossSums, cross_entropy_sums, loss_sums, split_microbatches, total_loss
 from rustgpt_jax.model import transformer
-from rustgpt_jax.model.hook_points import grad_slots, hook_points
 from rustgpt_jax.model.interfaces import BlockInputs, LayerMetrics
-from rustgpt_jax.model.intermediates import Intermediates
+from rustgpt_jax.model.intermediates import Intermediates, grad_slots
 from rustgpt_jax.sharding.partition_rules import constrain
 from rustgpt_jax.training.optimizers import clip_by_norm, make_optimizer, schedule_multiplier
 
 # A loss is a spike if it is this many standard deviations above the mean of the previous ones.
 SPIKE_DEVIATIONS = 6.0
 # The number of steps that the averages cover. No spikes are counted in this many first steps of a stage.
-MEMORY_STEPS = 50
+AVERAGING_STEPS = 50
 
 
 class LossStats(NamedTuple):
     """Statistics of the loss. They are part of the state, so that they do not depend on interruptions.
 
     Attributes:
-        mean: Mean loss of the stage, over about MEMORY_STEPS steps.
+        mean: Mean loss of the stage, over about AVERAGING_STEPS steps.
         variance: Variance of the loss of the stage.
         seen: Number of finite losses in the stage.
         spikes: Number of steps of the run whose loss was a spike.
@@ -56,9 +55,9 @@ def update_loss_stats(
     """Update the running loss statistics with the loss of one step, also at the boundaries of stages."""
     seen = jnp.where(is_first, 0, loss_stats.seen)
     above = loss - loss_stats.mean
-    is_spike = is_finite & (seen >= MEMORY_STEPS) & (above > SPIKE_DEVIATIONS * jnp.sqrt(loss_stats.variance))
+    is_spike = is_finite & (seen >= AVERAGING_STEPS) & (above > SPIKE_DEVIATIONS * jnp.sqrt(loss_stats.variance))
     # A plain mean at first, then an exponential moving average. The variance of a single loss is 0.
-    share = 1.0 / (jnp.minimum(seen, MEMORY_STEPS - 1) + 1).astype(jnp.float32)
+    share = 1.0 / (jnp.minimum(seen, AVERAGING_STEPS - 1) + 1).astype(jnp.float32)
     above = jnp.where(seen == 0, 0.0, above)
     mean = jnp.where(seen == 0, loss, loss_stats.mean + share * above)
     variance = (1.0 - share) * (jnp.where(seen == 0, 0.0, loss_stats.variance) + share * jnp.square(above))
@@ -275,7 +274,7 @@ def gradient(
     slots = None
     if with_intermediates:
         n_rows, length = batch.tokens_BT.shape
-        slots = grad_slots(hook_points(config.model, n_rows // n_parts, length))
+        slots = grad_slots(transformer.hook_points(config.model, n_rows // n_parts, length))
 
     def part_loss(params: Any, slots: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         dropout_key, inside = key if is_enabled(config.model.dropout) else None, None

@@ -215,9 +215,9 @@ class Trainer:
             new_path = self.checkpoints.quarantine(step)
             progress.message(f"The checkpoint of step {step} is damaged ({reason}); it was renamed to {new_path}.")
         events = self._events.events_named("evaluation", {"step": int, "is_done": bool})
-        is_stopped = {event["step"]: not event["is_done"] for event in events}.get(self.step, False)
+        is_unfinished = {event["step"]: not event["is_done"] for event in events}.get(self.step, False)
         # Only process 0 has the event log of the run.
-        self._stopped_evaluation = None if all_agree(not is_stopped) else self.step
+        self._stopped_evaluation = None if all_agree(not is_unfinished) else self.step
         if self.is_over:
             return
         excluded = record_launch(self.folder, self.step, mode, width, self.plan.n_devices, self.plan.sizes)
@@ -327,9 +327,9 @@ class Trainer:
         is_at_end = self.step in (log.data.stage.last_step, self.end_step)
         return evaluate.is_due(self.step) or save.is_due(self.step) or is_at_end
 
-    def new_event(self, state: State, is_stopped: Callable[[], bool]) -> StepEvent:
+    def new_event(self, state: State, is_stop_requested: Callable[[], bool]) -> StepEvent:
         """Return the argument for the hooks after the last step."""
-        return StepEvent(self.step, state, is_stopped, self.has_pending_evaluation)
+        return StepEvent(self.step, state, is_stop_requested, self.has_pending_evaluation)
 
     def on_event_done(self, event: StepEvent) -> None:
         """Record that all hooks were called, or that an evaluation was stopped and has to be repeated."""

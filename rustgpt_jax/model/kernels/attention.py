@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from rustgpt_jax.config.schema import ModelConfig, is_enabled
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.interfaces import BlockInputs, PositionEncoding
-from rustgpt_jax.model.intermediates import Probe
+from rustgpt_jax.model.intermediates import HookPoint
 from rustgpt_jax.model.kernels import (
     ANY_DEVICE,
     AttentionInputs,
@@ -186,7 +186,7 @@ def portable_unsupported_reason(spec: AttentionSpec) -> str | None:
 
 
 KERNELS: dict[str, Kernel] = {
-    "plain": Kernel(reference_attention, lambda spec: None),
+    "reference": Kernel(reference_attention, lambda spec: None),
     "triangular": Kernel(triangular, portable_unsupported_reason),
     "blockwise": Kernel(blockwise, portable_unsupported_reason),
     "cudnn": Kernel(cudnn, cudnn_unsupported_reason),
@@ -203,7 +203,7 @@ FASTEST = {
     "tpu": ("tokamax", range(sys.maxsize)),
 }
 # Values of config.model.attention.kernel for which the choice does not depend on the device.
-DEVICE_INDEPENDENT = ("plain", "portable", "triangular", "blockwise")
+DEVICE_INDEPENDENT = ("reference", "portable", "triangular", "blockwise")
 
 
 class KernelChoice(NamedTuple):
@@ -218,14 +218,14 @@ def select_kernel(name: str, spec: AttentionSpec) -> KernelChoice:
 
     Args:
         name: config.model.attention.kernel. `auto` is the platform's fastest kernel if it supports the spec; otherwise,
-            like `portable`, blockwise for long rows and plain for others. Cached keys are always read by plain.
+            like `portable`, blockwise for long rows and reference for others. Cached keys are always read by reference.
         spec: Properties of the attention.
 
     Raises:
         UserError: The config names a kernel that does not support the spec.
     """
     if spec.cached:
-        return KernelChoice("plain", "tokens are cached")
+        return KernelChoice("reference", "tokens are cached")
     if name not in ("auto", "portable"):
         if (reason := KERNELS[name].unsupported_reason(spec)) is not None:
             raise UserError(
@@ -242,7 +242,7 @@ def select_kernel(name: str, spec: AttentionSpec) -> KernelChoice:
         if (reason := portable_unsupported_reason(spec)) is None:
             return KernelChoice("blockwise", "; ".join([*reasons, f"rows have {LONG} tokens or more"]))
         reasons.append(f"blockwise cannot be used: {reason}")
-    return KernelChoice("plain", "; ".join(reasons) or f"rows have fewer than {LONG} tokens")
+    return KernelChoice("reference", "; ".join(reasons) or f"rows have fewer than {LONG} tokens")
 
 
 def attention(
@@ -271,7 +271,7 @@ def attention(
         mixed_BTKGC, the weighted means of the values, and the cache with the new keys and values.
     """
     kernel = select_kernel(config.attention.kernel, spec).kernel
-    if kernel != "plain":
+    if kernel != "reference":
         kernel_inputs = attention_inputs(config, (q_BTHC, k_BTKC, v_BTKC), inputs, spec.window, sinks_H)
         return KERNELS[kernel].attend(kernel_inputs), cache
     by_heads = (jnp.swapaxes(k_BTKC, 1, 2), jnp.swapaxes(v_BTKC, 1, 2))
@@ -296,7 +296,7 @@ def attention_weights(
     config: ModelConfig,
 ) -> jax.Array:
     """Turn scaled scores into attention weights with dropout; the scores are a hook point."""
-    scores_BHTS = Probe(name="scores")(scores_BHTS)
+    scores_BHTS = HookPoint(name="scores")(scores_BHTS)
     positions = (inputs.positions_BT, attended.positions_BS)
     att_BHTS = softmax_weights(
         scores_BHTS, attended.mask_BTS, positions, config.attention.logit_softcap, positional_bias(config), sinks_H

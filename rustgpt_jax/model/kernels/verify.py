@@ -1,7 +1,7 @@
-"""Checks of the selected attention kernels against the reference, before a model is trained.
+"""Checks of the selected attention kernels against `reference`, before a model is trained.
 
-A kernel may be wrong for a device, a head width or a version of a library, so each is compared with `plain` in float32,
-in value and gradient, on small arrays with the head widths of the model.
+A kernel may be wrong for a device, a head width or a version of a library, so each is compared with `reference` in
+float32, in value and gradient, on small arrays with the head widths of the model.
 """
 
 from collections import Counter
@@ -64,7 +64,7 @@ def select_kernels(model: ModelConfig, device: Device, length: int) -> dict[str,
 
 
 def check_kernels(model: ModelConfig, length: int) -> list[KernelCheck]:
-    """Compare the selected kernels with the reference on the default device, except `plain`, which is the reference.
+    """Compare the selected kernels with `reference` on the default device.
 
     Raises:
         UserError: A difference is larger than rounding can cause.
@@ -73,7 +73,7 @@ def check_kernels(model: ModelConfig, length: int) -> list[KernelCheck]:
     checks = []
     for name, choice in select_kernels(model, current_device(), length).items():
         difference = None
-        if choice.kernel != "plain":
+        if choice.kernel != "reference":
             mixer, block = blocks[name]
             difference = largest_difference(choice.kernel, *_random_inputs(mixer, block, length))
             if not difference <= TOLERANCES[block.dtype]:
@@ -87,7 +87,7 @@ def check_kernels(model: ModelConfig, length: int) -> list[KernelCheck]:
 
 
 def largest_difference(kernel: str, inputs: AttentionInputs, cotangent_BTHC: jax.Array) -> float:
-    """Compare the values and gradients of a kernel with those of `plain` in float32.
+    """Compare the values and gradients of a kernel with those of `reference` in float32.
 
     Args:
         kernel: Name of the kernel.
@@ -114,7 +114,7 @@ def largest_difference(kernel: str, inputs: AttentionInputs, cotangent_BTHC: jax
         with jax.default_matmul_precision(precision):
             return [np.asarray(array, np.float64) for array in jax.jit(values_and_gradients)(arrays, cotangent_BTHC)]
 
-    expected = compute("plain", tuple(map(to_float32, arrays)), to_float32(cotangent_BTHC))
+    expected = compute("reference", tuple(map(to_float32, arrays)), to_float32(cotangent_BTHC))
     pairs = zip(compute(kernel, arrays, cotangent_BTHC), expected, strict=True)
     return float(np.max([np.max(np.abs(actual - right)) / np.max(np.abs(right)) for actual, right in pairs]))
 
