@@ -22,7 +22,7 @@ LAYERS = (
 WITHOUT_JAX = ("errors", "atomic_io", "cache_dir", "registry", "config", "tokenizers", "data")
 VAGUE_NAMES = ("util", "utils", "common", "helpers", "misc")
 # The package stays small: raise these only for a new capability.
-MAX_FILES = 144
+MAX_FILES = 140
 MAX_FILES_LOADED_BY_THE_LOOP = 53
 # File names that two packages share, because each holds its package's part of the same thing.
 SHARED_FILE_NAMES = {

@@ -13,6 +13,7 @@ from test_loop import TINY, Interruption, assert_same_bits, metrics, stored_stat
 
 from rustgpt_jax.config.schema import Config, stages, uses_epochs
 from rustgpt_jax.config.validation import override, parse_all, resolve
+from rustgpt_jax.data.preprocess import AssetCache
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.warm_start import create_warm_started_run
 from rustgpt_jax.planning.report import print_config_summary
@@ -20,7 +21,6 @@ from rustgpt_jax.reproduce.compare_metrics import compare_checkpoints, compare_r
 from rustgpt_jax.reproduce.recorded_run import RecordedRun
 from rustgpt_jax.reproduce.replay import replay_one_step
 from rustgpt_jax.sharding.hardware_specs import Machine
-from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.search import check_rungs
 from rustgpt_jax.sweeps.search_space import SuccessiveHalving
 from rustgpt_jax.sweeps.sweep_command import print_preview
@@ -44,7 +44,7 @@ def resolve_steps(config: Config) -> Config:
 
 def steps_to_read_all(config: Config, n_times: int) -> int:
     """Return the steps after which each token but the first one of the training text was a target `n_times`."""
-    data = AssetCache().inputs(config).stages[0]
+    data = AssetCache().prepare(config)[2][0]
     batches, circle = data.training_batches(), data.store.split("train").n_tokens - 1
     seen: Counter[int] = Counter()
     step = 0
@@ -66,7 +66,7 @@ def test_epochs_are_the_steps_that_read_all_sequences(epochs: int, batch_size: i
 @pytest.mark.parametrize("epochs", [0.1, 0.5, 1.1, 2.7])
 def test_fractional_epochs_are_exact(epochs: float) -> None:
     config = by_epochs(epochs, **{"training.batch_size": 1, "schedule.warmup_steps": 0})
-    n_sequences = AssetCache().inputs(resolve_steps(config)).stages[0].n_sequences
+    n_sequences = AssetCache().prepare(resolve_steps(config))[2][0].n_sequences
     steps, wanted = resolve_steps(config).training.steps, Fraction(str(epochs)) * n_sequences
     assert steps - 1 < wanted <= steps
 

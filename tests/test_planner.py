@@ -16,11 +16,11 @@ from hypothesis import strategies as some
 from rich.console import Console
 
 from rustgpt_jax.config.schema import FIELDS, Config, get_field, get_path, partition, replace_paths, stages
+from rustgpt_jax.data.preprocess import AssetCache
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import total_bytes
 from rustgpt_jax.sharding.hardware_specs import Machine
 from rustgpt_jax.sweeps import planner
-from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.planner import (
     Chunk,
     Cost,

@@ -26,8 +26,7 @@ from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.positions import POSITIONS
 from rustgpt_jax.model.presets import FAMILIES
 from rustgpt_jax.pytrees import flatten_paths
-from rustgpt_jax.sharding.partition_rules import RULES, partition_spec_for
-from rustgpt_jax.sharding.sharding_plan import axis_sizes, check_batch_shards, min_devices
+from rustgpt_jax.sharding.sharding_plan import RULES, axis_sizes, check_batch_shards, min_devices, partition_spec_for
 from rustgpt_jax.training.optimizers import OPTIMIZERS
 from rustgpt_jax.training.train_step import init_state
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from rustgpt_jax.sweeps.asset_cache import AssetCache
+from rustgpt_jax.data.preprocess import AssetCache
 from rustgpt_jax.sweeps.local_launchers import Launch
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.sweep_dir import EVENTS, Event, Ledger, SweepDir

@@ -26,9 +26,9 @@ from test_loop import assert_same_bits, metrics, stored_state
 from test_population import train_alone
 
 from rustgpt_jax.cli.evaluation_report import print_evaluation
+from rustgpt_jax.data.preprocess import AssetCache
 from rustgpt_jax.process_setup import STOPPED_BY_CLUSTER, STOPPED_BY_USER
 from rustgpt_jax.sweeps import product, seeds, values
-from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.local_launchers import MAX_DEATHS, Launch, run_in_subprocesses
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.report import report

@@ -17,9 +17,9 @@ import numpy as np
 
 from rustgpt_jax.config.schema import StaticConfig
 from rustgpt_jax.config.validation import resolve
+from rustgpt_jax.data.preprocess import AssetCache
 from rustgpt_jax.process_setup import enable_compilation_cache, keep_freed_memory
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
-from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.training.run_inputs import RunInputs
 from rustgpt_jax.training.train_step import StepArgs, compiled_train_steps
 from rustgpt_jax.training.trainer import Trainer
@@ -29,7 +29,8 @@ REPEATS = 3
 
 def bare_steps(file: Path) -> tuple[Callable[[], float], int]:
     """Return a function that runs all steps of a config file and returns their seconds, and the number of steps."""
-    inputs = AssetCache().inputs(resolve(runpy.run_path(str(file))["get_config"]()))
+    config = resolve(runpy.run_path(str(file))["get_config"]())
+    inputs = RunInputs(config, *AssetCache().prepare(config))
     calls = list(calls_of(inputs))
 
     def all_steps() -> float:

@@ -1,16 +1,19 @@
-"""The tokenizer of a run, and the token stores of its stages."""
+"""The tokenizer of a run, the token stores of its stages, and a cache of both for the trials of a sweep."""
 
 import dataclasses
+import hashlib
 import json
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.config.schema import EPOCHS, STEPS, Config, DataConfig, Stage, stages, with_steps
 from rustgpt_jax.config.validation import check_combinations, validate_value
 from rustgpt_jax.data.datasets import hash_files, load_training_documents
@@ -24,7 +27,7 @@ from rustgpt_jax.data.token_store import (
     compute_corpus_stats,
 )
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tokenizers import Tokenizer, load_tokenizer, split_text, train_tokenizer
+from rustgpt_jax.tokenizers import Tokenizer, load_tokenizer, save_tokenizer, split_text, train_tokenizer
 from rustgpt_jax.tokenizers.tokenizer import BPE_SPLIT_CHARS, WORD_SPLIT_CHARS
 
 
@@ -225,3 +228,68 @@ def read_data_record(record: Path) -> list[dict[str, Any]]:
     ):
         raise UserError(f"{record} is damaged: it does not describe the data of each stage.")
     return records
+
+
+class AssetCache:
+    """Cache that builds each tokenizer and token store of a sweep once, in one thread at a time.
+
+    Args:
+        folder: The folder that tokenizers are loaded from and saved to, so that other processes can use them.
+        progress: A function that is called with the progress of tokenization.
+    """
+
+    def __init__(self, folder: Path | None = None, progress: Progress | None = None) -> None:
+        self._folder, self._progress, self._lock = folder, progress, threading.RLock()
+        self._tokenizers: dict[str, Tokenizer] = {}
+        self._stores: dict[tuple[str, str], Store] = {}
+
+    def tokenizer(self, config: Config) -> Tokenizer:
+        """Return the tokenizer of a trial. Raises UserError if the corpus cannot be read."""
+        key = _tokenizer_key(config)
+        if key not in self._tokenizers:
+            file = self._folder / f"{key}.json" if self._folder else None
+            self._tokenizers[key] = load_or_train_tokenizer(config, file, self._progress)
+            if file is not None and not file.exists():
+                save_tokenizer(self._tokenizers[key], file)
+        return self._tokenizers[key]
+
+    def set_folder(self, folder: Path) -> None:
+        """Set the folder of the tokenizers, and save the tokenizers that are missing there."""
+        self._folder = folder
+        for key, tokenizer in self._tokenizers.items():
+            if not (folder / f"{key}.json").exists():
+                save_tokenizer(tokenizer, folder / f"{key}.json")
+
+    def fill_vocab_size(self, config: Config) -> Config:
+        """Fill in the vocabulary size of a config. Raises UserError if the model's is too small."""
+        with self._lock:
+            return fill_vocab_size(config, self.tokenizer(config))
+
+    def resolve_epochs(self, config: Config) -> ResolvedEpochs:
+        """Convert epochs to steps in a config. Raises UserError if the text is unsuitable."""
+        with self._lock:
+            return resolve_epochs(config, lambda stage: self._stage_data(stage, config))
+
+    def prepare(self, config: Config) -> tuple[Config, Tokenizer, list[StageData]]:
+        """Return the config with all sizes, the tokenizer and the data of a trial.
+
+        Raises:
+            UserError: The text is shorter than one batch.
+        """
+        with self._lock:
+            full_config = self.fill_vocab_size(config)
+            data = [self._stage_data(stage, config) for stage in stages(full_config)]
+            return full_config, self.tokenizer(config), data
+
+    def _stage_data(self, stage: Stage, config: Config) -> StageData:
+        key = _tokenizer_key(config), repr(stage.config.data)
+        data = prepare_stage(stage, self.tokenizer(config), cache_folder(), self._progress, self._stores.get(key))
+        self._stores[key] = data.store
+        return data
+
+
+def _tokenizer_key(config: Config) -> str:
+    """Return a hash of everything that a tokenizer depends on: its config and the data of all stages."""
+    corpora = [asdict(data) for data in dict.fromkeys(stage.config.data for stage in stages(config))]
+    text = json.dumps([asdict(config.tokenizer), corpora], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""Progress of a sweep: a live table on a terminal, a line per completed trial elsewhere.
+"""Progress of a sweep: a live table on a terminal, a line per ended trial elsewhere.
 
 The table is built from the sweep's folder alone, so it does not depend on where the trials run.
 """
@@ -15,14 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from rustgpt_jax.config.schema import stages
-from rustgpt_jax.sweeps.sweep_dir import Event, Ledger, SweepDir
+from rustgpt_jax.sweeps.sweep_dir import ENDED, Event, Ledger, SweepDir
 from rustgpt_jax.sweeps.trials import Trial, describe_overrides
 from rustgpt_jax.tracking.console import format_duration, replace_control_characters
 from rustgpt_jax.tracking.metric_writer import last_metrics
 
 POLL_SECONDS = 1.0
 MAX_ROWS = 12
-ENDED = ("finished", "diverged", "failed", "pruned")
 
 
 class LiveTable:
@@ -114,8 +113,8 @@ class LiveTable:
             total_steps = {name: stages(trial.config)[-1].end_step for name, trial in self._trials.items()}
             average = sum(total_steps.values()) / len(total_steps)
             parts.append(f"{3600 * done / elapsed / average:,.0f} trials/hour")
-            unended = [name for name in total_steps if state_of.get(name) not in ENDED]
-            if (left := sum(total_steps[name] - self._steps.get(name, 0) for name in unended)) > 0:
+            unfinished = [name for name in total_steps if state_of.get(name) not in ENDED]
+            if (left := sum(total_steps[name] - self._steps.get(name, 0) for name in unfinished)) > 0:
                 parts.append(f"{format_duration(round(left * elapsed / done))} left")
         return ", ".join(parts)
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import jax
 
-from rustgpt_jax.sweeps.asset_cache import AssetCache
+from rustgpt_jax.data.preprocess import AssetCache
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.sweep_dir import DONE, Ledger, SweepDir
 from rustgpt_jax.sweeps.worker import Worker

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from rustgpt_jax.config.schema import Config, MeshConfig, StaticConfig, partition, stages
+from rustgpt_jax.data.preprocess import AssetCache
 from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size, training_flops_per_token
 from rustgpt_jax.sharding.hardware_specs import Machine
 from rustgpt_jax.sharding.sharding_plan import describe_mesh, is_flexible, min_devices
-from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.trials import Trial
 from rustgpt_jax.training.memory_estimate import state_shapes, step_bytes
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from rustgpt_jax.config.schema import affects_result, stages
 from rustgpt_jax.config.validation import flatten_tree
+from rustgpt_jax.data.preprocess import AssetCache
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.search_space import (
     TPE,
     Categorical,
@@ -91,9 +91,9 @@ def _prune(sweep: Sweep, trials: list[Trial], rung: int, number: int, keep: floa
     n_kept = min(len(comparable), math.ceil(keep * len(trials)))
     kept = sorted(comparable, key=lambda trial: losses[trial.id])[:n_kept]
     states = sweep.ledger.states()
-    # An earlier sweep in this folder may have completed some of them.
-    ended = ("pruned", *DONE)
-    pruned = [trial for trial in comparable if trial not in kept and states[trial.id]["event"] not in ended]
+    # An earlier sweep in this folder may have finished some of them.
+    not_prunable = ("pruned", *DONE)
+    pruned = [trial for trial in comparable if trial not in kept and states[trial.id]["event"] not in not_prunable]
     if pruned:
         details = {"step": rung, "rung": number}
         sweep.ledger.append_all([(trial.id, "pruned", details) for trial in pruned])
@@ -131,9 +131,9 @@ def run_tpe(sweep: Sweep, search: TPE, tree: Any, fixed: Iterable[str], check: C
     make = partial(_make_point_trials, search=search, tree=tree, fixed=tuple(fixed), assets=sweep.assets)
     with lock_run_dir(sweep.folder.path):
         study = _load_study(sweep, search, tree)
-        complete = [point for point in _valid(study)[: search.n_trials] if point.state.is_finished()]
+        finished = [point for point in _valid(study)[: search.n_trials] if point.state.is_finished()]
         # Rerun trials that failed or whose folders were deleted; the results reported to Optuna remain.
-        _run_points(sweep, {point.number: make(point) for point in complete})
+        _run_points(sweep, {point.number: make(point) for point in finished})
         while not sweep.stop and len(_valid(study)) - len(_running(study)) < search.n_trials:
             _ask(study, search, make, check)
             batch = {point.number: make(point) for point in _running(study)}
@@ -244,8 +244,8 @@ def _ask(study: Any, search: TPE, make_point_trials: Callable[[Any], list[Trial]
     """
     from optuna.trial import TrialState, create_trial
 
-    n_complete = len(_valid(study)) - len(_running(study))
-    end = min(search.n_trials, (n_complete // search.batch + 1) * search.batch)
+    n_finished = len(_valid(study)) - len(_running(study))
+    end = min(search.n_trials, (n_finished // search.batch + 1) * search.batch)
     while len(_valid(study)) < end:
         point, reason = suggest(search, study.trials, len(study.trials)), None
         try:

@@ -19,15 +19,15 @@ from pathlib import Path
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps.local_launchers import Launch
 from rustgpt_jax.sweeps.planner import Chunk
-from rustgpt_jax.sweeps.sweep_dir import Ledger, is_settled
+from rustgpt_jax.sweeps.sweep_dir import Ledger, is_done_until
 
 POLL_SECONDS = 2.0
 COMMANDS = ("sbatch", "squeue", "srun")
 # The state of a job that squeue no longer lists.
 FORGOTTEN = "FORGOTTEN"
 # PREEMPTED is not included: such a job may be requeued; if it is not, Slurm forgets it within minutes.
-ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
-ENDED.add(FORGOTTEN)
+ENDED_JOBS = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
+ENDED_JOBS.add(FORGOTTEN)
 # A chunk fails after this many jobs in a row have ended without making progress.
 MAX_DEATHS = 3
 # Slurm's default limit.
@@ -83,26 +83,26 @@ class _JobMonitor:
         if queue is None:
             raise UserError("Slurm does not respond: squeue fails. Try again later.")
         jobs = {event["trial"]: event["job"] for event in self._ledger.events() if event["event"] == "queued"}
-        alive = {trial: job for trial, job in jobs.items() if queue.get(job, FORGOTTEN) not in ENDED}
+        alive = {trial: job for trial, job in jobs.items() if queue.get(job, FORGOTTEN) not in ENDED_JOBS}
         self.jobs = {chunk: {alive[trial] for trial in chunk.trials if trial in alive} for chunk in chunks}
         self._submit([chunk for chunk in chunks if not set(chunk.trials) <= alive.keys()])
 
     def poll(self) -> None:
-        """Remove chunks whose jobs have ended, and resubmit those that are incomplete."""
+        """Remove chunks whose jobs have ended, and resubmit those that are not done."""
         queue = _read_queue()
         # While the controller is down, its jobs continue.
         if queue is None:
             return
-        incomplete = []
+        unfinished = []
         for chunk, jobs in list(self.jobs.items()):
             states = {job: queue.get(job, FORGOTTEN) for job in jobs}
-            if set(states.values()) <= ENDED:
+            if set(states.values()) <= ENDED_JOBS:
                 del self.jobs[chunk]
-                # The only trials that a completed job leaves unfinished are locked by other workers.
+                # The only trials that an ended job leaves unfinished are locked by other workers.
                 failed = {job: state for job, state in states.items() if state != "COMPLETED"}
                 if failed and self._unsettled(chunk) and self._should_retry(chunk, *failed.popitem()):
-                    incomplete.append(chunk)
-        self._submit(incomplete)
+                    unfinished.append(chunk)
+        self._submit(unfinished)
 
     def _unsettled(self, chunk: Chunk) -> list[str]:
         """Return the trials that have neither reached the end of their chunk nor failed since this launch began."""
@@ -111,7 +111,7 @@ class _JobMonitor:
         def is_over(trial: str) -> bool:
             if states[trial]["event"] == "failed":
                 return states[trial] != self._states_before[trial]
-            return is_settled(states[trial], chunk.until)
+            return is_done_until(states[trial], chunk.until)
 
         return [trial for trial in chunk.trials if not is_over(trial)]
 
@@ -194,8 +194,8 @@ class Job:
         with StopRequest() as stop:
             import jax
 
+            from rustgpt_jax.data.preprocess import AssetCache
             from rustgpt_jax.process_setup import enable_compilation_cache
-            from rustgpt_jax.sweeps.asset_cache import AssetCache
             from rustgpt_jax.sweeps.sweep_dir import SweepDir
             from rustgpt_jax.sweeps.worker import Worker
 
@@ -205,7 +205,7 @@ class Job:
             Worker(folder, assets, jax.local_devices(), self._code, lambda: bool(stop)).run_chunk(chunk)
         if stop:
             _requeue()
-            # If this function returned, submitit would consider the job complete.
+            # If this function returned, submitit would consider the job finished.
             sys.exit(1)
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from rustgpt_jax.data.preprocess import AssetCache
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.process_setup import StopRequest
 from rustgpt_jax.registry import lookup
 from rustgpt_jax.sharding.hardware_specs import Machine, count_cores, detect_machine
 from rustgpt_jax.sharding.sharding_plan import min_devices
-from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.live_table import LiveTable
 from rustgpt_jax.sweeps.local_launchers import Launch, find_visible_gpus, run_in_subprocesses, run_inline
 from rustgpt_jax.sweeps.planner import MODES, Chunk, Plan, group_by_shape, make_plan
@@ -25,12 +25,13 @@ from rustgpt_jax.sweeps.sweep_dir import (
     Ledger,
     SweepDir,
     create_sweep_dir,
-    is_settled,
+    is_done_until,
     save_code_snapshot,
     write_sweep_info,
 )
 from rustgpt_jax.sweeps.trials import Trial, describe_overrides
 from rustgpt_jax.training.config_checks import validate_components
+from rustgpt_jax.training.run_inputs import RunInputs
 from rustgpt_jax.workdir.run_dir import create_run_dir as create_run
 
 # A launcher returns when all chunks have been processed, or after a stop request; outcomes are in the ledger.
@@ -165,7 +166,7 @@ class Sweep:
         return [
             trial.id
             for trial in trials
-            if trial.id not in failed and not is_settled(states.get(trial.id, {"event": "planned"}), until)
+            if trial.id not in failed and not is_done_until(states.get(trial.id, {"event": "planned"}), until)
         ]
 
     def failed(self) -> set[str]:
@@ -203,6 +204,7 @@ def check_trials(trials: Iterable[Trial], assets: AssetCache) -> None:
     for trial in trials:
         try:
             validate_components(trial.config)
-            assets.inputs(trial.config).check(nowhere.trial(trial.id), min_devices(trial.config.mesh))
+            inputs = RunInputs(trial.config, *assets.prepare(trial.config))
+            inputs.check(nowhere.trial(trial.id), min_devices(trial.config.mesh))
         except UserError as error:
             raise UserError(f"The trial {describe_overrides(trial.overrides)} is invalid: {error}") from error

@@ -8,11 +8,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rustgpt_jax.data.preprocess import AssetCache
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.process_setup import enable_compilation_cache
 from rustgpt_jax.sharding.hardware_specs import Machine, count_cores, detect_machine, use_cpu_devices
 from rustgpt_jax.sweeps import search
-from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.planner import Plan, group_by_shape, make_plan
 from rustgpt_jax.sweeps.report import report
 from rustgpt_jax.sweeps.search_space import TPE, Overrides, SuccessiveHalving

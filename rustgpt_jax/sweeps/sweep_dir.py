@@ -137,8 +137,10 @@ def save_code_snapshot(folder: SweepDir) -> Path:
 # The last event of a trial in the ledger, other than `queued`, is its state. A worker that runs a trial holds the lock
 # of its run folder, which the operating system releases however the process ends.
 EVENTS = ("planned", "queued", "began", "finished", "diverged", "pruned", "stopped", "failed")
-# A trial in one of these states is complete; failed trials are retried by the next launch.
+# A finished trial has taken all its steps. A trial that is done is never continued. One that has ended is not running,
+# but the next launch retries a failed trial, and an edited sweep may continue a pruned one.
 DONE = ("finished", "diverged")
+ENDED = (*DONE, "pruned", "failed")
 # Maximum nesting of lists and mappings in the value of a knob.
 MAX_DEPTH = 8
 
@@ -208,10 +210,10 @@ class Ledger:
             return trial in self._done
 
 
-def is_settled(state: Event, until: int | None = None) -> bool:
-    """Return whether a trial with this last event has finished or reached the step `until`.
+def is_done_until(state: Event, until: int | None = None) -> bool:
+    """Return whether a trial with this last event is done, or has reached the step `until`.
 
-    A pruned trial is settled only up to the step at which it was pruned, since an edited sweep may continue it.
+    A pruned trial counts as done only up to the step at which it was pruned, since an edited sweep may continue it.
     """
     if state["event"] in DONE:
         return True

@@ -13,7 +13,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps.search_space import TPE, Categorical, Overrides, sample
 
 if TYPE_CHECKING:
-    from rustgpt_jax.sweeps.asset_cache import AssetCache
+    from rustgpt_jax.data.preprocess import AssetCache
 
 ID_DIGITS = 8
 # Number of points of a search to try before giving up.
@@ -33,7 +33,7 @@ class Trial:
 
 def _make_asset_cache() -> "AssetCache":
     # The import takes seconds, since it imports JAX, and most configs are resolved without data.
-    from rustgpt_jax.sweeps.asset_cache import AssetCache
+    from rustgpt_jax.data.preprocess import AssetCache
 
     return AssetCache()
 

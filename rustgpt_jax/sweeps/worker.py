@@ -17,14 +17,15 @@ from pathlib import Path
 
 import jax
 
+from rustgpt_jax.data.preprocess import AssetCache
 from rustgpt_jax.errors import is_out_of_memory
 from rustgpt_jax.process_setup import StopRequest
 from rustgpt_jax.sharding.sharding_plan import plan_for_devices
-from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir
 from rustgpt_jax.training.loop import PopulationExecutor, SingleRunExecutor, run_training_loop
 from rustgpt_jax.training.memory_estimate import out_of_memory_message
+from rustgpt_jax.training.run_inputs import RunInputs
 from rustgpt_jax.training.trainer import Trainer
 from rustgpt_jax.workdir.run_dir import RunLockedError, load_config, load_origins
 
@@ -90,7 +91,8 @@ class Worker:
             return None
         folder = self._folder.trial(trial)
         try:
-            inputs = self._assets.inputs(load_config(folder.path))
+            config = load_config(folder.path)
+            inputs = RunInputs(config, *self._assets.prepare(config))
             plan = plan_for_devices(inputs.config.mesh, self._devices[: chunk.devices])
             inputs.check(folder, plan.n_devices)
             run = locks.enter_context(Trainer(inputs, folder.path, load_origins(folder.path), plan, chunk.until))

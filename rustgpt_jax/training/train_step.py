@@ -15,7 +15,7 @@ from rustgpt_jax.evaluation.loss import LossSums, cross_entropy_sums, loss_sums,
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.interfaces import BlockInputs, LayerMetrics
 from rustgpt_jax.model.intermediates import Intermediates, grad_slots
-from rustgpt_jax.sharding.partition_rules import constrain
+from rustgpt_jax.sharding.sharding_plan import constrain
 from rustgpt_jax.training.optimizers import clip_by_norm, make_optimizer, schedule_multiplier
 
 # A loss is a spike if it is this many standard deviations above the mean of the previous ones.

@@ -20,11 +20,11 @@ from rich.console import Console
 sys.path.append(str(Path(__file__).parent.parent))
 from synthetic_sweep import grid, trial_id, write_sweep
 
+from rustgpt_jax.data.preprocess import AssetCache
 from rustgpt_jax.sweeps import choice, log_uniform, search, tpe
-from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.report import report
 from rustgpt_jax.sweeps.report.results import group_by_setting, read_results
-from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir, is_settled
+from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir, is_done_until
 
 assert _fonts.fontManager
 TRIALS = grid(optimizer__learning_rate=(1e-3, 1e-2), seed=(0, 1))
@@ -79,7 +79,7 @@ def read_all(folder: Path) -> None:
     """Read a sweep as commands and workers do."""
     ledger = Ledger(folder / "ledger.jsonl")
     for state in (run_or_refuse(ledger.states) or {}).values():
-        is_settled(state, 3)
+        is_done_until(state, 3)
     results = run_or_refuse(lambda: read_results(folder))
     if results is not None:
         assert {trial.id for setting in group_by_setting(results) for trial in setting.trials} == {

@@ -180,11 +180,11 @@ def compute_sensitivities(results: Results) -> list[Sensitivity]:
 
 def _compute_sensitivity(trials: list[TrialResult], seed: Any, path: str, rates: set[float]) -> float:
     """Return the sensitivity of a seed, or NaN if a rate neither finished nor diverged."""
-    ended = [
+    rated = [
         trial for trial in trials if trial.seed == seed and (trial.final_loss is not None or trial.status == DIVERGED)
     ]
-    losses = {trial.knobs[path]: math.inf if trial.final_loss is None else trial.final_loss for trial in ended}
-    initial = [trial.initial_loss for trial in ended if trial.initial_loss is not None]
+    losses = {trial.knobs[path]: math.inf if trial.final_loss is None else trial.final_loss for trial in rated}
+    initial = [trial.initial_loss for trial in rated if trial.initial_loss is not None]
     if set(losses) != rates or not initial:
         return math.nan
     return compute_lr_sensitivity(losses, sum(initial) / len(initial))
