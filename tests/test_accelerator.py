@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.benchmarks import accelerator_report as report
-from experiments.benchmarks.best_batch import GAIN, SIZES, Best, Failure, Knobs, best_batch, config_of, measured
+from experiments.benchmarks.best_batch import GAIN, SIZES, Best, Failure, Knobs, best_batch, make_config, run_task
 from experiments.benchmarks.gpt2_jax import attention_task, cost, synthetic
 from rustgpt_jax.config.schema import Config, partition, replace_paths
 from rustgpt_jax.model import transformer
@@ -35,7 +35,7 @@ PARAMETERS = {"124m": 124_475_904, "350m": 354_871_296, "1.5b": 1_557_686_400}
 
 @pytest.mark.parametrize("size", PARAMETERS)
 def test_training_flops_per_token_match_the_closed_form(size: str) -> None:
-    model = config_of(size).model
+    model = make_config(size).model
     found = cost(replace_paths(model, {"attention.kernel": "cudnn", "remat": "full"}))
     width, window = model.d_model, model.context_length
     assert found["parameters"] == PARAMETERS[size]
@@ -44,13 +44,13 @@ def test_training_flops_per_token_match_the_closed_form(size: str) -> None:
 
 
 def test_shares_of_peak_flops_and_bandwidth() -> None:
-    h100 = report.chip_of("NVIDIA H100 80GB HBM3")
+    h100 = report.find_chip("NVIDIA H100 80GB HBM3")
     assert h100 is CHIPS["h100"]
     # 989 TFLOP/s at one TFLOP a token are 989 tokens a second; 3.35 TB/s read 3.35 GB in a millisecond.
     assert report.share_of_peak(1e12, 494.5, h100) == pytest.approx(0.5)
     assert report.share_of_bandwidth(3.35e9, 2e-3, h100) == pytest.approx(0.5)
-    assert report.chip_of("TPU v5 lite") is CHIPS["v5e"] and report.chip_of("TPU v5") is CHIPS["v5p"]
-    assert report.chip_of("cpu") is None
+    assert report.find_chip("TPU v5 lite") is CHIPS["v5e"] and report.find_chip("TPU v5") is CHIPS["v5p"]
+    assert report.find_chip("cpu") is None
     assert report.share_of_peak(1e12, 1.0, None) is None and report.share_of_bandwidth(1.0, 1.0, None) is None
 
 
@@ -95,7 +95,7 @@ def test_goals_use_the_best_of_each_framework() -> None:
 def test_repeated_measurements_are_merged() -> None:
     first, again = training_row("PyTorch", 8, 1.0), training_row("PyTorch", 8, 3.0)
     other = training_row("PyTorch", 8, 1.0, remat="full")
-    (same, apart) = report.merged([first, other, again | {"memory": 10**8}])
+    (same, apart) = report.merge_rows([first, other, again | {"memory": 10**8}])
     assert same["seconds"] == first["seconds"] + again["seconds"] and same["memory"] == 10**8
     assert apart == other
 
@@ -182,19 +182,19 @@ def test_batch_search_fails_if_nothing_fits(reason: str) -> None:
 
 def test_failed_process_reports_the_reason_and_leaves_a_log(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="KeyError: 'cook'"):
-        measured("gpt2_torch", {"what": "cook"}, 60, tmp_path / "out" / "log.txt")
+        run_task("gpt2_torch", {"what": "cook"}, 60, tmp_path / "out" / "log.txt")
     assert "Traceback" in (tmp_path / "out" / "log.txt").read_text()
     with pytest.raises(Failure, match="status 1: .*No module named"):
-        measured("gpt3", {"what": "cook"}, 60, tmp_path / "log.txt")
+        run_task("gpt3", {"what": "cook"}, 60, tmp_path / "log.txt")
     with pytest.raises(Failure, match="more than 0 seconds"):
-        measured("gpt2_torch", {"what": "cook"}, 0.01, tmp_path / "log.txt")
+        run_task("gpt2_torch", {"what": "cook"}, 0.01, tmp_path / "log.txt")
 
 
 # The PyTorch model.
 
 
 def smoke(**knobs: Any) -> Config:
-    return config_of("smoke", {"model.dtype": "float32", "schedule.name": "constant"} | knobs)
+    return make_config("smoke", {"model.dtype": "float32", "schedule.name": "constant"} | knobs)
 
 
 def load(layers: Any, params: Any) -> None:
@@ -231,7 +231,7 @@ def test_the_pytorch_model_has_the_same_parameters(size: str) -> None:
     torch = pytest.importorskip("torch")
     from experiments.benchmarks.gpt2_torch import gpt2
 
-    model = config_of(size).model
+    model = make_config(size).model
     with torch.device("meta"):
         layers = gpt2(model)
     assert sum(parameter.numel() for parameter in layers.parameters()) == total_size(parameter_shapes(model))
@@ -258,7 +258,7 @@ def test_the_pytorch_model_has_the_same_logits() -> None:
 def test_the_pytorch_model_trains_identically() -> None:
     """Losses of several steps cover gradients, clipping, AdamW and weight-decay groups."""
     torch = pytest.importorskip("torch")
-    from experiments.benchmarks.gpt2_torch import gpt2, stepper
+    from experiments.benchmarks.gpt2_torch import gpt2, make_step
 
     n_steps = 6
     config = smoke(
@@ -272,7 +272,7 @@ def test_the_pytorch_model_trains_identically() -> None:
     assert ours[0] - ours[-1] > 0.5
     layers = gpt2(config.model)
     load(layers, params)
-    step = stepper(config, layers, compiled=False)
+    step = make_step(config, layers, compiled=False)
     windows = zip(*(torch.tensor(leaf).long() for leaf in batches[:2]), strict=True)
     np.testing.assert_allclose([step(*window).item() for window in windows], ours, rtol=2e-4)
 
@@ -281,12 +281,12 @@ def test_the_pytorch_model_trains_identically() -> None:
 def test_the_pytorch_model_compiles_to_one_graph() -> None:
     """torch.compile has no graph breaks, with or without checkpointing."""
     torch = pytest.importorskip("torch")
-    from experiments.benchmarks.gpt2_torch import gpt2, loss_of
+    from experiments.benchmarks.gpt2_torch import gpt2, make_loss
 
     tokens_BT = torch.zeros((2, 64), dtype=torch.int64)
     for remat in ("none", "full"):
         model = smoke(**{"model.remat": remat}).model
-        loss = loss_of(gpt2(model), model)
+        loss = make_loss(gpt2(model), model)
         torch.compile(loss, backend="eager", fullgraph=True)(tokens_BT, tokens_BT).backward()
 
 

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.benchmarks.best_batch import Failure, as_given
+from experiments.benchmarks.best_batch import Failure, format_command
 from experiments.benchmarks.performance import page
 from experiments.benchmarks.performance.bench import FULL, TINY, about
 from experiments.benchmarks.performance.goals import goals, ratio
 from experiments.benchmarks.performance.models import SHAPES, TRAINING, WEIGHTS, decoding_config, training_config
 from experiments.benchmarks.performance.startup import job, parts
-from experiments.benchmarks.performance.turns import Reading, rotated, summarize, take_turns, times_as_fast
+from experiments.benchmarks.performance.turns import Reading, rotate, summarize, take_turns, times_as_fast
 from experiments.benchmarks.performance.workers import MALLOC, Request, Worker, start_workers
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.errors import UserError
@@ -65,7 +65,7 @@ def test_contenders_take_turns(count: int, rounds: int, warm_up: int, broken: se
 
 @given(st.lists(st.integers(), max_size=6), st.integers(0, 20))
 def test_each_contender_has_one_turn_per_round(names: list[int], turn: int) -> None:
-    assert sorted(rotated([str(name) for name in names], turn)) == sorted(map(str, names))
+    assert sorted(rotate([str(name) for name in names], turn)) == sorted(map(str, names))
 
 
 @given(
@@ -274,13 +274,13 @@ def test_rows_of_a_table_have_the_same_columns() -> None:
 @pytest.mark.parametrize("text", ["", marked("goals", "goals"), "<!-- end: goals --><!-- begin: goals -->"])
 def test_page_without_markers_is_an_error(text: str) -> None:
     with pytest.raises(UserError, match="begin: goals"):
-        page.replaced(text, "goals", "")
+        page.replace_part(text, "goals", "")
 
 
 def test_performance_page_has_its_markers() -> None:
     text = page.PAGE.read_text()
     for part in ("goals", *page.PARTS):
-        page.replaced(text, part, "")
+        page.replace_part(text, part, "")
 
 
 # All of it.
@@ -333,5 +333,5 @@ def test_mistakes_are_errors_of_one_sentence(words: tuple[str, ...], message: st
 
 def test_recorded_commands_have_no_local_paths() -> None:
     words = ["/home/me/run.py", "training", "--text=/home/me/text.txt", "--out=/home/me/out", "--rounds=3"]
-    assert as_given(words) == "python experiments/benchmarks/run.py training --text=text.txt --rounds=3"
+    assert format_command(words) == "python experiments/benchmarks/run.py training --text=text.txt --rounds=3"
     assert not re.search(r"(/home|/root|/tmp|/work)/", page.RESULTS.read_text() + page.PAGE.read_text())

@@ -42,8 +42,8 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.benchmarks.accelerator_report import (
+    format_knobs,
     has_failed,
-    in_words,
     markdown,
     percent,
     show,
@@ -58,10 +58,10 @@ from experiments.benchmarks.best_batch import (
     Best,
     Failure,
     Knobs,
-    as_given,
     best_batch,
-    measured,
-    tree_of,
+    format_command,
+    make_tree,
+    run_task,
 )
 from rustgpt_jax.errors import UserError, suggest_names
 
@@ -148,7 +148,7 @@ def define_flags() -> None:
 
 def get_config() -> ConfigDict:
     """Return the config of the smallest model."""
-    return tree_of("124m")
+    return make_tree("124m")
 
 
 class Bench:
@@ -158,7 +158,7 @@ class Bench:
         self.extent, self.sizes, self.out, self.patience, self.console = extent, sizes, out, patience, console
         self.results: dict[str, Any] = {
             "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-            "command": as_given(sys.argv),
+            "command": format_command(sys.argv),
             "machine": self.ask("gpt2_jax", "machine", sizes=list(sizes)),
             "torch": None,
         }
@@ -175,7 +175,7 @@ class Bench:
 
     def ask(self, module: str, what: str, **arguments: Any) -> Any:
         """Return a measurement by another benchmark module. Raises Failure."""
-        return measured(module, {"what": what} | arguments, self.patience, self.out / "log.txt")
+        return run_task(module, {"what": what} | arguments, self.patience, self.out / "log.txt")
 
     def attempt(self, name: str, ask: Callable[[], Any]) -> Any:
         """Return the result of `ask`; if it fails, record that and return None."""
@@ -184,9 +184,9 @@ class Bench:
             self.say(f"measured: {name}")
             return found
         except Failure as failure:
-            self.missed(name, failure)
+            self.record_failure(name, failure)
 
-    def missed(self, name: str, failure: Failure) -> None:
+    def record_failure(self, name: str, failure: Failure) -> None:
         """Print and record why something was not measured."""
         self.say(f"{name}: {failure}", "yellow" if failure.is_memory else "red")
         self.results["unmeasured"].append({"what": name, "reason": str(failure), "is_expected": failure.is_memory})
@@ -248,12 +248,12 @@ class Bench:
     def train(self, framework: str, size: str, batch: int, knobs: Knobs) -> dict[str, Any]:
         """Measure training once and record the result. Raises Failure, which is recorded too."""
         row: dict[str, Any] = {"size": size, "batch": batch, "knobs": knobs}
-        name = f"training {size}, {framework}, batch {batch} {in_words(knobs)}".strip()
+        name = f"training {size}, {framework}, batch {batch} {format_knobs(knobs)}".strip()
         where = {"device": self.torch_device} if framework == "PyTorch" else {}
         try:
             found = self.ask(MODULES[framework], "training", repeats=self.extent.repeats, **row, **where)
         except Failure as failure:
-            self.missed(name, failure)
+            self.record_failure(name, failure)
             raise
         row |= {"framework": framework} | found
         self.keep("training", [row])
@@ -300,7 +300,10 @@ class Bench:
 def run(console: Console) -> int:
     """Run the measurements that the flags select, and return the exit status. Raises UserError for invalid flags."""
     extent, out = SMOKE if FLAGS.smoke else FULL, Path(FLAGS.out).absolute()
-    sections, sizes = known("only", FLAGS.only, SECTIONS), known("sizes", FLAGS.sizes or extent.sizes, extent.sizes)
+    sections, sizes = (
+        check_names("only", FLAGS.only, SECTIONS),
+        check_names("sizes", FLAGS.sizes or extent.sizes, extent.sizes),
+    )
     earlier = out / "results.json"
     if FLAGS.add and not earlier.exists():
         raise UserError(f"--add: there is no {earlier} to add to.")
@@ -327,7 +330,7 @@ def run(console: Console) -> int:
     return int(has_failed(bench.results))
 
 
-def known(flag: str, names: Sequence[str], every: Sequence[str]) -> Sequence[str]:
+def check_names(flag: str, names: Sequence[str], every: Sequence[str]) -> Sequence[str]:
     """Return the names given by a flag. Raises UserError if one is unknown."""
     for name in names:
         if name not in every:

@@ -54,7 +54,7 @@ def share_of_bandwidth(n_bytes: float, seconds: float, chip: Chip | None) -> flo
     return None if chip is None else n_bytes / seconds / chip.bandwidth
 
 
-def chip_of(kind: str) -> Chip | None:
+def find_chip(kind: str) -> Chip | None:
     """Return the chip for a device kind as named by JAX; None if its data sheet is unknown."""
     return next((chip for chip in CHIPS.values() if chip.kind.lower() in kind.lower()), None)
 
@@ -63,23 +63,23 @@ def training_share(results: Row, row: Row) -> float | None:
     """Return the fraction of peak FLOP/s of a training measurement."""
     machine = results["machine"]
     flops = machine["costs"][row["size"]]["flops_per_token"]
-    return share_of_peak(flops, tokens_per_second(row), chip_of(machine["kind"]))
+    return share_of_peak(flops, tokens_per_second(row), find_chip(machine["kind"]))
 
 
 def decoding_share(results: Row, row: Row) -> float | None:
     """Return the fraction of bandwidth of a decoding measurement."""
     n_bytes = row["parameter_bytes"] + row["cache_bytes"]
-    return share_of_bandwidth(n_bytes, float(np.median(row["seconds"])), chip_of(results["machine"]["kind"]))
+    return share_of_bandwidth(n_bytes, float(np.median(row["seconds"])), find_chip(results["machine"]["kind"]))
 
 
-def merged(rows: Iterable[Row]) -> list[Row]:
+def merge_rows(rows: Iterable[Row]) -> list[Row]:
     """Merge repeated training measurements, with all times and the smallest peak memory.
 
     The smallest, because the first process also compiles, which takes memory.
     """
     found: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        key = (row["size"], row["framework"], row["batch"], in_words(row["knobs"]))
+        key = (row["size"], row["framework"], row["batch"], format_knobs(row["knobs"]))
         known = found.setdefault(key, row | {"seconds": []})
         known["seconds"] = known["seconds"] + row["seconds"]
         known["memory"] = None if row["memory"] is None else min(known["memory"], row["memory"])
@@ -89,7 +89,7 @@ def merged(rows: Iterable[Row]) -> list[Row]:
 def best(results: Row, size: str, framework: str, batch: int | None = None) -> Row | None:
     """Return the measurement with the most tokens per second, optionally only at one batch size."""
     wanted = {"size": size, "framework": framework} | ({} if batch is None else {"batch": batch})
-    fitting = [row for row in merged(results["training"]) if wanted.items() <= row.items()]
+    fitting = [row for row in merge_rows(results["training"]) if wanted.items() <= row.items()]
     return max(fitting, key=tokens_per_second, default=None)
 
 
@@ -168,7 +168,7 @@ def sheets(results: Row) -> Sheets:
         ],
         "Training": [
             {"model": f"{row['size']} ({size_of[row['size']]})"} | _training(results, row)
-            for row in merged(results["training"])
+            for row in merge_rows(results["training"])
         ],
         "Training: our tokens a second over PyTorch's": [
             {"model": size, "best against best": times(at_best), "at the batch of our best": times(at_same)}
@@ -198,7 +198,7 @@ def _training(results: Row, row: Row) -> Cells:
     return {
         "framework": row["framework"],
         "batch": str(row["batch"]),
-        "knobs": in_words(row["knobs"]),
+        "knobs": format_knobs(row["knobs"]),
         "attention": row["kernel"],
         "ms a step": milliseconds(row["seconds"]),
         "tokens/s": f"{tokens_per_second(row):,.0f}",
@@ -239,7 +239,7 @@ def _goal(goal: Goal) -> Cells:
     return {"goal": goal.what, "at least": shown[0], "measured": shown[1], "": verdict}
 
 
-def in_words(knobs: dict[str, Any]) -> str:
+def format_knobs(knobs: dict[str, Any]) -> str:
     """Format knobs as on the command line: 'model.remat=full'."""
     return " ".join(f"{path}={value}" for path, value in knobs.items())
 
@@ -267,7 +267,7 @@ def milliseconds(seconds: Sequence[float]) -> str:
 def about(results: Row) -> list[str]:
     """Describe the machine and the method of the measurements."""
     machine, torch = results["machine"], results["torch"] or {}
-    environment, chip = machine["environment"], chip_of(machine["kind"])
+    environment, chip = machine["environment"], find_chip(machine["kind"])
     names = ("jax", "jaxlib", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "tokamax")
     versions = {name: environment["packages"].get(name) for name in names}
     versions |= {"Python": environment["python"]["version"], "torch": torch.get("version")}

@@ -31,7 +31,7 @@ def bare_steps(file: Path) -> tuple[Callable[[], float], int]:
     """Return a function that runs all steps of a config file and returns their seconds, and the number of steps."""
     config = resolve(runpy.run_path(str(file))["get_config"]())
     inputs = RunInputs(config, *AssetCache().prepare(config))
-    calls = list(calls_of(inputs))
+    calls = list(iterate_calls(inputs))
 
     def all_steps() -> float:
         state = jax.block_until_ready(Trainer(inputs, Path("unused"), {}, ShardingPlan()).state())
@@ -45,7 +45,7 @@ def bare_steps(file: Path) -> tuple[Callable[[], float], int]:
     return all_steps, inputs.total_steps
 
 
-def calls_of(inputs: RunInputs) -> Iterator[tuple[StaticConfig, StepArgs]]:
+def iterate_calls(inputs: RunInputs) -> Iterator[tuple[StaticConfig, StepArgs]]:
     """Yield the static config and the arguments of each call of the compiled program, stage by stage."""
     step = 0
     for data in inputs.stages:

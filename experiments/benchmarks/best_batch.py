@@ -68,7 +68,7 @@ class Best(NamedTuple):
     knobs: Knobs
 
 
-def as_given(words: list[str]) -> str:
+def format_command(words: list[str]) -> str:
     """Return the command line to record with the results of a benchmark, without the folders of this machine."""
     script, *others = words
     shown = [f"--text={Path(word).name}" if word.startswith("--text=") else word for word in others]
@@ -76,7 +76,7 @@ def as_given(words: list[str]) -> str:
     return " ".join([f"python experiments/benchmarks/{Path(script).name}", *kept])
 
 
-def tree_of(size: str) -> ConfigDict:
+def make_tree(size: str) -> ConfigDict:
     """Return configs/gpt2_124m.py in another size, without gradient accumulation, with five steps per call."""
     tree = gpt2_124m.get_config()
     tree.model.update(SIZES[size])
@@ -84,9 +84,9 @@ def tree_of(size: str) -> ConfigDict:
     return tree
 
 
-def config_of(size: str, knobs: Knobs | None = None) -> Config:
+def make_config(size: str, knobs: Knobs | None = None) -> Config:
     """Return the resolved config of a size with the values at some dotted paths changed."""
-    tree = tree_of(size)
+    tree = make_tree(size)
     for path, value in (knobs or {}).items():
         override(tree, {path: value})
     return resolve(tree)
@@ -121,7 +121,7 @@ def best_batch(rate: Callable[[int, Knobs], float], first: int, most: int, savin
     raise failure
 
 
-def measured(module: str, request: dict[str, Any], patience: float, log: Path) -> Any:
+def run_task(module: str, request: dict[str, Any], patience: float, log: Path) -> Any:
     """Return a measurement made in a new process. Raises Failure; the log then has the output of the process."""
     command = [sys.executable, "-m", f"experiments.benchmarks.{module}", json.dumps(request)]
     environment = ENVIRONMENT | os.environ
@@ -144,7 +144,7 @@ def measured(module: str, request: dict[str, Any], patience: float, log: Path) -
     raise Failure(reply["error"])
 
 
-def printed(tasks: dict[str, Callable[..., Any]]) -> None:
+def serve_task(tasks: dict[str, Callable[..., Any]]) -> None:
     """Run the task that the command line names, and print its result as JSON."""
     request = json.loads(sys.argv[1])
     try:
@@ -162,7 +162,7 @@ def main(size: str, framework: str) -> None:
     def rate(batch: int, knobs: Knobs) -> float:
         request = {"what": "training", "size": size, "batch": batch, "knobs": knobs, "repeats": 3} | device
         try:
-            found = measured(MODULES[framework], request, 900, Path("runs/best_batch.txt"))
+            found = run_task(MODULES[framework], request, 900, Path("runs/best_batch.txt"))
         except Failure as failure:
             print(f"batch {batch} {knobs}: {failure}")
             raise

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import shakespeare_char
-from experiments.benchmarks.best_batch import config_of, printed
+from experiments.benchmarks.best_batch import make_config, serve_task
 from rustgpt_jax.config.schema import Config, ModelConfig, partition, replace_paths
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.data.pipeline import Batch
@@ -52,7 +52,7 @@ def machine(sizes: list[str]) -> dict[str, Any]:
         "kind": device.device_kind,
         "memory": (device.memory_stats() or {}).get("bytes_limit"),
         "environment": collect_environment(),
-        "costs": {size: cost(config_of(size).model) for size in sizes},
+        "costs": {size: cost(make_config(size).model) for size in sizes},
     }
 
 
@@ -68,7 +68,7 @@ def cost(model: ModelConfig) -> dict[str, float]:
 
 def checks(size: str) -> list[dict[str, Any]]:
     """Compare values and gradients of each kernel with the float32 reference, or give the reason it is unsupported."""
-    block = config_of(size).model.block(0)
+    block = make_config(size).model.block(0)
     request = Attention.attention_spec(block, block.context_length, is_cached=False, has_dropout=False)
     found: list[dict[str, Any]] = []
     for name, kernel in KERNELS.items():
@@ -106,7 +106,7 @@ def attention_task(block: ModelConfig) -> tuple[AttentionInputs, jax.Array]:
 
 def training(size: str, batch: int, knobs: dict[str, Any], repeats: int) -> dict[str, Any]:
     """Return the seconds per step of several calls, at a batch size and with some knobs changed."""
-    config = config_of(size, {"training.batch_size": batch} | knobs)
+    config = make_config(size, {"training.batch_size": batch} | knobs)
     steps = config.training.steps_per_jit_call
     compiling, seconds, losses = timed(trainer(config), repeats)
     if not np.isfinite(losses).all():
@@ -150,7 +150,7 @@ def decoding(size: str, batch: int, scan_layers: bool, prompt: int, new: int, re
 
     Parameters are in the compute dtype. On average, the cache of a row holds its prompt and half of the new tokens.
     """
-    model = config_of(size, {"model.scan_layers": scan_layers}).model
+    model = make_config(size, {"model.scan_layers": scan_layers}).model
     narrowed = jax.jit(
         lambda key: jax.tree.map(lambda leaf: leaf.astype(model.dtype), transformer.init(key, model)),
     )
@@ -249,4 +249,4 @@ TASKS = {
 
 if __name__ == "__main__":
     enable_compilation_cache()
-    printed(TASKS)
+    serve_task(TASKS)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from experiments.benchmarks.best_batch import config_of, printed
+from experiments.benchmarks.best_batch import make_config, serve_task
 from rustgpt_jax.config.schema import Config, ModelConfig
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def logits(layers: "torch.nn.ModuleDict", tokens_BT: "torch.Tensor", model: Mode
     return functional.linear(layers["norm"](x_BTD), layers["embedding"].weight)
 
 
-def loss_of(layers: "torch.nn.ModuleDict", model: ModelConfig) -> Callable[..., "torch.Tensor"]:
+def make_loss(layers: "torch.nn.ModuleDict", model: ModelConfig) -> Callable[..., "torch.Tensor"]:
     """Return a function that computes the mean cross-entropy of targets_BT given tokens_BT."""
     from torch.nn import functional
 
@@ -106,12 +106,12 @@ def adamw(layers: "torch.nn.ModuleDict", config: Config) -> "torch.optim.AdamW":
     return torch.optim.AdamW(groups, lr=numbers.learning_rate, betas=betas, eps=numbers.eps, fused=True)
 
 
-def stepper(config: Config, layers: "torch.nn.ModuleDict", compiled: bool) -> Callable[..., "torch.Tensor"]:
+def make_step(config: Config, layers: "torch.nn.ModuleDict", compiled: bool) -> Callable[..., "torch.Tensor"]:
     """Return a training step: a function of tokens_BT and targets_BT that updates the layers and returns the loss."""
     import torch
 
     optimizer, model = adamw(layers, config), config.model
-    loss_function = torch.compile(loss_of(layers, model)) if compiled else loss_of(layers, model)
+    loss_function = torch.compile(make_loss(layers, model)) if compiled else make_loss(layers, model)
     kind = next(layers.parameters()).device.type
 
     def step(tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
@@ -136,7 +136,7 @@ def trainer(config: Config, device: str, compiled: bool) -> Callable[[], float]:
         layers = gpt2(model)
         shape = (training.steps_per_jit_call, training.batch_size, model.context_length + 1)
         windows = torch.randint(model.vocab_size, shape)
-    step = stepper(config, layers, compiled)
+    step = make_step(config, layers, compiled)
 
     def call() -> float:
         for tokens_BS in windows:
@@ -151,7 +151,7 @@ def training(size: str, batch: int, knobs: dict[str, Any], repeats: int, device:
     import torch
 
     remat = {"model.remat": knobs.get("remat", "none")}
-    config = config_of(size, {"training.batch_size": batch} | remat)
+    config = make_config(size, {"training.batch_size": batch} | remat)
     is_cuda = device == "cuda"
     if knobs.get("attention") == "cudnn":
         torch.backends.cuda.enable_flash_sdp(False)
@@ -194,4 +194,4 @@ def machine(device: str) -> dict[str, Any]:
 TASKS = {"machine": machine, "training": training}
 
 if __name__ == "__main__":
-    printed(TASKS)
+    serve_task(TASKS)

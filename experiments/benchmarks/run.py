@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configs import tiny
 from experiments.benchmarks import sweep_throughput
 from experiments.benchmarks.accelerator_report import show_sheets
-from experiments.benchmarks.best_batch import Failure, tree_of
+from experiments.benchmarks.best_batch import Failure, make_tree
 from experiments.benchmarks.performance import decoding, page, startup, training
 from experiments.benchmarks.performance.bench import FULL, TINY, Bench, Row, about
 from rustgpt_jax.errors import UserError, suggest_names
@@ -56,7 +56,7 @@ def define_flags() -> None:
 
 def get_config() -> ConfigDict:
     """Return the config of the smallest model."""
-    return tree_of("124m")
+    return make_tree("124m")
 
 
 def sweeps(bench: Bench) -> Row:
@@ -77,9 +77,9 @@ def run(parts: list[str], console: Console) -> int:
     extent, out = TINY if FLAGS.smoke else FULL, Path(FLAGS.out).absolute()
     if FLAGS.rounds:
         extent = extent._replace(rounds=FLAGS.rounds, shapes=dict.fromkeys(extent.shapes, FLAGS.rounds))
-    known(parts, page.PARTS, "Unknown part")
+    check_names(parts, page.PARTS, "Unknown part")
     shapes = FLAGS.shapes or list(extent.shapes)
-    known(shapes, extent.shapes, "--shapes: unknown")
+    check_names(shapes, extent.shapes, "--shapes: unknown")
     out.mkdir(parents=True, exist_ok=True)
     text, results, place = Path(FLAGS.text).absolute() if FLAGS.text else None, page.RESULTS, page.PAGE
     if FLAGS.smoke:
@@ -108,7 +108,7 @@ def run(parts: list[str], console: Console) -> int:
     return 0
 
 
-def known(names: list[str], every: Any, saying: str) -> None:
+def check_names(names: list[str], every: Any, saying: str) -> None:
     """Check names. Raises UserError if one is unknown."""
     for name in names:
         if name not in every:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from experiments.benchmarks.accelerator_report import spread
-from experiments.benchmarks.best_batch import as_given
+from experiments.benchmarks.best_batch import format_command
 from experiments.benchmarks.performance.models import DECODED, SMOKE, Decoded
 from experiments.benchmarks.performance.turns import Reading, take_turns
 from experiments.benchmarks.performance.workers import Request, describe_task, start_workers
@@ -121,7 +121,7 @@ class Bench(NamedTuple):
         with start_workers(requests, self.patience, self.log) as (workers, absent):
             about = {name: worker.about for name, worker in workers.items()}
             readings, failures = take_turns({name: worker.turn for name, worker in workers.items()}, rounds)
-        columns = {name: columns_of(rows) for name, rows in readings.items()}
+        columns = {name: to_columns(rows) for name, rows in readings.items()}
         for name, reason in (absent | failures).items():
             self.say(f"  {name} is not measured: {reason}", "yellow")
         for name, column in columns.items():
@@ -176,10 +176,10 @@ def about(*peers: str) -> Row:
     for package in ("jax", *peers):
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
-    return {"date": today(), "command": as_given(sys.argv), "versions": versions} | machine()
+    return {"date": today(), "command": format_command(sys.argv), "versions": versions} | machine()
 
 
-def columns_of(readings: list[Reading]) -> dict[str, list[float]]:
+def to_columns(readings: list[Reading]) -> dict[str, list[float]]:
     """Return readings by quantity."""
     return {name: [reading[name] for reading in readings] for name in readings[0]} if readings else {}
 

@@ -5,7 +5,7 @@ python experiments/benchmarks/run.py
 
 from typing import NamedTuple
 
-from experiments.benchmarks.best_batch import Knobs, config_of
+from experiments.benchmarks.best_batch import Knobs, make_config
 from rustgpt_jax.config.schema import Config
 
 
@@ -62,7 +62,7 @@ def training_config(shape: str, knobs: Knobs) -> Config:
     """Return the config of a shape with the values at some dotted paths changed."""
     wanted = SHAPES[shape]
     sizes = {"training.batch_size": wanted.batch, "training.steps_per_jit_call": wanted.steps}
-    return config_of(
+    return make_config(
         "124m", wanted.knobs | sizes | {"model.scan_layers": wanted.scan_layers, "model.dtype": "float32"} | knobs
     )
 
@@ -90,4 +90,4 @@ SMOKE = Decoded("smoke", prompt=16, new=16, steps=40)
 
 def decoding_config(size: str, weights: str, kernel: str) -> Config:
     """Return the config of a GPT-2 that decodes with weights in a dtype and with a matrix kernel."""
-    return config_of(size, {"model.scan_layers": False, "sampling.matmul_impl": kernel} | WEIGHTS[weights])
+    return make_config(size, {"model.scan_layers": False, "sampling.matmul_impl": kernel} | WEIGHTS[weights])

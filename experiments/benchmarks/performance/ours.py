@@ -138,7 +138,7 @@ def weights(model: ModelConfig) -> transformer.Params:
     return jax.jit(lambda key: transformer.init(key, model))(jax.random.key(0))
 
 
-def prepared(size: str, dtype: str, kernel: str) -> tuple[transformer.Params, ModelConfig]:
+def prepare_params(size: str, dtype: str, kernel: str) -> tuple[transformer.Params, ModelConfig]:
     """Return parameters in the layout for decoding in a dtype, by plain products or by the native kernel."""
     config = decoding_config(size, dtype, kernel)
     model, wanted = for_inference(config.model), select_weight_layout(config.sampling)
@@ -149,7 +149,7 @@ def prepared(size: str, dtype: str, kernel: str) -> tuple[transformer.Params, Mo
 
 def decoding(size: str, batch: int, dtype: str, kernel: str, prompt: int, new: int) -> Prepared:
     """Measure the seconds of a prompt of all rows, and then per greedily generated token of all rows."""
-    params, model = prepared(size, dtype, kernel)
+    params, model = prepare_params(size, dtype, kernel)
     key, stops = jax.random.key(1), pad_stop_ids(())
     prompts = np.random.default_rng(0).integers(0, model.vocab_size, (batch, prompt)).tolist()
 
@@ -168,7 +168,7 @@ def decoding(size: str, batch: int, dtype: str, kernel: str, prompt: int, new: i
 
 def steadiness(size: str, dtype: str, kernel: str, prompt: int, steps: int) -> Prepared:
     """Measure the seconds of many decoding steps, the programs compiled meanwhile, and the growth of memory."""
-    params, model = prepared(size, dtype, kernel)
+    params, model = prepare_params(size, dtype, kernel)
     key, stops = jax.random.key(1), pad_stop_ids(())
     compiled = 0
 

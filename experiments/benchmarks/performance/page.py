@@ -40,11 +40,11 @@ def draw(results: Row, page: Path = PAGE) -> None:
     text = page.read_text(encoding="utf-8")
     measured = [part for part in PARTS if part in results]
     for part in ["goals", *measured]:
-        text = replaced(text, part, "\n".join(lines(part, results)))
+        text = replace_part(text, part, "\n".join(lines(part, results)))
     page.write_text(text, encoding="utf-8")
 
 
-def replaced(text: str, part: str, by: str) -> str:
+def replace_part(text: str, part: str, by: str) -> str:
     """Return a page with the lines of a part replaced. Raises UserError unless it has both markers of the part once."""
     begin, end = f"<!-- begin: {part} -->", f"<!-- end: {part} -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):

@@ -17,7 +17,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from experiments.benchmarks.best_batch import ROOT, Failure
-from experiments.benchmarks.performance.bench import Bench, Row, about, columns_of, format_median
+from experiments.benchmarks.performance.bench import Bench, Row, about, format_median, to_columns
 from experiments.benchmarks.performance.models import TRAINING
 from experiments.benchmarks.performance.turns import Reading, take_turns
 from experiments.benchmarks.performance.workers import Request, Worker
@@ -79,7 +79,7 @@ def whole_run(bench: Bench) -> Row:
     bench.say("a whole run, and its bare steps")
     with Worker(Request("ours", "bare", {"config": str(folder / "config.py")}), bench.patience, bench.log) as worker:
         readings, absent = take_turns({"whole": train, "bare": worker.turn}, rounds)
-    found = {name: columns_of(rows)["seconds"] for name, rows in readings.items()}
+    found = {name: to_columns(rows)["seconds"] for name, rows in readings.items()}
     for name, seconds in found.items():
         bench.say(f"  {name}: {format_median(seconds)} s a step")
     return {"readings": found, "absent": absent}

@@ -39,7 +39,7 @@ def take_turns(
     readings: dict[str, list[Reading]] = {name: [] for name in contenders}
     failures: dict[str, str] = {}
     for turn in range(warm_up + rounds):
-        for name in rotated(list(readings), turn):
+        for name in rotate(list(readings), turn):
             try:
                 reading = contenders[name]()
             except Failure as failure:
@@ -51,7 +51,7 @@ def take_turns(
     return readings, failures
 
 
-def rotated(names: list[str], turn: int) -> list[str]:
+def rotate(names: list[str], turn: int) -> list[str]:
     """Rotate the names by an offset that depends on the turn."""
     first = turn % max(1, len(names))
     return names[first:] + names[:first]
