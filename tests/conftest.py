@@ -109,7 +109,8 @@ def cache_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def quick_codegen(quick_compilation: None) -> Iterator[None]:
     """Compile the programs of a module in about a sixth of the time, also without XLA's fusion emitters.
 
-    Use this only in modules that compare with a tolerance: two programs may then round the same sum differently.
+    Use this only in modules that compare with a tolerance, or the bits of one program: two programs may round the
+    same sum differently.
     """
     import jax
     from jax._src import compiler

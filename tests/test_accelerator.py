@@ -24,7 +24,7 @@ from rustgpt_jax.model.kernels.verify import TOLERANCES, largest_difference
 from rustgpt_jax.sharding.hardware_specs import CHIPS
 from rustgpt_jax.training.train_step import compiled_train_steps, init_state_from_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_codegen")
 
 ROOT = Path(__file__).parent.parent
 PARAMETERS = {"124m": 124_475_904, "350m": 354_871_296, "1.5b": 1_557_686_400}

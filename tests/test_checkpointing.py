@@ -24,6 +24,8 @@ from rustgpt_jax.training.checkpointing import Checkpoints, CorruptCheckpoint, l
 from rustgpt_jax.training.optimizers import OPTIMIZERS, make_optimizer
 from rustgpt_jax.training.train_step import State, compiled_init_state, init_loss_stats
 
+pytestmark = pytest.mark.usefixtures("quick_codegen")
+
 CONFIG = small_config()
 
 

@@ -22,7 +22,7 @@ from rustgpt_jax.training.load_model import load_model
 from rustgpt_jax.workdir.event_log import EventLog
 from rustgpt_jax.workdir.run_dir import RunDir, create_run_dir, load_config, load_earlier
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_codegen")
 
 CONSTANT = {"schedule.name": "constant"}
 LONGER = {"training.steps": 16}

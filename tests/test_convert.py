@@ -25,7 +25,7 @@ from rustgpt_jax.training.load_model import load_model
 from rustgpt_jax.training.run_training import train
 from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_origins
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_codegen")
 
 KNOBS = {
     "data.corpus": "chat",
@@ -55,7 +55,7 @@ def imported(source: Path, path: Path, says: Any = quiet) -> RunDir:
 
 
 @pytest.fixture(scope="module")
-def native(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> Path:
+def native(tmp_path_factory: pytest.TempPathFactory, quick_codegen: None) -> Path:
     """A run that has learned a little of the dialogues."""
     path = tmp_path_factory.mktemp("native") / "run"
     train(resolve(small_tree(**KNOBS)), path, {}, Console(file=StringIO()))

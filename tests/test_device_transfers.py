@@ -12,7 +12,7 @@ from rustgpt_jax.training import loop
 from rustgpt_jax.training.train_step import Metrics
 from rustgpt_jax.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_codegen")
 
 # Steps without events, except for the last one.
 STEPS: dict[str, Any] = {

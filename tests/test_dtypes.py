@@ -21,7 +21,7 @@ from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.training.optimizers import OPTIMIZERS, get_eval_params, make_optimizer
 from rustgpt_jax.training.train_step import compiled_init_state, compiled_train_steps
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_codegen")
 
 LENGTH = 8
 

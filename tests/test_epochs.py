@@ -28,7 +28,7 @@ from rustgpt_jax.sweeps.trials import describe_overrides, make_trials
 from rustgpt_jax.workdir.config_files import load_config_file
 from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_origins
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_codegen")
 
 BASE = Path(__file__).parent.parent / "configs" / "base.py"
 FEW = {"data.max_documents": 6, "data.valid_fraction": 0.3}

@@ -62,7 +62,7 @@ TINY = {
 TIMED = {"train/tokens_per_second", "train/flops_share"}
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_codegen")
 
 
 def tiny(**changes: Any) -> Config:

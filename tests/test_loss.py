@@ -16,7 +16,7 @@ from rustgpt_jax.model.flops import equations, parameter_shapes
 from rustgpt_jax.training.memory_estimate import batch_shapes
 from rustgpt_jax.training.train_step import gradient
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_codegen")
 
 # No other array of a step has as many elements as all logits.
 LENGTH, VOCABULARY, ROWS = 12, 251, 4

@@ -15,6 +15,8 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.interfaces import BlockInputs
 from rustgpt_jax.model.mlps import FEEDFORWARDS
 
+pytestmark = pytest.mark.usefixtures("quick_codegen")
+
 ROWS, LENGTH, EXPERTS, WIDTH, HIDDEN = 3, 10, 4, 8, 6
 # The last row has two documents and ends in padding.
 SEGMENTS_BT = np.array([[1] * 10, [1] * 7 + [0] * 3, [1] * 4 + [2] * 6], np.int32)

@@ -31,7 +31,7 @@ FILES = dict(re.findall(rf"`(my_lab/\w+\.py)`(?:(?!```).)*{CODE}", PAGE, re.DOTA
 COMMANDS = [line for block in re.findall(r"```\n(python.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_codegen")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from rustgpt_jax.sharding.sharding_plan import check_host_offload
 from rustgpt_jax.training.optimizers import OPTIMIZERS
 from rustgpt_jax.training.train_step import compiled_init_state
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_codegen")
 
 
 def kinds(tree: Any) -> set[str | None]:

@@ -25,6 +25,8 @@ from rustgpt_jax.training.optimizers import (
     muon_partition,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_codegen")
+
 Params = dict[str, Any]
 
 NUMBERS = ("learning_rate", "b1", "b2", "eps", "momentum", "muon_learning_rate", "weight_decay")

@@ -14,7 +14,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.tracking.console import StartupTimer
 from rustgpt_jax.training import run_training
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_codegen")
 
 
 def train(path: Path, profile: str | None = None, n_steps: int = 8) -> str:

@@ -26,7 +26,7 @@ from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.workdir.event_log import EventLog, load_launches
 from rustgpt_jax.workdir.run_dir import RunDir
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_codegen")
 
 STEPS, BORDER = 10, 5
 CHANGES: dict[str, Any] = {

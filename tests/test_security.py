@@ -30,11 +30,11 @@ from rustgpt_jax.workdir.code_snapshot import code_hash, read_code
 from rustgpt_jax.workdir.event_log import EventLog, code_archive, load_first_launch
 from rustgpt_jax.workdir.run_dir import RunDir, load_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_codegen")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, quick_codegen: None) -> Path:
     """A run trained by the installed code."""
     folder = tmp_path_factory.mktemp("trust") / "run"
     train(folder)

@@ -18,7 +18,7 @@ from rustgpt_jax.training.load_model import load_model
 from rustgpt_jax.workdir.config_files import COMMAND_LINE
 from rustgpt_jax.workdir.run_dir import RunDir, create_run_dir, load_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_codegen")
 
 
 @pytest.fixture(scope="module")
