@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +75,18 @@ def require_ok(component: Component, checks: Any = ()) -> None:
 # Mistakes are found.
 
 
-def mark_mistake(mistake: Mistake) -> Any:
-    name = mistake.component.rpartition(":")[2]
-    is_cheap = name in CHEAP_MISTAKES or mistake.component.partition("/")[0] not in MODEL_KINDS
-    return pytest.param(mistake, id=f"{name}-{mistake.check}", marks=[] if is_cheap else [pytest.mark.slow])
+def mark_mistakes() -> Iterator[Any]:
+    """Mark the first mistake of each check and kind `slow` and the others `long`, except for cheap ones."""
+    tested: set[tuple[str, str]] = set()
+    for mistake in MISTAKES:
+        kind, name = mistake.component.partition("/")[0], mistake.component.rpartition(":")[2]
+        marker = pytest.mark.long if (kind, mistake.check) in tested else pytest.mark.slow
+        tested.add((kind, mistake.check))
+        is_cheap = name in CHEAP_MISTAKES or kind not in MODEL_KINDS
+        yield pytest.param(mistake, id=f"{name}-{mistake.check}", marks=[] if is_cheap else [marker])
 
 
-@pytest.mark.parametrize("mistake", [mark_mistake(mistake) for mistake in MISTAKES])
+@pytest.mark.parametrize("mistake", list(mark_mistakes()))
 def test_mistake_is_found_by_its_check(mistake: Mistake) -> None:
     # One layer compiles in half the time of a loop over layers.
     (component,) = find_components(mistake.component, {"n_layers": 1})
@@ -119,9 +125,9 @@ def test_attention_conforms_in_small_scope() -> None:
 @pytest.mark.slow
 @parametrize_components(select_components(tuple(MODEL_FIELDS), Scope.SMALL, n_layers=1))
 def test_model_components_conform_in_small_scope(component: Component) -> None:
-    checks = ["causality", "isolation", "gradients"]
+    checks = ["causality", "isolation"]
     if component.kind in ("mixers", "positions") or component.name == "moe":
-        checks += ["rows", "prefill", "cache", "parameters"]
+        checks += ["gradients", "rows", "prefill", "cache", "parameters"]
     require_ok(component, checks)
 
 
