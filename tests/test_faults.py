@@ -45,7 +45,7 @@ LONG = (
 IN_FULL = (pytest.mark.slow, pytest.mark.faults)
 TIMEOUT = 240.0
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_codegen")
 
 
 def start(*arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
@@ -104,7 +104,7 @@ def assert_is_valid(run: Path) -> None:
 @pytest.mark.parametrize("n_kills", [pytest.param(2, marks=pytest.mark.slow), pytest.param(100, marks=IN_FULL)])
 def test_resume_after_kills_is_bit_exact(tmp_path: Path, n_kills: int) -> None:
     often = {
-        "training.steps": 600 if n_kills == 100 else 200,
+        "training.steps": 600 if n_kills == 100 else 120,
         "logging.checkpoint_every": 4,
         "logging.eval_every": 40,
         "logging.log_every": 1,

@@ -197,8 +197,7 @@ def test_number_of_rewinds_is_bounded(tmp_path: Path, bad_batches: dict[str, Any
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nonfinite_policy", [pytest.param("skip", marks=pytest.mark.slow), "rewind"])
-@pytest.mark.parametrize("is_kill", [True, False], ids=["killed", "stopped"])
+@pytest.mark.parametrize(("nonfinite_policy", "is_kill"), [("skip", False), ("rewind", True)])
 def test_resume_with_non_finite_steps_is_bit_exact(tmp_path: Path, nonfinite_policy: str, is_kill: bool) -> None:
     config = make_config(nonfinite_policy)
     assert train(config, tmp_path / "straight")[0]

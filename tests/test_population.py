@@ -133,7 +133,7 @@ def test_population_compiles_once_and_resumes_bit_exactly(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["exact", "fused"])
+@pytest.mark.parametrize("mode", ["exact", pytest.param("fused", marks=pytest.mark.long)])
 def test_diverged_run_does_not_affect_the_population(mode: str, tmp_path: Path) -> None:
     calm = [tiny(**NO_SAMPLES, seed=seed) for seed in (0, 1)]
     wild = tiny(**NO_SAMPLES, **{"optimizer.learning_rate": 1e30})
