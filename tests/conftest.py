@@ -17,7 +17,7 @@ from slurm_fixture import slurm as slurm
 
 from configs import base
 from rustgpt_jax.config.schema import Config, ModelConfig
-from rustgpt_jax.config.validation import override, resolve
+from rustgpt_jax.config.validation import resolve
 
 # The first example of a property may compile a program.
 hypothesis.settings.register_profile("tests", deadline=None)
@@ -44,11 +44,8 @@ SMALL = {
 def small_tree(**changes: Any) -> ConfigDict:
     """Return a small version of base.py with changes by dotted path: `small_tree(**{"model.n_layers": 4})`."""
     tree = base.get_config()
-    for path, value in (SMALL | changes).items():
-        if path == "stages":
-            tree.stages = value
-        else:
-            override(tree, {path: value})
+    with tree.ignore_type():
+        tree.update_from_flattened_dict(SMALL | changes)
     return tree
 
 

@@ -5,9 +5,7 @@ from pathlib import Path
 import pytest
 from test_cli import TINY, launch
 
-from configs import base
 from rustgpt_jax.config.schema import FIELDS
-from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.sharding import hardware_specs
 from rustgpt_jax.sharding.hardware_specs import preferred_dtypes, resolve_auto_dtype
 from rustgpt_jax.workdir.run_dir import load_config
@@ -36,12 +34,11 @@ def test_preferred_dtypes(
 
 def test_dtypes_of_the_user_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware_specs, "_read_cpuinfo", lambda: "avx512_bf16")
-    tree = base.get_config()
+    values, overrides = {"model.dtype": "auto", "model.d_ff": 8}, {"model.precision.matmul_dtype": "float32"}
     origins = dict.fromkeys(FIELDS, "base") | {"model.precision.matmul_dtype": "command line", "model.dtype": "mine.py"}
-    tree.model.dtype = "auto"
-    resolve_auto_dtype(tree, origins, "cpu")
-    model = resolve(tree).model
-    assert (model.dtype, model.precision.matmul_dtype, model.precision.logits_dtype) == ("float32", None, "bfloat16")
+    resolve_auto_dtype(values, overrides, origins, "cpu")
+    assert overrides == {"model.precision.matmul_dtype": "float32"}
+    assert values == {"model.dtype": "float32", "model.d_ff": 8, "model.precision.logits_dtype": "bfloat16"}
     changed = {path for path, origin in origins.items() if origin == "auto, for a cpu"}
     assert (
         changed == {"model.dtype", "model.precision.logits_dtype"}

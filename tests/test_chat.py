@@ -301,12 +301,12 @@ def test_set_changes_each_setting_of_later_replies(form: str, fake_model: FakeMo
     [
         ("/sve talk", "Unknown command /sve. Did you mean '/save'?"),
         ("/set temprature 1", "Unknown setting 'temprature'. Did you mean 'temperature'?"),
-        ("/set temperature hot", "config.sampling.temperature takes a number, not 'hot'."),
-        ("/set top_p 2", "config.sampling.top_p must be at most 1, not 2."),
-        ("/set top_k 1.5", "config.sampling.top_k takes a whole number, not 1.5."),
-        ("/set top_k 1 2", "config.sampling.top_k takes a whole number, not '1 2'."),
-        ("/seed x", "config.sampling.seed takes a whole number, not 'x'."),
-        ("/seed -1", "config.sampling.seed must be at least 0, not -1."),
+        ("/set temperature hot", "config.sampling.temperature must be a number, got 'hot'."),
+        ("/set top_p 2", "config.sampling.top_p must be at most 1, got 2."),
+        ("/set top_k 1.5", "config.sampling.top_k must be a whole number, got 1.5."),
+        ("/set top_k 1 2", "config.sampling.top_k must be a whole number, got '1 2'."),
+        ("/seed x", "config.sampling.seed must be a whole number, got 'x'."),
+        ("/seed -1", "config.sampling.seed must be at least 0, got -1."),
         ("/save", "Save to which file?"),
     ],
 )

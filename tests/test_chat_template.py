@@ -489,7 +489,7 @@ def test_invalid_tokenizer_settings_are_refused_by_name(
     save_tokenizer(Tokenizer(foreign_tokenizer()), tmp_path / "tokenizer.json")
     for name in names:
         (tmp_path / name).write_text(json.dumps(settings))
-        with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / name))}: {key} takes"):
+        with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / name))}: {key} must be"):
             load_hf_tokenizer(tmp_path)
         (tmp_path / name).unlink()
 
@@ -502,7 +502,7 @@ def test_unknown_end_token_ids_are_ignored_with_a_message(name: str, tmp_path: P
     assert load_hf_tokenizer(tmp_path, said.append).stop_ids[:2] == [1, 3]
     assert len(said) == 3
     assert said[0] == (
-        f"{tmp_path / name}: eos_token_id takes ids of tokenizer.json, below 260, not 50256. It is ignored."
+        f"{tmp_path / name}: eos_token_id must be ids of tokenizer.json, below 260, got 50256. It is ignored."
     )
 
 
@@ -541,7 +541,7 @@ def test_precedence_of_files_with_end_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize("named", [[None], [["x"]], {"a": 1}, "L", "", 0, False, {}])
 def test_invalid_architectures_are_refused(named: Any) -> None:
     config = {"architectures": named, "model_type": "llama"}
-    with pytest.raises(UserError, match=r'^there/config.json: architectures takes a list .* \["LlamaForCausalLM"\]'):
+    with pytest.raises(UserError, match=r'^there/config.json: architectures must be a list .* \["LlamaForCausalLM"\]'):
         architecture_of(config, Path("there/config.json"))
 
 

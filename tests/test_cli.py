@@ -117,8 +117,8 @@ MISTAKES = {
     "run without config": (["evaluate", "--run=other"], "other is not the folder of a run"),
     "checkpoint": (["generate", "--run=RUN", "--checkpoint=first"], "checkpoint"),
     "key": (["--config.optimizer.learning_rat=1"], "Did you mean config.optimizer.learning_rate?"),
-    "key without value": (["--config.training.steps="], "config.training.steps takes a whole number, not ''."),
-    "word for a number": (["--config.training.steps=ten"], "config.training.steps takes a whole number, not 'ten'."),
+    "key without value": (["--config.training.steps="], "config.training.steps must be a whole number, got ''."),
+    "word for a number": (["--config.training.steps=ten"], "config.training.steps must be a whole number, got 'ten'."),
     "heads": (
         ["--config.model.attention.n_heads=5"],
         "config.model.d_model=32 is not divisible by config.model.attention.n_heads=5",

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from test_loop import Interruption, assert_same_bits, contents, metrics, stored_state, tiny, train
 
-from rustgpt_jax.config.schema import Config, Earlier, may_change, stages_in_turn
+from rustgpt_jax.config.schema import Config, EarlierConfig, may_change, stages
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.reproduce.compare_metrics import compare_checkpoints, compare_records, compare_samples
 from rustgpt_jax.reproduce.recorded_run import RecordedRun
@@ -156,7 +156,7 @@ def test_config_change_without_steps_keeps_earlier_configs(finished: Path, tmp_p
 
     lengthened(16)
     lengthened(24)
-    stage, last = stages_in_turn(load_config(run), load_earlier(run))
+    stage, last = stages(load_config(run), load_earlier(run))
     assert (stage.end_step, stage.last_step, last.end_step) == (first.training.steps, 10, 24)
     # The same command changes nothing.
     assert lengthened(24) == Change(load_config(run), load_earlier(run))
@@ -164,7 +164,7 @@ def test_config_change_without_steps_keeps_earlier_configs(finished: Path, tmp_p
         shutil.rmtree(run / "checkpoints" / str(step))
     (left,) = RunDir(run).saved_steps
     lengthened(32)
-    stage, last = stages_in_turn(load_config(run), load_earlier(run))
+    stage, last = stages(load_config(run), load_earlier(run))
     assert (stage.end_step, stage.last_step, last.end_step) == (first.training.steps, left, 32)
 
 
@@ -238,14 +238,14 @@ def test_damaged_earlier_configs_are_an_error(finished: Path, tmp_path: Path, ea
         load_model(run)
 
 
-def test_stages_in_turn_splits_stages_at_config_changes() -> None:
-    stages = ({"name": "a", "training": {"steps": 4}}, {"name": "b", "training": {"steps": 6}})
+def test_stages_are_split_at_config_changes() -> None:
+    two = ({"name": "a", "training": {"steps": 4}}, {"name": "b", "training": {"steps": 6}})
     longer = ({"name": "a", "training": {"steps": 4}}, {"name": "b", "training": {"steps": 9}})
-    first, second = tiny(stages=stages), tiny(stages=longer)
-    cut = stages_in_turn(second, (Earlier(0, second), Earlier(3, first), Earlier(7, first)))
+    first, second = tiny(stages=two), tiny(stages=longer)
+    cut = stages(second, (EarlierConfig(0, second), EarlierConfig(3, first), EarlierConfig(7, first)))
     found = [(stage.name, stage.first_step, stage.end_step, stage.last_step) for stage in cut]
     assert found == [("a", 0, 4, 3), ("a", 0, 4, 4), ("b", 4, 10, 7), ("b", 4, 13, 13)]
-    assert stages_in_turn(second) == stages_in_turn(second, (Earlier(0, first),))
+    assert stages(second) == stages(second, (EarlierConfig(0, first),))
 
 
 def test_only_knobs_that_do_not_affect_the_state_may_change() -> None:

@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rustgpt_jax.config.schema import DataConfig
-from rustgpt_jax.config.validation import parse
+from rustgpt_jax.config.validation import parse_overrides
 from rustgpt_jax.data import datasets
 from rustgpt_jax.data.datasets import CORPORA
 from rustgpt_jax.errors import UserError
@@ -218,9 +218,9 @@ def test_pipes_and_devices_are_refused(read: Callable[[DataConfig], Any], tmp_pa
 
 def test_file_names_may_contain_commas(tmp_path: Path) -> None:
     path = write(tmp_path, "a,b.txt", "text")
-    assert texts(config(paths=parse("data.paths", path))) == ["text"]
+    assert texts(config(paths=parse_overrides([("data.paths", path)])["data.paths"])) == ["text"]
     with pytest.raises(UserError, match="matches no file; repeat the flag for each path, or give a Python list"):
-        texts(config(paths=parse("data.paths", f"{path},{path}")))
+        texts(config(paths=parse_overrides([("data.paths", f"{path},{path}")])["data.paths"]))
 
 
 def test_line_based_formats_are_streamed(tmp_path: Path) -> None:

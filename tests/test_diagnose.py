@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from small_runs import new_console, output_of, run_config
 
 from rustgpt_jax.config.schema import Config, partition, replace_paths
-from rustgpt_jax.config.validation import parse
+from rustgpt_jax.config.validation import parse_overrides
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.reproduce import diagnose
@@ -453,7 +453,7 @@ def test_training_confirms_the_results_of_interventions(tmp_path: Path, monkeypa
     output = output_of(console)
     (flag,) = (word for word in shlex.split(output) if word.startswith("--config."))
     knob, value = flag.removeprefix("--config.").split("=")
-    better = train(replace_paths(config, {knob: parse(knob, value)}), tmp_path / "better")
+    better = train(replace_paths(config, parse_overrides([(knob, value)])), tmp_path / "better")
     assert len(better) == 40 and max(line["train/loss"] for line in better) < threshold
     half = train(replace_paths(config, {"optimizer.learning_rate": 1.0}), tmp_path / "half")
     step = failed["half the learning rate"]

@@ -12,7 +12,7 @@ from rich.console import Console
 from test_loop import TINY, Interruption, assert_same_bits, metrics, stored_state, tiny, train
 
 from rustgpt_jax.config.schema import Config, stages, uses_epochs
-from rustgpt_jax.config.validation import override, parse_all, resolve
+from rustgpt_jax.config.validation import parse_overrides, resolve
 from rustgpt_jax.data.preprocess import AssetCache
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.warm_start import create_warm_started_run
@@ -143,15 +143,14 @@ def test_trials_support_epochs() -> None:
         check_rungs(SuccessiveHalving(({},), (counts[1] + 4 - counts[1] % 4,), 0.5), trials[1:])
 
 
-def recipe(*overrides: tuple[str, str]) -> Any:
-    tree, _ = load_config_file(str(BASE))
-    override(tree, parse_all(overrides))
-    return tree
+def recipe(*overrides: tuple[str, str]) -> Config:
+    values, _ = load_config_file(str(BASE))
+    return resolve(values, parse_overrides(overrides))
 
 
 REFUSED = [
     ([("training.epochs", "0")], "training.epochs must be at least"),
-    ([("training.epochs", "many")], "takes a number or None"),
+    ([("training.epochs", "many")], "must be a number or None"),
     ([("training.epochs", "3"), ("training.steps", "50")], "give one of them"),
     ([("training.epochs", "1e9")], "training.steps must be at most 2147483647"),
     ([("training.epochs", "1e-6")], "config.schedule.warmup_steps=20 is more than config.training.steps=1"),
@@ -161,7 +160,7 @@ REFUSED = [
 @pytest.mark.parametrize(("overrides", "words"), REFUSED)
 def test_invalid_epochs_are_refused(overrides: list[tuple[str, str]], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        resolve_steps(resolve(recipe(*overrides, ("tokenizer.name", "byte"), ("model.context_length", "16"))))
+        resolve_steps(recipe(*overrides, ("tokenizer.name", "byte"), ("model.context_length", "16")))
 
 
 def test_steps_and_epochs_are_mutually_exclusive() -> None:
@@ -169,7 +168,7 @@ def test_steps_and_epochs_are_mutually_exclusive() -> None:
     with pytest.raises(UserError, match="give one of them"):
         make_trials(small_tree(**TINY, **{"training.epochs": 1.0}), [{"training.steps": 3}])
     with pytest.raises(UserError, match="remove one of them"):
-        make_trials(tree, [{"training.epochs": 1.0}], fixed=["training.steps"])
+        make_trials(tree, [{"training.epochs": 1.0}], fixed={"training.steps": 8})
     listed = ({"name": "one", "training": {"steps": 5}},)
     with pytest.raises(UserError, match=r"has no effect, .* set config.stages.one.training.epochs"):
         tiny(stages=listed, **{"training.epochs": 1.0})

@@ -123,7 +123,7 @@ def test_train_checks_memory_before_creating_the_run_folder(tmp_path: Path) -> N
 def test_sweep_refuses_a_trial_that_cannot_fit_the_memory() -> None:
     from conftest import small_tree
 
-    trials = make_trials(small_tree(), [{"model.d_model": 32}, {"model.d_model": 1_000_000}], [])
+    trials = make_trials(small_tree(), [{"model.d_model": 32}, {"model.d_model": 1_000_000}])
     with pytest.raises(UserError, match="The trial model.d_model=1000000 is invalid: A training step needs at least"):
         sweep_command._check_each(trials, sweep_command._check_memory, is_tpe=False)
 

@@ -54,11 +54,10 @@ KNOBS = (
 )
 CONFIG = f"""
 from configs import base
-from rustgpt_jax.config.validation import override
 
 def get_config():
     tree = base.get_config()
-    override(tree, {KNOBS})
+    tree.update_from_flattened_dict({KNOBS})
     return tree
 """
 

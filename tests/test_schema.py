@@ -80,15 +80,13 @@ def test_every_field_has_documentation_and_a_valid_default(path: str) -> None:
 NEW_KNOB = """
 import dataclasses
 from configs import base, tiny
-from rustgpt_jax.config.validation import override, parse, resolve
+from rustgpt_jax.config.validation import parse_overrides, resolve
 from rustgpt_jax.conformance.fixtures import small_model
 from rustgpt_jax.interop.config_mapping import model_config_differences
 from rustgpt_jax.model.presets import FAMILIES
 
 assert base.get_config().model.shininess == 3
-tree = tiny.get_config()
-override(tree, {"model.shininess": parse("model.shininess", "7")})
-model = resolve(tree).model
+model = resolve(tiny.get_config(), parse_overrides([("model.shininess", "7")])).model
 assert model.shininess == 7
 assert small_model(shininess=8).shininess == 8
 assert all(knobs["shininess"] == 3 for knobs in FAMILIES.values())

@@ -235,7 +235,7 @@ def test_invalid_rungs_are_errors_before_anything_is_written(
     command = commands.Command(INFO, SweepOptions(), dry_run=False)
     with pytest.raises(UserError, match=message):
         commands.run_sweep(
-            tree, search, make_trials(tree, seeds(2)), [], tmp_path / "sweep", command, Console(file=StringIO())
+            tree, search, make_trials(tree, seeds(2)), {}, tmp_path / "sweep", command, Console(file=StringIO())
         )
     assert not (tmp_path / "sweep").exists()
 
@@ -351,7 +351,7 @@ def bowl(config: Any, step: int) -> float:
 
 def searched(path: Path, search: TPE, tree: Any = None) -> None:
     with opened(path) as sweep:
-        run_tpe(sweep, search, tree or tiny_tree(), ())
+        run_tpe(sweep, search, tree or tiny_tree(), {})
 
 
 def study(path: Path, search: TPE, tree: Any = None) -> list[tuple[dict[str, Any], list[float] | None, str]]:
@@ -460,7 +460,7 @@ def test_invalid_points_are_skipped(by_formula: SetLoss, tmp_path: Path) -> None
 
     def once(path: Path) -> None:
         with opened(path) as sweep:
-            skipped[:] = run_tpe(sweep, search, tiny_tree(), ())
+            skipped[:] = run_tpe(sweep, search, tiny_tree(), {})
 
     once(tmp_path / "straight")
     found = study(tmp_path / "straight", search)
@@ -489,7 +489,7 @@ def test_points_that_cannot_run_on_this_machine_are_skipped(by_formula: SetLoss,
     usual = {"mesh.tensor": 1, "data.seq_len": None, "optimizer.weight_decay_groups": ((".*", 1.0),)}[path]
     search = tpe(6, SPACE | {path: choice(usual, value)}, batch=2)
     with opened(tmp_path) as sweep:
-        skipped = run_tpe(sweep, search, tiny_tree(), (), sweep.check)
+        skipped = run_tpe(sweep, search, tiny_tree(), {}, sweep.check)
     found = study(tmp_path, search)
     assert len(found) - len(skipped) == 6 and skipped and all(reason in each for each in skipped)
     assert all((point[path] == value) == (state == "PRUNED" and result is None) for point, result, state in found)
@@ -521,7 +521,7 @@ def test_dry_run_of_a_search_prints_its_number_of_trials(tmp_path: Path, monkeyp
         trials = make_trials(tiny_tree(), spec.trials) if is_halving else sample_feasible_points(tiny_tree(), spec)
         console = Console(file=StringIO(), width=200)
         command = commands.Command(INFO, SweepOptions(), dry_run=True)
-        assert commands.run_sweep(tiny_tree(), spec, trials, [], tmp_path / "sweep", command, console) == 0
+        assert commands.run_sweep(tiny_tree(), spec, trials, {}, tmp_path / "sweep", command, console) == 0
         text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
         assert message in text and "Nothing was run." in text
         assert ("if none of them is pruned" in text) == is_halving

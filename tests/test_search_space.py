@@ -259,10 +259,10 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "an array as one value": (lambda: values("seed", np.arange(3)), "is a ndarray; write * before it"),
     "a range as one value": (lambda: values("seed", range(3)), "is a range; write * before it"),
     "a generator as one option": (lambda: choice(i for i in range(3)), "is a generator; write * before it"),
-    "no seeds": (lambda: seeds(0), "seeds: n must be an integer >= 1, not 0"),
-    "half a seed": (lambda: seeds(1.5), "not 1.5"),  # type: ignore
-    "True seeds": (lambda: seeds(True), "not True"),
-    "negative seed": (lambda: seeds(1, first=-1), "seeds: first must be an integer >= 0, not -1"),
+    "no seeds": (lambda: seeds(0), "seeds: n must be an integer >= 1, got 0"),
+    "half a seed": (lambda: seeds(1.5), "got 1.5"),  # type: ignore
+    "True seeds": (lambda: seeds(True), "got True"),
+    "negative seed": (lambda: seeds(1, first=-1), "seeds: first must be an integer >= 0, got -1"),
     "product: a knob twice": (lambda: product(LEFT, RIGHT), "product: 'optimizer.b2' is set by two"),
     "zipped: a knob twice": (lambda: zip_(LEFT, RIGHT), "zip_: 'optimizer.b2' is set by two"),
     "zipped: lengths": (lambda: zip_(seeds(2), LEFT, values("c", 1, 2, 3)), "different lengths: 2, 2, 3"),
@@ -275,24 +275,24 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "infinite": (lambda: uniform(0, math.inf), "both finite"),
     "too wide": (lambda: uniform(-1.7e308, 1.7e308), "both finite"),
     "not a number": (lambda: log_uniform(math.nan, 1), "both finite"),
-    "a word": (lambda: uniform("0", 1), "uniform: low must be a number, not '0'"),  # type: ignore
-    "not whole": (lambda: integers(0, 1.5), "integers: high must be an integer, not 1.5"),  # type: ignore
+    "a word": (lambda: uniform("0", 1), "uniform: low must be a number, got '0'"),  # type: ignore
+    "not whole": (lambda: integers(0, 1.5), "integers: high must be an integer, got 1.5"),  # type: ignore
     "log of 0": (lambda: log_uniform(0, 1), "log_uniform: low=0 must be above 0"),
     "log of -1": (lambda: log_integers(-1, 1), "log_integers: low=-1 must be above 0"),
     "log of whole 0": (lambda: log_integers(0, 10), "log_integers: low=0 must be above 0"),
     "no options": (lambda: choice(), "choice: no options"),
-    "no points": (lambda: sample(0, SPACE), "sample: n must be an integer >= 1, not 0"),
-    "no Sobol points": (lambda: sobol(-1, SPACE), "sobol: n must be an integer >= 1, not -1"),
+    "no points": (lambda: sample(0, SPACE), "sample: n must be an integer >= 1, got 0"),
+    "no Sobol points": (lambda: sobol(-1, SPACE), "sobol: n must be an integer >= 1, got -1"),
     "no knobs": (lambda: sobol(4, {}), "sobol: a space maps knobs to distributions"),
     "negative sample seed": (lambda: sample(4, SPACE, seed=-1), "sample: seed must be an integer >= 0"),
     "negative Sobol seed": (lambda: sobol(4, SPACE, seed=-1), "sobol: seed must be an integer >= 0"),
     "a number in a space": (lambda: sample(4, {"seed": 1}), "sample: seed is 1, not a distribution"),  # type: ignore
     "nothing to halve": (lambda: successive_halving([], (1, 2)), "no trials"),
     "no rungs": (lambda: successive_halving(LEFT, ()), "rungs must be ascending steps"),
-    "rungs that stay": (lambda: successive_halving(LEFT, (5, 5)), "rungs must be ascending steps, .* not (5, 5)"),
-    "a rung at 0": (lambda: successive_halving(LEFT, (0, 5)), "a rung must be an integer >= 1, not 0"),
+    "rungs that stay": (lambda: successive_halving(LEFT, (5, 5)), "rungs must be ascending steps, .* got (5, 5)"),
+    "a rung at 0": (lambda: successive_halving(LEFT, (0, 5)), "a rung must be an integer >= 1, got 0"),
     "keep none": (lambda: successive_halving(LEFT, (5,), keep=0), "keep must be between 0 and 1"),
-    "keep all": (lambda: successive_halving(LEFT, (5,), keep=1), "such as 1/3, not 1"),
+    "keep all": (lambda: successive_halving(LEFT, (5,), keep=1), "such as 1/3, got 1"),
     "no search": (lambda: tpe(0, SPACE), "tpe: n_trials must be an integer >= 1"),
     "no batch": (lambda: tpe(4, SPACE, batch=0), "tpe: batch must be an integer >= 1"),
     "search of nothing": (lambda: tpe(4, {}), "tpe: a space maps"),

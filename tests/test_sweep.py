@@ -299,12 +299,11 @@ def test_shape_class_compiles_one_program(tmp_path: Path, caplog: pytest.LogCapt
 
 CONFIG = f"""
 from configs import base
-from rustgpt_jax.config.validation import override
 from rustgpt_jax.sweeps import *
 
 def get_config():
     tree = base.get_config()
-    override(tree, {SMALL | TINY})
+    tree.update_from_flattened_dict({SMALL | TINY})
     return tree
 """
 

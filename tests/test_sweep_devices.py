@@ -20,12 +20,11 @@ KNOBS = (
 )
 CONFIG = f"""
 from configs import base
-from rustgpt_jax.config.validation import override
 from rustgpt_jax.sweeps.search_space import values
 
 def get_config():
     tree = base.get_config()
-    override(tree, {KNOBS})
+    tree.update_from_flattened_dict({KNOBS})
     return tree
 
 def sweep():

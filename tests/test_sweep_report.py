@@ -175,7 +175,7 @@ def test_values_are_formatted_with_four_digits(value: float) -> None:
 
 
 def test_rerun_command_reproduces_the_config(tmp_path: Path) -> None:
-    from rustgpt_jax.config.validation import parse_all
+    from rustgpt_jax.config.validation import parse_overrides
 
     prompts = "--config.logging.sample_prompts='Hi, you' --config.logging.sample_prompts='[INST] hi [/INST]'"
     launched = f"python launch.py sweep --config=configs/tiny.py --config.seed 5 {prompts} --config.seed=6 --mode=lanes"
@@ -198,7 +198,7 @@ def test_rerun_command_reproduces_the_config(tmp_path: Path) -> None:
         "model.mixers": ("a", "b"),
         "data.paths": ("a,b.txt", "c.txt"),
     }
-    assert parse_all(given_flags) == expected
+    assert parse_overrides(given_flags) == expected
 
 
 # Scales and curves.

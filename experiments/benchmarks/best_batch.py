@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from configs import gpt2_124m
 from rustgpt_jax.config.schema import Config
-from rustgpt_jax.config.validation import override, resolve
+from rustgpt_jax.config.validation import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 Knobs = dict[str, Any]
@@ -86,10 +86,7 @@ def make_tree(size: str) -> ConfigDict:
 
 def make_config(size: str, knobs: Knobs | None = None) -> Config:
     """Return the resolved config of a size with the values at some dotted paths changed."""
-    tree = make_tree(size)
-    for path, value in (knobs or {}).items():
-        override(tree, {path: value})
-    return resolve(tree)
+    return resolve(make_tree(size), knobs or {})
 
 
 def best_batch(rate: Callable[[int, Knobs], float], first: int, most: int, savings: Sequence[Knobs]) -> Best:

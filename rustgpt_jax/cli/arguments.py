@@ -117,8 +117,8 @@ def get_run_folder(args: argparse.Namespace) -> Path:
 
 def read_config(
     args: argparse.Namespace, platform: str | None = None, is_remote: bool = False
-) -> tuple[Any, dict[str, str]]:
-    """Read the config file, or the config of the run, with the overrides of the command line.
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """Read the config file, or the config of the run, and the overrides of the command line.
 
     Args:
         args: The parsed command line.
@@ -126,25 +126,24 @@ def read_config(
         is_remote: Whether the computation runs in other processes or on other machines, whose devices are unknown here.
 
     Returns:
-        The config as a ConfigDict, and the origin of each value.
+        The values of the config and the overrides, for `resolve`, and the origin of each value, by dotted path.
     """
-    from rustgpt_jax.config.validation import flatten_tree, override, parse_all
+    from rustgpt_jax.config.validation import parse_overrides
     from rustgpt_jax.workdir.config_files import COMMAND_LINE, load_config_file, load_run_config
 
     if getattr(args, "config", None) is not None:
-        tree, origins = load_config_file(args.config)
+        values, origins = load_config_file(args.config)
     elif getattr(args, "init_from", None) is not None:
         from rustgpt_jax.interop.warm_start import parse_source
 
-        tree, origins = load_run_config(parse_source(args.init_from)[0])
+        values, origins = load_run_config(parse_source(args.init_from)[0])
     elif args.run is not None:
-        tree, origins = load_run_config(Path(args.run))
+        values, origins = load_run_config(Path(args.run))
     else:
         raise UserError("No config given: add --config=FILE, such as --config=configs/rustgpt.py.")
-    values = parse_all(args.overrides)
-    override(tree, values)
-    origins |= dict.fromkeys(values, COMMAND_LINE)
-    if dict(flatten_tree(tree)).get("model.dtype") == "auto":
+    overrides = parse_overrides(args.overrides)
+    origins |= dict.fromkeys(overrides, COMMAND_LINE)
+    if (values | overrides).get("model.dtype") == "auto":
         from rustgpt_jax.distributed import detect_cluster
         from rustgpt_jax.sharding.hardware_specs import resolve_auto_dtype
 
@@ -153,5 +152,5 @@ def read_config(
                 "config.model.dtype='auto' depends on the device of this process, but the computation runs in other "
                 "processes: give float32 or bfloat16."
             )
-        resolve_auto_dtype(tree, origins, platform)
-    return tree, origins
+        resolve_auto_dtype(values, overrides, origins, platform)
+    return values, overrides, origins

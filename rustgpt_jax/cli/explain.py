@@ -18,8 +18,8 @@ def run_explain(args: argparse.Namespace) -> int:
         raise UserError("explain takes either --config or a run.")
     from rustgpt_jax.config.validation import resolve
 
-    tree, origins = read_config(args)
-    config = resolve(tree)
+    values, overrides, origins = read_config(args)
+    config = resolve(values, overrides)
     from rustgpt_jax.planning.report import print_config_summary
     from rustgpt_jax.tracking.console import PlainTextConsole
 
@@ -43,7 +43,7 @@ def run_plan(args: argparse.Namespace) -> int:
     from rustgpt_jax.config.validation import resolve
 
     # All known chips are accelerators, whose automatic dtype is the same.
-    config = resolve(read_config(args, platform="tpu")[0])
+    config = resolve(*read_config(args, platform="tpu")[:2])
     if args.devices is None:
         raise UserError("plan needs --devices=N, the number of chips.")
     if args.chip is None:
@@ -70,8 +70,10 @@ def add_check_arguments(parser: VerbParser) -> None:
 
 def run_check(args: argparse.Namespace) -> int:
     """Check that a layer, an optimizer or another component is correct."""
-    from rustgpt_jax.config.validation import parse_all
+    from rustgpt_jax.config.validation import parse_overrides
     from rustgpt_jax.conformance.checks import check_components
     from rustgpt_jax.tracking.console import PlainTextConsole
 
-    return check_components(args.components, PlainTextConsole(), args.only, parse_all(args.overrides), args.exhaustive)
+    return check_components(
+        args.components, PlainTextConsole(), args.only, parse_overrides(args.overrides), args.exhaustive
+    )

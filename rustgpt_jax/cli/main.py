@@ -265,7 +265,7 @@ def _describe_out_of_memory(args: argparse.Namespace) -> str:
     from rustgpt_jax.training.memory_estimate import out_of_memory_message
 
     try:
-        return out_of_memory_message(resolve(read_config(args)[0]))
+        return out_of_memory_message(resolve(*read_config(args)[:2]))
     # The config may be missing, or there may not be enough memory left to compute the sizes.
     except Exception:
         return out_of_memory_message(None)

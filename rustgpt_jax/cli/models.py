@@ -81,10 +81,10 @@ def run_import(args: argparse.Namespace) -> int:
     if args.source is None or args.run is None:
         raise UserError("import needs --from=DIR, a Hugging Face folder, and --run=DIR, the folder of the new run.")
     args.config = args.config or str(Path(__file__).resolve().parents[2] / "configs" / "base.py")
-    tree, origins = read_config(args)
+    values, overrides, origins = read_config(args)
     from rustgpt_jax.interop.convert import import_run
 
-    import_run(Path(args.source), Path(args.run), tree, origins, print)
+    import_run(Path(args.source), Path(args.run), values | overrides, origins, print)
     return 0
 
 
@@ -119,7 +119,7 @@ def _load(args: argparse.Namespace, generates: bool = True) -> Any:
     folder = get_run_folder(args)
     from rustgpt_jax.config.validation import resolve
 
-    config = resolve(read_config(args)[0])
+    config = resolve(*read_config(args)[:2])
     from rustgpt_jax.process_setup import enable_compilation_cache
     from rustgpt_jax.training.load_model import load_model
 

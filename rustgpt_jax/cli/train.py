@@ -48,8 +48,8 @@ def run_train(args: argparse.Namespace) -> int:
         raise UserError("--init_from creates the run folder in a single process; several processes can then resume it.")
     if args.init_from is not None and args.config is None and args.run is None:
         raise UserError("No run given: add --run=DIR, the folder of the new run.")
-    tree, origins = read_config(args, is_remote=is_distributed or args.launcher == "slurm")
-    config = resolve(tree)
+    values, overrides, origins = read_config(args, is_remote=is_distributed or args.launcher == "slurm")
+    config = resolve(values, overrides)
     folder = Path(args.run or Path("runs") / Path(args.config).stem)
     if args.launcher == "slurm":
         return _submit(args, folder, config)
@@ -124,7 +124,7 @@ def run_sweep(args: argparse.Namespace) -> int:
 
     if args.config is None:
         raise UserError("No sweep given: add --config=FILE, a config file that defines sweep().")
-    tree, origins = read_config(args, is_remote=args.launcher == "slurm")
+    values, fixed, origins = read_config(args, is_remote=args.launcher == "slurm")
     function = load_sweep_function(args.config, args.sweep)
     try:
         spec = function()
@@ -133,11 +133,10 @@ def run_sweep(args: argparse.Namespace) -> int:
         raise
     except Exception as error:
         raise UserError(f"{args.config}: {function.__name__}() fails: {type(error).__name__}: {error}.") from error
-    fixed = [path for path, _ in args.overrides]
     if isinstance(spec, TPE):
-        trials = sample_feasible_points(tree, spec, fixed)
+        trials = sample_feasible_points(values, spec, fixed)
     else:
-        trials = make_trials(tree, spec.trials if isinstance(spec, SuccessiveHalving) else spec, fixed)
+        trials = make_trials(values, spec.trials if isinstance(spec, SuccessiveHalving) else spec, fixed)
     from rustgpt_jax.sweeps import sweep_command as sweeps
     from rustgpt_jax.sweeps.sweep import SweepInfo, SweepOptions
 
@@ -146,7 +145,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     command = sweeps.Command(info, settings, args.dry_run, args.allow_oversubscription)
     name = "_".join([Path(args.config).stem, *function.__name__.split("_", 1)[1:]])
     return sweeps.run_sweep(
-        tree, spec, trials, fixed, Path(args.run or Path("runs") / name), command, PlainTextConsole()
+        values, spec, trials, fixed, Path(args.run or Path("runs") / name), command, PlainTextConsole()
     )
 
 

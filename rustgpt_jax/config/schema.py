@@ -903,36 +903,31 @@ class Stage:
         return step == 1 or step % self.config.logging.log_every == 0 or step == self.end_step
 
 
-def stages(config: Config) -> tuple[Stage, ...]:
-    """Return the stages of a run in order. A config that lists none has one stage called 'train'."""
-    if not config.stages:
-        return (Stage("train", 0, config),)
-    result: list[Stage] = []
-    for stage in config.stages:
-        own = dict(stage.overrides)
-        if STEPS in own:
-            # They take precedence over the epochs of the whole run.
-            own.setdefault(EPOCHS, None)
-        whole = replace_paths(dataclasses.replace(config, stages=()), own)
-        result.append(Stage(stage.name, result[-1].end_step if result else 0, whole))
-    return tuple(result)
-
-
-class Earlier(NamedTuple):
+class EarlierConfig(NamedTuple):
     """A config that a run used up to a given step, before it was changed."""
 
     until: int
     config: Config
 
 
-def stages_in_turn(config: Config, earlier: Sequence[Earlier] = ()) -> tuple[Stage, ...]:
-    """Return the stages of a run whose config changed at some steps, with one entry per config of a stage."""
+def stages(config: Config, earlier: Sequence[EarlierConfig] = ()) -> tuple[Stage, ...]:
+    """Return the stages of a run in order. A config that lists none has one stage called 'train'.
+
+    A stage in which the config of the run changed has one entry per config.
+    """
     result: list[Stage] = []
     begin = 0
     for until, each in (*earlier, (None, config)):
-        for stage in stages(each):
-            if stage.end_step > begin and (until is None or stage.first_step < until > begin):
-                result.append(dataclasses.replace(stage, until=until))
+        first_step = 0
+        for listed in each.stages or (StageConfig("train", ()),):
+            own = dict(listed.overrides)
+            if STEPS in own:
+                # They take precedence over the epochs of the whole run.
+                own.setdefault(EPOCHS, None)
+            stage = Stage(listed.name, first_step, replace_paths(dataclasses.replace(each, stages=()), own), until)
+            if stage.end_step > begin and (until is None or first_step < until > begin):
+                result.append(stage)
+            first_step = stage.end_step
         begin = max(begin, until or 0)
     # The run is complete; later config changes apply to no step.
     return tuple(result)

@@ -1,13 +1,13 @@
 """Parsing and validation of configs. Invalid input raises a UserError of one sentence."""
 
 import ast
-import contextlib
 import difflib
 import math
 import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -27,34 +27,59 @@ Tree = Any
 TREES = (Mapping, ConfigDict)
 
 
-def resolve(tree: Tree) -> Config:
-    """Convert a nested mapping, such as a ConfigDict or a dict from JSON, into a validated Config.
+def resolve(tree: Tree, overrides: Mapping[str, Any] = MappingProxyType({})) -> Config:
+    """Build the validated Config of a nested mapping, such as a ConfigDict or a dict from JSON.
+
+    Args:
+        tree: The value of every knob, and the stages.
+        overrides: Values by dotted path that replace those in the tree; `stages.NAME.path` is for one stage.
 
     Raises:
         UserError: A key is missing or unknown, a value has a wrong type or is out of range, or a combination of values
             cannot work.
     """
-    tree = dict(tree.items())
-    listed_stages = tree.pop("stages", ())
     given = dict(flatten_tree(tree))
-    for path in given:
-        if path not in FIELDS:
-            raise UserError(unknown_key_message(path))
+    stages = _flatten_stages(given.pop("stages", ()))
+    given |= {f"stages.{name}.{path}": value for name, own in stages.items() for path, value in own.items()}
+    # The values of the whole run and of each stage, by the name in error messages.
+    values: dict[str, dict[str, Any]] = {"config": {}, **{f"config.stages.{name}": {} for name in stages}}
+    for path, value in {**given, **overrides}.items():
+        where, knob = _split_path(path)
+        if where not in values:
+            name = where.removeprefix("config.stages.")
+            raise UserError(f"config.stages: unknown stage {name!r}.{suggest_names(name, stages)}")
+        if where != "config" and not schema.may_differ_by_stage(knob):
+            raise UserError(
+                f"{where}.{knob}: a stage may change data, training.steps, the schedule and numbers such as "
+                f"optimizer.learning_rate; {knob} must be the same in the whole run."
+            )
+        values[where][knob] = value
     for path in FIELDS:
-        if path not in given:
+        if path not in values["config"]:
             raise UserError(f"config.{path} has no value. Recipes start from configs/base.py, which has every knob.")
-    values = {path: validate_value(path, value, f"config.{path}") for path, value in given.items()}
-    config = schema.build(Config, values | {"stages": _resolve_stages(listed_stages)})
-    _check_epochs(config)
+    for where, own in values.items():
+        own.update((knob, validate_value(knob, value, f"{where}.{knob}")) for knob, value in own.items())
+    listed = (schema.StageConfig(name, tuple(sorted(values[f"config.stages.{name}"].items()))) for name in stages)
+    config = schema.build(Config, values["config"] | {"stages": tuple(listed)})
+    _check_epochs(config, overrides)
     for stage in schema.stages(config):
         check_combinations(stage.config)
     return config
 
 
-def _check_epochs(config: Config) -> None:
-    """Check that the epochs of the run apply to at least one stage: one without its own steps or epochs."""
-    own = [dict(stage.overrides) for stage in config.stages]
-    if own and config.training.epochs is not None and all({schema.STEPS, schema.EPOCHS} & {*each} for each in own):
+def _check_epochs(config: Config, overrides: Iterable[str]) -> None:
+    """Check that no override sets steps where epochs are set, and that the epochs of the run apply to some stage."""
+    values = {f"config.stages.{stage.name}": dict(stage.overrides) for stage in config.stages}
+    has_own = [bool({schema.STEPS, schema.EPOCHS} & {*own}) for own in values.values()]
+    values["config"] = {schema.STEPS: config.training.steps, schema.EPOCHS: config.training.epochs}
+    for where, knob in map(_split_path, overrides):
+        epochs = values[where].get(schema.EPOCHS)
+        if knob == schema.STEPS and epochs is not None:
+            raise UserError(
+                f"{where}.{knob}={values[where][knob]} conflicts with {where}.{schema.EPOCHS}={epochs:.10g}: give one "
+                f"of them (--{where}.{schema.EPOCHS}=None selects the steps)."
+            )
+    if config.stages and config.training.epochs is not None and all(has_own):
         first = f"config.stages.{config.stages[0].name}.{schema.EPOCHS}"
         raise UserError(
             f"config.{schema.EPOCHS}={config.training.epochs:.10g} has no effect, because each stage has its own "
@@ -63,80 +88,34 @@ def _check_epochs(config: Config) -> None:
 
 
 def flatten_tree(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the (dotted path, value) pairs of a nested mapping. The value of a schema field is never flattened."""
+    """Yield the (dotted path, value) pairs of a nested mapping. Values of fields and stages are not flattened."""
     for name, value in tree.items():
         path = prefix + str(name)
         if path.count(".") > MAX_DEPTH:
             raise UserError(f"config.{path} is nested too deeply; does the config contain itself?")
-        if isinstance(value, TREES) and path not in FIELDS:
+        if isinstance(value, TREES) and path not in FIELDS and path != "stages":
             yield from flatten_tree(value, path + ".")
         else:
             yield path, value
 
 
-def _resolve_stages(listed: Any) -> tuple[schema.StageConfig, ...]:
-    result: list[schema.StageConfig] = []
+def _flatten_stages(listed: Any) -> dict[str, dict[str, Any]]:
+    """Return the values of each stage by dotted path, by the name of the stage."""
+    result: dict[str, dict[str, Any]] = {}
     if not isinstance(listed, (tuple, list)) or not all(
         isinstance(stage, TREES) and "name" in stage for stage in listed
     ):
-        raise UserError("config.stages is a sequence of mappings, each with a name: ({'name': 'pretrain', ...}, ...).")
+        raise UserError(
+            "config.stages must be a sequence of mappings, each with a name: ({'name': 'pretrain', ...}, ...)."
+        )
     for stage in listed:
         name = stage["name"]
         if not isinstance(name, str) or not name or "." in name:
-            raise UserError(f"config.stages: the name of a stage is a string without dots, not {name!r}.")
-        where = f"config.stages.{name}"
-        if any(name == earlier.name for earlier in result):
+            raise UserError(f"config.stages: the name of a stage must be a string without dots, got {name!r}.")
+        if name in result:
             raise UserError(f"config.stages: two stages have the name {name!r}.")
-        overrides = {path: value for path, value in flatten_tree(stage) if path != "name"}
-        for path, value in overrides.items():
-            if path not in FIELDS:
-                raise UserError(unknown_key_message(path, where))
-            if not schema.may_differ_by_stage(path):
-                raise UserError(
-                    f"{where}.{path}: a stage may change data, training.steps, the schedule and numbers such as "
-                    f"optimizer.learning_rate; {path} must be the same in the whole run."
-                )
-            overrides[path] = validate_value(path, value, f"{where}.{path}")
-        result.append(schema.StageConfig(name, tuple(sorted(overrides.items()))))
-    return tuple(result)
-
-
-def override(tree: Any, values: Mapping[str, Any]) -> None:
-    """Set values by dotted path in a ConfigDict, in place. `stages.NAME.path` sets a value for one stage.
-
-    Raises:
-        UserError: A path or a stage is unknown, or a number of steps is given where a number of epochs is set.
-    """
-    for path, value in values.items():
-        node, where, knob = _find_stage(tree, path)
-        if knob not in FIELDS:
-            raise UserError(unknown_key_message(knob, where))
-        *groups, name = knob.split(".")
-        for group in groups:
-            if group not in node:
-                node[group] = {}
-            node = node[group]
-        with node.ignore_type() if isinstance(node, ConfigDict) else contextlib.nullcontext():
-            node[name] = value
-    for path, value in values.items():
-        node, where, knob = _find_stage(tree, path)
-        epochs = dict(flatten_tree(node)).get(schema.EPOCHS) if knob == schema.STEPS else None
-        if epochs is not None:
-            raise UserError(
-                f"{where}.{knob}={value} conflicts with {where}.{schema.EPOCHS}={short_repr(epochs)}: give one of them "
-                f"(--{where}.{schema.EPOCHS}=None selects the steps)."
-            )
-
-
-def _find_stage(tree: Any, path: str) -> tuple[Any, str, str]:
-    """Return the part of a config that a path refers to, the name of that part, and the path inside it."""
-    where, knob = _in_stage(path)
-    if where == "config":
-        return tree, where, knob
-    name, named = where.rsplit(".", 1)[-1], {stage["name"]: stage for stage in tree["stages"]}
-    if name not in named:
-        raise UserError(f"config.stages: unknown stage {name!r}.{suggest_names(name, named)}")
-    return named[name], where, knob
+        result[name] = {path: value for path, value in flatten_tree(stage) if path != "name"}
+    return result
 
 
 def check_value(path: str, value: Any) -> None:
@@ -145,47 +124,58 @@ def check_value(path: str, value: Any) -> None:
     Raises:
         UserError: The knob is unknown, or the value has a wrong type or is out of range.
     """
-    where, knob = _in_stage(path)
-    if knob not in FIELDS:
-        raise UserError(unknown_key_message(knob, where))
+    where, knob = _split_path(path)
     validate_value(knob, value, f"{where}.{knob}")
 
 
-def _in_stage(path: str) -> tuple[str, str]:
-    """Split stages.NAME.x.y into ('config.stages.NAME', 'x.y'); any other path gives ('config', path)."""
+def _split_path(path: str) -> tuple[str, str]:
+    """Split stages.NAME.x.y into ('config.stages.NAME', 'x.y'); any other path gives ('config', path).
+
+    Raises:
+        UserError: The knob is unknown.
+    """
+    where, knob = "config", path
     if path.startswith("stages.") and path.count(".") > 1:
         _, name, knob = path.split(".", 2)
-        return f"config.stages.{name}", knob
-    return "config", path
+        where = f"config.stages.{name}"
+    if knob not in FIELDS:
+        raise UserError(unknown_key_message(knob, where))
+    return where, knob
 
 
-def parse(path: str, text: str) -> Any:
-    """Parse the text of a command-line override according to the type of its field.
+def parse_overrides(overrides: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Parse command-line overrides, (path, text) pairs, into one value per path, by the types of the fields.
 
     A list is written as a Python list or tuple. For a list of strings, any other text is a single item, commas
     included; lists of numbers or component names may also be separated by commas. An empty text is an empty list.
+    The items of a list that is given several times are concatenated; for any other knob the last value wins.
     """
-    where, knob = _in_stage(path)
-    if knob not in FIELDS:
-        raise UserError(unknown_key_message(knob, where))
-    hint = FIELDS[knob].type
-    if text in ("None", "none") and _allows_none(hint):
-        return None
-    hint = _without_none(hint)
-    if hint is str:
-        return text
-    if hint == tuple[float, ...] and not text.startswith(("(", "[")):
-        text = f"({text},)" if text else "()"
-    if FIELDS[knob].metadata.get("pattern") and not text.startswith(("(", "[")):
-        return tuple(part.strip() for part in text.split(",")) if text else ()
-    if hint == tuple[str, ...] and not FIELDS[knob].metadata.get("pattern"):
-        return _parse_strings(text)
-    if hint is bool and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        raise UserError(f"config.{path} takes {_describe(FIELDS[knob].type)}, not {text!r}.") from None
+    values: dict[str, Any] = {}
+    for path, text in overrides:
+        field = FIELDS[_split_path(path)[1]]
+        hint = _without_none(field.type)
+        value: Any
+        if text in ("None", "none") and _allows_none(field.type):
+            value = None
+        elif hint is str:
+            value = text
+        elif hint is bool and text.lower() in ("true", "false"):
+            value = text.lower() == "true"
+        elif hint == tuple[str, ...] and not field.metadata.get("pattern"):
+            value = _parse_strings(text)
+        elif field.metadata.get("pattern") and not text.startswith(("(", "[")):
+            value = tuple(part.strip() for part in text.split(",")) if text else ()
+        else:
+            if hint == tuple[float, ...] and not text.startswith(("(", "[")):
+                text = f"({text},)" if text else "()"
+            try:
+                value = ast.literal_eval(text)
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+                raise UserError(f"config.{path} must be {_describe(field.type)}, got {text!r}.") from None
+        if isinstance(value, (tuple, list)):
+            value = (*values[path], *value) if isinstance(values.get(path), tuple) else tuple(value)
+        values[path] = value
+    return values
 
 
 def _parse_strings(text: str) -> tuple[str, ...]:
@@ -200,89 +190,62 @@ def _parse_strings(text: str) -> tuple[str, ...]:
     return (text,)
 
 
-def parse_all(overrides: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Parse command-line overrides, (path, text) pairs, into one value per path.
-
-    The items of a list that is given several times are concatenated; for any other knob the last value wins.
-    """
-    values: dict[str, Any] = {}
-    for path, text in overrides:
-        value = parse(path, text)
-        if isinstance(value, (tuple, list)) and isinstance(values.get(path), tuple):
-            value = (*values[path], *value)
-        values[path] = tuple(value) if isinstance(value, list) else value
-    return values
-
-
-def validate_value(path: str, value: Any, where: str) -> Any:
+def validate_value(path: str, value: Any, where: str, item_type: Any = None) -> Any:
     """Convert a value to the type of the field at `path` and check its range.
 
+    Args:
+        path: The dotted path of the field.
+        value: The value, or an item of it.
+        where: The beginning of error messages.
+        item_type: The type of an item of the value; None for the value itself.
+
     Raises:
-        UserError: The value has a wrong type or is out of range; the message starts with `where`.
+        UserError: The value has a wrong type or is out of range.
     """
     field = FIELDS[path]
-    if field.metadata.get("pattern") and isinstance(value, str):
+    hint = item_type or field.type
+    if value is None and _allows_none(hint):
+        return None
+    if field.metadata.get("pattern") and not item_type and isinstance(value, str):
         value = (value,)
-    try:
-        value = _convert(field.type, value)
-    except TypeError:
-        raise UserError(f"{where} takes {_describe(field.type)}, not {short_repr(value)}.") from None
-    _check_text(value, where)
+    hint = _without_none(hint)
+    item_types = typing.get_args(hint)
+    if item_types and isinstance(value, (tuple, list)):
+        if item_types[-1] is Ellipsis:
+            item_types = item_types[:1] * len(value)
+        if len(item_types) == len(value):
+            return tuple(validate_value(path, item, where, each) for item, each in zip(value, item_types, strict=True))
+    if hint is int and _is_number(value) and value == int(value):
+        value = int(value)
+    elif hint is float and _is_number(value) and abs(value) <= sys.float_info.max:
+        value = float(value) + 0.0  # -0.0 becomes 0.0, which it equals, so that equal configs have equal hashes.
+    elif hint not in (bool, str) or not isinstance(value, hint):
+        what = "the item " if item_type else ""
+        raise UserError(f"{where} must be {_describe(field.type)}, got {what}{short_repr(value)}.")
+    if isinstance(value, str):
+        _check_text(value, where)
     low, high, choices = (field.metadata.get(key) for key in ("low", "high", "choices"))
-    if value is None:
-        return value
     if choices and value not in choices:
         raise UserError(f"{where}: unknown {short_repr(value)}.{suggest_names(value, choices)}")
-    for number in _numbers(value):
-        if low is not None and number < low:
-            raise UserError(f"{where} must be at least {low:.10g}, not {short_repr(number)}.")
-        highest = high if high is not None else MAX_COUNT if isinstance(number, int) else MAX_NUMBER
-        if abs(number) > highest:
-            raise UserError(f"{where} must be at most {highest:.10g}, not {short_repr(number)}.")
+    if hint in (int, float):
+        if low is not None and value < low:
+            raise UserError(f"{where} must be at least {low:.10g}, got {short_repr(value)}.")
+        highest = high if high is not None else MAX_COUNT if hint is int else MAX_NUMBER
+        if abs(value) > highest:
+            raise UserError(f"{where} must be at most {highest:.10g}, got {short_repr(value)}.")
     return value
 
 
-def _check_text(value: Any, where: str) -> None:
+def _check_text(text: str, where: str) -> None:
     """Check that a text contains no lone surrogate, which neither a tokenizer nor a file can encode.
 
     Raises:
         UserError: It contains one.
     """
-    if isinstance(value, tuple):
-        for item in value:
-            _check_text(item, where)
-    elif isinstance(value, str) and not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{where}: {short_repr(value)} has half of a surrogate pair, so it is not text.") from None
-
-
-def _numbers(value: Any) -> list[int | float]:
-    """Return the numbers in the value of a knob: the value itself, or those nested in a tuple."""
-    if isinstance(value, tuple):
-        return [number for item in value for number in _numbers(item)]
-    return [value] if isinstance(value, (int, float)) else []
-
-
-def _convert(hint: Any, value: Any) -> Any:
-    """Convert `value` to the type `hint`, or raise TypeError."""
-    if value is None and _allows_none(hint):
-        return None
-    wanted = _without_none(hint)
-    if typing.get_origin(wanted) is tuple and isinstance(value, (tuple, list)):
-        items = typing.get_args(wanted)
-        if items[-1] is Ellipsis:
-            return tuple(_convert(items[0], item) for item in value)
-        if len(items) == len(value):
-            return tuple(_convert(item, part) for item, part in zip(items, value, strict=True))
-    elif wanted is bool and isinstance(value, bool) or wanted is str and isinstance(value, str):
-        return value
-    elif wanted is int and _is_number(value) and value == int(value):
-        return int(value)
-    elif wanted is float and _is_number(value) and abs(value) <= sys.float_info.max:
-        return float(value) + 0.0  # -0.0 becomes 0.0, which it equals, so that equal configs have equal hashes.
-    raise TypeError
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: {short_repr(text)} has half of a surrogate pair, so it is not text.") from None
 
 
 def _is_number(value: Any) -> bool:
@@ -424,7 +387,7 @@ def _check_rope(model: schema.ModelConfig) -> None:
     rope, width = model.rope, model.rotated_channels
     if width % 2:
         raise UserError(
-            f"config.model.positions: RoPE rotates pairs of channels, so their number must be even, not {width} "
+            f"config.model.positions: RoPE rotates pairs of channels, so their number must be even, got {width} "
             f"(config.model.rope.fraction={rope.fraction:g} of {model.head_width})."
         )
     if rope.scaling in ("llama3", "yarn", "longrope") and rope.original_context is None:
@@ -444,7 +407,7 @@ def _check_rope(model: schema.ModelConfig) -> None:
     for knob in ("short_factors", "long_factors"):
         factors, pairs = getattr(rope, knob), width // 2
         if min(factors, default=1) < 1e-6:
-            raise UserError(f"config.model.rope.{knob}: factors must be above 0, not {min(factors):g}.")
+            raise UserError(f"config.model.rope.{knob}: factors must be above 0, got {min(factors):g}.")
         if len(factors) != pairs:
             raise UserError(
                 f"config.model.rope.{knob} has {len(factors)} numbers; RoPE rotates {pairs} pairs of channels, and "

@@ -238,7 +238,7 @@ def small_model(**changes: Any) -> ModelConfig:
     }
     for name, minimum in MINIMUMS.items():
         if values[name] is None or values[name] < minimum:
-            raise UserError(f"check: config.model.{name} must be at least {minimum} here, not {values[name]!r}.")
+            raise UserError(f"check: config.model.{name} must be at least {minimum} here, got {values[name]!r}.")
     model = build(ModelConfig, values)
     check_model(model)
     return model

@@ -17,7 +17,7 @@ from rich.segment import Segment, Segments
 
 from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.config.schema import SamplingConfig
-from rustgpt_jax.config.validation import parse, validate_value
+from rustgpt_jax.config.validation import parse_overrides, validate_value
 from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.inference.sampling import SAMPLERS, is_greedy
 from rustgpt_jax.inference.text_generator import TextGenerator, WeightLayout, select_weight_layout, stream_text
@@ -179,7 +179,7 @@ class Session:
             raise UserError(f"Unknown setting {name!r}.{suggest_names(name, SETTINGS)}")
         if value:
             path = f"sampling.{name}"
-            parsed = validate_value(path, parse(path, value), f"config.{path}")
+            parsed = validate_value(path, parse_overrides([(path, value)])[path], f"config.{path}")
             self.sampling = dataclasses.replace(self.sampling, **{name: parsed})
         for setting in [name] if name else SETTINGS:
             self.note(f"{setting} {getattr(self.sampling, setting)}")

@@ -468,7 +468,7 @@ def architecture_of(config: Mapping[str, Any], file: Path) -> Architecture:
         names = [architecture.name for architecture in _ARCHITECTURES if architecture.model_type == model_type]
     elif not isinstance(names, list) or not isinstance(names[0], str):
         raise UserError(
-            f'{file}: architectures takes a list with one name, such as ["LlamaForCausalLM"], not {names!r}.'
+            f'{file}: architectures must be a list with one name, such as ["LlamaForCausalLM"], got {names!r}.'
         )
     if not names:
         raise UserError(

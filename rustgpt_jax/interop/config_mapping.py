@@ -61,7 +61,7 @@ class HFConfigReader:
         """Parse a list or null. Raises UserError if the value is invalid."""
         value = self[key]
         if not isinstance(value, list | tuple | None):
-            raise UserError(f"{self.file}: {key} takes a list, not {value!r}.")
+            raise UserError(f"{self.file}: {key} must be a list, got {value!r}.")
         return None if value is None else list(value)
 
     def unsupported(self, key: str, why: str) -> UserError:
@@ -605,7 +605,7 @@ def _rope_knobs(
             reader.warn(f"{where} of the type {kind!r}: the key {key!r} has no effect and is ignored.")
             continue
         if key not in NON_NUMERIC_ROPE_KEYS and not isinstance(value, int | float):
-            raise UserError(f"{where}: {key} takes a number, not {value!r}.")
+            raise UserError(f"{where}: {key} must be a number, got {value!r}.")
         given[key] = value
     fraction = stored.get("partial_rotary_factor", reader["partial_rotary_factor"])
     if not has_fraction and fraction not in (None, 1):
@@ -660,7 +660,7 @@ def _parse_rope_parameters(reader: HFConfigReader) -> dict[str, Any]:
 
 def _parse_mapping(reader: HFConfigReader, stored: Any) -> dict[str, Any]:
     if not isinstance(stored, Mapping | None):
-        raise UserError(f"{reader.file}: the parameters of RoPE must be a JSON object, not {stored!r}.")
+        raise UserError(f"{reader.file}: the parameters of RoPE must be a JSON object, got {stored!r}.")
     return dict(stored or {})
 
 

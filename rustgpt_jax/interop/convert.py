@@ -1,7 +1,6 @@
 """Conversion of Hugging Face folders to runs and of runs to Hugging Face folders, with a comparison of the logits."""
 
 import contextlib
-import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from rustgpt_jax.atomic_io import atomic_folder
 from rustgpt_jax.config.schema import EPOCHS, ModelConfig, uses_epochs
-from rustgpt_jax.config.validation import override, resolve
+from rustgpt_jax.config.validation import flatten_tree, resolve
 from rustgpt_jax.data.preprocess import fill_vocab_size
 from rustgpt_jax.data.token_store import hash_tokenizer
 from rustgpt_jax.errors import UserError
@@ -143,8 +142,9 @@ def import_run(source: Path, path: Path, tree: Any, origins: Mapping[str, str], 
             or the logits differ from those of `transformers`.
     """
     info, tokenizer = read_model(source, log), load_hf_tokenizer(source, log)
-    origins = _override_model(tree, info.knobs, origins, f"import from {source}")
-    config = resolve(tree)
+    overrides = _model_overrides(tree, info.knobs, origins)
+    config = resolve(tree, overrides)
+    origins = {**origins, **dict.fromkeys(overrides, f"import from {source}")}
     if uses_epochs(config):
         raise UserError(
             f"config.{EPOCHS}: `import` reads no text, so it cannot convert epochs to steps; give them to `train`."
@@ -245,15 +245,14 @@ def _check_logits(folder: Path, read: Callable[[], Params], model: ModelConfig, 
     return f"Compared with transformers in float32: logits differ by at most {found.difference:.1e}{why}."
 
 
-def _override_model(tree: Any, knobs: Mapping[str, Any], origins: Mapping[str, str], origin: str) -> dict[str, str]:
-    """Set the knobs of an imported model in a config `tree`, and return the origins of its values."""
-    values = {f"model.{name}": value for name, value in knobs.items()}
-    values |= {"tokenizer.name": IMPORTED, "tokenizer.vocab_size": None}
-    if tree["data"]["seq_len"] is None:
-        values["data.seq_len"] = min(SEQ_LEN, knobs["context_length"])
-    for path, value in values.items():
-        given = functools.reduce(lambda node, name: node[name], path.split("."), tree)
-        if origins.get(path) == COMMAND_LINE and given != value:
-            raise UserError(f"config.{path}={given!r} was given, but the imported model has {value!r}.")
-    override(tree, values)
-    return dict(origins) | dict.fromkeys(values, origin)
+def _model_overrides(tree: Any, knobs: Mapping[str, Any], origins: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values that an imported model with these knobs replaces in a config, by dotted path."""
+    given = dict(flatten_tree(tree))
+    overrides = {f"model.{name}": value for name, value in knobs.items()}
+    overrides |= {"tokenizer.name": IMPORTED, "tokenizer.vocab_size": None}
+    if given.get("data.seq_len") is None:
+        overrides["data.seq_len"] = min(SEQ_LEN, knobs["context_length"])
+    for path, value in overrides.items():
+        if origins.get(path) == COMMAND_LINE and given[path] != value:
+            raise UserError(f"config.{path}={given[path]!r} was given, but the imported model has {value!r}.")
+    return overrides

@@ -364,7 +364,7 @@ def _end_token(file: Path, settings: Mapping[str, Any], tokenizer: Tokenizer) ->
         return []
     content = _content(token)
     if not isinstance(content, str) or tokenizer.token_to_id(content) is None:
-        raise UserError(f"{file}: eos_token takes a token of {TOKENIZER}, not {token!r}.")
+        raise UserError(f"{file}: eos_token must be a token of {TOKENIZER}, got {token!r}.")
     return [content]
 
 
@@ -375,7 +375,7 @@ def _add_end_ids(
     given = settings.get("eos_token_id")
     size = tokenizer.get_vocab_size()
     for index in given if isinstance(given, list) else [] if given is None else [given]:
-        message = f"{file}: eos_token_id takes ids of {TOKENIZER}, below {size}, not {index!r}."
+        message = f"{file}: eos_token_id must be ids of {TOKENIZER}, below {size}, got {index!r}."
         if type(index) is not int:
             raise UserError(message)
         token = tokenizer.id_to_token(index) if 0 <= index < size else None
@@ -401,8 +401,8 @@ def _read_template(source: Path, settings: Mapping[str, Any]) -> str | None:
         for entry in template
     ):
         raise UserError(
-            f"{source / TOKENIZER_CONFIG}: chat_template takes a string, or a list of objects with the strings name "
-            f"and template, not {template!r}."
+            f"{source / TOKENIZER_CONFIG}: chat_template must be a string, or a list of objects with the strings name "
+            f"and template, got {template!r}."
         )
     return next((entry["template"] for entry in template if entry["name"] == "default"), None)
 

@@ -16,8 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rustgpt_jax.config.validation import override
-
 GB, GIB = 1e9, 2.0**30
 # FLOP/s.
 T = 1e12
@@ -184,20 +182,21 @@ BFLOAT16_FEATURES = re.compile(r"\b(avx512_bf16|amx_bf16|bf16)\b")
 BFLOAT16_MATMULS = {"model.precision.matmul_dtype": "bfloat16", "model.precision.logits_dtype": "bfloat16"}
 
 
-def resolve_auto_dtype(tree: Any, origins: dict[str, str], platform: str | None = None) -> None:
-    """Replace model.dtype='auto' by the data types that suit a platform, in a config and its origins.
-
-    Other data types that the user has set are kept.
+def resolve_auto_dtype(
+    values: dict[str, Any], overrides: dict[str, Any], origins: dict[str, str], platform: str | None = None
+) -> None:
+    """Replace model.dtype='auto' by the data types that suit a platform. Others that the user has set are kept.
 
     Args:
-        tree: A config whose model.dtype is 'auto'; modified in place.
+        values: The values of a config by dotted path; modified in place.
+        overrides: Values that replace them; modified in place.
         origins: The origin of each value; modified in place.
         platform: cpu, gpu or tpu; None for the default backend of JAX.
     """
     platform = platform or jax.default_backend()
     for path, value in preferred_dtypes(platform).items():
         if path == "model.dtype" or origins.get(path) == "base":
-            override(tree, {path: value})
+            (overrides if path in overrides else values)[path] = value
             origins[path] = f"auto, for a {platform}"
 
 

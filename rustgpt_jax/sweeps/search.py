@@ -106,7 +106,7 @@ def _read_losses(sweep: Sweep, trial: Trial) -> dict[int, float]:
     return {line["step"]: line[VALID_LOSS] for line in lines if VALID_LOSS in line}
 
 
-def run_tpe(sweep: Sweep, search: TPE, tree: Any, fixed: Iterable[str], check: Check = check_components) -> list[str]:
+def run_tpe(sweep: Sweep, search: TPE, tree: Any, fixed: Overrides, check: Check = check_components) -> list[str]:
     """Run Optuna's tree-structured Parzen estimator (Bergstra et al. 2011) in batches.
 
     Each suggestion is a function of the seed, its number, and earlier results, so a restarted search suggests the same
@@ -119,7 +119,7 @@ def run_tpe(sweep: Sweep, search: TPE, tree: Any, fixed: Iterable[str], check: C
         sweep: The sweep that runs the trials.
         search: The search.
         tree: The config of the sweep.
-        fixed: The knobs set on the command line, which are not searched.
+        fixed: The values of knobs set on the command line, which are not searched.
         check: A function that raises UserError if trials cannot run.
 
     Returns:
@@ -128,9 +128,9 @@ def run_tpe(sweep: Sweep, search: TPE, tree: Any, fixed: Iterable[str], check: C
     Raises:
         UserError: Too many suggestions were skipped.
     """
-    make = partial(_make_point_trials, search=search, tree=tree, fixed=tuple(fixed), assets=sweep.assets)
+    make = partial(_make_point_trials, search=search, tree=tree, fixed=fixed, assets=sweep.assets)
     with lock_run_dir(sweep.folder.path):
-        study = _load_study(sweep, search, tree)
+        study = _load_study(sweep, search, {**dict(flatten_tree(tree)), **fixed})
         finished = [point for point in _valid(study)[: search.n_trials] if point.state.is_finished()]
         # Rerun trials that failed or whose folders were deleted; the results reported to Optuna remain.
         _run_points(sweep, {point.number: make(point) for point in finished})
@@ -297,12 +297,12 @@ def decode_params(search: TPE, params: dict[str, Any]) -> Overrides:
     }
 
 
-def _make_point_trials(point: Any, search: TPE, tree: Any, fixed: tuple[str, ...], assets: AssetCache) -> list[Trial]:
+def _make_point_trials(point: Any, search: TPE, tree: Any, fixed: Overrides, assets: AssetCache) -> list[Trial]:
     """Return the trials of a suggestion: one, or one per seed."""
     overrides = decode_params(search, point.params)
     if not search.seeds:
         return make_trials(tree, [overrides], fixed, lambda: assets)
-    return [make_trial(tree, {**overrides, "seed": seed}, lambda: assets) for seed in search.seeds]
+    return [make_trial(tree, {**overrides, "seed": seed}, fixed, lambda: assets) for seed in search.seeds]
 
 
 def _final_loss(sweep: Sweep, trial: Trial) -> float:

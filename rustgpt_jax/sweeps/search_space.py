@@ -280,9 +280,9 @@ def successive_halving(trials: Iterable[Overrides], rungs: Sequence[int], keep: 
         raise UserError("successive_halving: no trials.")
     steps = tuple(_check_integer("successive_halving: a rung", rung, 1) for rung in rungs)
     if not steps or any(later <= earlier for earlier, later in itertools.pairwise(steps)):
-        raise UserError(f"successive_halving: rungs must be ascending steps, such as (100, 300, 900), not {steps}.")
+        raise UserError(f"successive_halving: rungs must be ascending steps, such as (100, 300, 900), got {steps}.")
     if not isinstance(keep, Real) or not 0 < keep < 1:
-        raise UserError(f"successive_halving: keep must be between 0 and 1, such as 1/3, not {keep!r}.")
+        raise UserError(f"successive_halving: keep must be between 0 and 1, such as 1/3, got {keep!r}.")
     return SuccessiveHalving(tuple(dict(trial) for trial in listed), steps, float(keep))
 
 
@@ -349,7 +349,7 @@ def _interpolate(low: float, high: float, u: float) -> float:
 
 def _check_integer(name: str, value: Any, low: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
-        raise UserError(f"{name} must be an integer >= {low}, not {value!r}.")
+        raise UserError(f"{name} must be an integer >= {low}, got {value!r}.")
     return int(value)
 
 
@@ -357,7 +357,7 @@ def _check_range(caller: str, low: Any, high: Any, kind: type, above: float = -m
     for name, bound in (("low", low), ("high", high)):
         if isinstance(bound, bool) or not isinstance(bound, kind):
             raise UserError(
-                f"{caller}: {name} must be {'an integer' if kind is Integral else 'a number'}, not {bound!r}."
+                f"{caller}: {name} must be {'an integer' if kind is Integral else 'a number'}, got {bound!r}."
             )
     if not low < high or not math.isfinite(high - low):
         raise UserError(f"{caller}: low={low!r} must be below high={high!r}, and both finite.")

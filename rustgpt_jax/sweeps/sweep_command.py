@@ -106,7 +106,7 @@ class Command:
 
 
 def run_sweep(
-    tree: Any, spec: Spec, trials: Sequence[Trial], fixed: Sequence[str], path: Path, command: Command, console: Console
+    tree: Any, spec: Spec, trials: Sequence[Trial], fixed: Overrides, path: Path, command: Command, console: Console
 ) -> int:
     """Run a sweep in a folder and write its report.
 
@@ -114,7 +114,7 @@ def run_sweep(
         tree: The config of the sweep.
         spec: The trials or the search, as returned by the sweep function of the config file.
         trials: The trials known in advance; for a TPE search, examples to validate the config with.
-        fixed: The knobs set on the command line, which are not searched.
+        fixed: The values of knobs set on the command line, which are not searched.
         path: The folder.
         command: The arguments of the command.
         console: The console for the preview, the progress and the report.

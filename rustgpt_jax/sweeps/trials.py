@@ -1,14 +1,14 @@
 """The trials of a sweep: complete configs, validated before anything runs."""
 
-import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from rustgpt_jax.config.schema import EPOCHS, STEPS, Config, config_hash, uses_epochs
-from rustgpt_jax.config.validation import check_value, override, resolve
+from rustgpt_jax.config.validation import check_value, resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps.search_space import TPE, Categorical, Overrides, sample
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rustgpt_jax.data.preprocess import AssetCache
 
 ID_DIGITS = 8
+NO_OVERRIDES: Mapping[str, Any] = MappingProxyType({})
 # Number of points of a search to try before giving up.
 N_PROBES = 100
 # Quantiles of a numeric distribution whose values are validated.
@@ -38,21 +39,25 @@ def _make_asset_cache() -> "AssetCache":
     return AssetCache()
 
 
-def make_trial(tree: Any, overrides: Overrides, get_assets: Callable[[], "AssetCache"] = _make_asset_cache) -> Trial:
-    """Make the trial that overrides some knobs of a ConfigDict, which is not modified.
+def make_trial(
+    tree: Any,
+    overrides: Overrides,
+    fixed: Mapping[str, Any] = NO_OVERRIDES,
+    get_assets: Callable[[], "AssetCache"] = _make_asset_cache,
+) -> Trial:
+    """Make the trial that overrides some knobs of a config.
 
     Args:
         tree: The config of the sweep.
         overrides: The values of knobs by path. Epochs are converted to steps.
+        fixed: The values of knobs set on the command line.
         get_assets: A function that returns the data needed for this conversion.
 
     Raises:
         UserError: A knob is unknown, a value is out of range, or the config is invalid.
     """
-    tree = copy.deepcopy(tree)
     try:
-        override(tree, overrides)
-        config, steps = resolve(tree), dict[str, int]()
+        config, steps = resolve(tree, {**fixed, **overrides}), dict[str, int]()
         if uses_epochs(config):
             config, steps, *_ = get_assets().resolve_epochs(config)
     except UserError as error:
@@ -66,7 +71,7 @@ def make_trial(tree: Any, overrides: Overrides, get_assets: Callable[[], "AssetC
 def make_trials(
     tree: Any,
     sweep: Iterable[Overrides],
-    fixed: Iterable[str] = (),
+    fixed: Mapping[str, Any] = NO_OVERRIDES,
     get_assets: Callable[[], "AssetCache"] = _make_asset_cache,
 ) -> list[Trial]:
     """Make all trials of a sweep over a config, in order.
@@ -74,7 +79,7 @@ def make_trials(
     Args:
         tree: The config of the sweep.
         sweep: The overrides of each trial.
-        fixed: Knobs set on the command line, which must not be swept.
+        fixed: The values of knobs set on the command line, which must not be swept.
         get_assets: A function that returns the data needed for trials with epochs; called at most once.
 
     Raises:
@@ -89,7 +94,7 @@ def make_trials(
         for path in overrides:
             if not isinstance(path, str):
                 raise UserError(f"A sweep names each knob by its dotted path, such as 'seed', not {path!r}.")
-        trial = make_trial(tree, dict(overrides), get_assets)
+        trial = make_trial(tree, dict(overrides), fixed, get_assets)
         if trial.id in trials:
             first, second = describe_overrides(trials[trial.id].overrides), describe_overrides(trial.overrides)
             raise UserError(f"Two trials have the same config: {first} and {second}. Remove one of them.")
@@ -111,7 +116,7 @@ def _check_fixed(overrides: Iterable[str], fixed: Iterable[str]) -> None:
             )
 
 
-def sample_feasible_points(tree: Any, search: TPE, fixed: Iterable[str] = ()) -> list[Trial]:
+def sample_feasible_points(tree: Any, search: TPE, fixed: Mapping[str, Any] = NO_OVERRIDES) -> list[Trial]:
     """Return valid points of a search that cover each option of each choice, for validating a config.
 
     The first is the middle of the space if it is valid. Options without a valid point are omitted, just as a search
@@ -135,12 +140,12 @@ def sample_feasible_points(tree: Any, search: TPE, fixed: Iterable[str] = ()) ->
     def find_valid(fixed_option: Overrides) -> Trial | None:
         for point in points:
             with suppress(UserError):
-                return make_trial(tree, {**point, **seed, **fixed_option}, get_assets)
+                return make_trial(tree, {**point, **seed, **fixed_option}, fixed, get_assets)
         return None
 
     found = list(filter(None, map(find_valid, options)))
     # If no point is valid, raise the error of the middle one.
-    first = find_valid({}) or next(iter(found), None) or make_trial(tree, search.middle, get_assets)
+    first = find_valid({}) or next(iter(found), None) or make_trial(tree, search.middle, fixed, get_assets)
     return [first, *(trial for trial in found if trial.id != first.id)]
 
 

@@ -19,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from rustgpt_jax.atomic_io import NotWritableError, write_atomically
-from rustgpt_jax.config.schema import Config, Earlier, config_hash, to_dict
+from rustgpt_jax.config.schema import Config, EarlierConfig, config_hash, to_dict
 from rustgpt_jax.distributed import all_agree, barrier, is_peer_lost, is_process_zero
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.pytrees import fingerprint_tree, flatten_paths
@@ -61,7 +61,9 @@ class Checkpoints:
         earlier: Earlier configs of the run, with which older checkpoints were saved.
     """
 
-    def __init__(self, folder: Path, config: Config, is_writer: bool = False, earlier: Sequence[Earlier] = ()) -> None:
+    def __init__(
+        self, folder: Path, config: Config, is_writer: bool = False, earlier: Sequence[EarlierConfig] = ()
+    ) -> None:
         self._folder, self._config = folder.absolute(), config
         self._hashes = {config_hash(each) for each in (config, *(each.config for each in earlier))}
         self._best_file = self._folder / "best"

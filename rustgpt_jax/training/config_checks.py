@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from rustgpt_jax.config.schema import STEPS, Config, Earlier, affects_result, may_change, stages
+from rustgpt_jax.config.schema import STEPS, Config, EarlierConfig, affects_result, may_change, stages
 from rustgpt_jax.data.datasets import CORPORA
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import interfaces
@@ -70,7 +70,7 @@ class Change(NamedTuple):
     """The config to continue a run with, the earlier configs, and messages about the change."""
 
     config: Config
-    earlier: tuple[Earlier, ...] = ()
+    earlier: tuple[EarlierConfig, ...] = ()
     messages: tuple[str, ...] = ()
 
 
@@ -113,7 +113,7 @@ def resolve_change(path: Path, config: Config, extends: bool = False) -> Change:
             "Validation losses before that step are from other batches, so they do not count for the best checkpoint."
         )
         messages = (*messages, message)
-    return Change(config, (*earlier, Earlier(n_done, stored)), (f"From step {n_done} on, {values}.", *messages))
+    return Change(config, (*earlier, EarlierConfig(n_done, stored)), (f"From step {n_done} on, {values}.", *messages))
 
 
 def _check_steps(

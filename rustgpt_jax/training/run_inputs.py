@@ -12,12 +12,11 @@ from rich.console import Console
 from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.config.schema import (
     Config,
-    Earlier,
+    EarlierConfig,
     Hyperparams,
     StaticConfig,
     partition,
     stages,
-    stages_in_turn,
 )
 from rustgpt_jax.data.preprocess import (
     StageData,
@@ -61,7 +60,7 @@ class RunInputs:
     full_config: Config
     tokenizer: Tokenizer
     stages: list[StageData]
-    earlier: tuple[Earlier, ...] = ()
+    earlier: tuple[EarlierConfig, ...] = ()
 
     @property
     def total_steps(self) -> int:
@@ -160,7 +159,7 @@ def prepare_inputs(
     config: Config,
     tokenizer_file: Path,
     console: Console,
-    earlier: tuple[Earlier, ...] = (),
+    earlier: tuple[EarlierConfig, ...] = (),
     tokenizer: Tokenizer | None = None,
 ) -> RunInputs:
     """Load or create the inputs of a run. An existing tokenizer of the run folder is kept.
@@ -184,6 +183,6 @@ def prepare_inputs(
     full_earlier = [each._replace(config=fill_vocab_size(each.config, tokenizer)) for each in earlier]
     data = [
         prepare_stage(stage, tokenizer, cache_folder(), store=stores[stage.name])
-        for stage in stages_in_turn(full_config, full_earlier)
+        for stage in stages(full_config, full_earlier)
     ]
     return RunInputs(config, full_config, tokenizer, data, earlier)

@@ -7,34 +7,31 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from rustgpt_jax.config import schema
 from rustgpt_jax.config.schema import FIELDS, to_dict
 from rustgpt_jax.config.validation import flatten_tree
 from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.workdir.run_dir import is_special, load_config, load_origins
 
-# A config as a ConfigDict, and the origin of each of its values.
-TreeAndOrigins = tuple[Any, dict[str, str]]
+# The values of a config, and the origin of each of them, by dotted path.
+ValuesAndOrigins = tuple[dict[str, Any], dict[str, str]]
 # The origin of a value set on the command line.
 COMMAND_LINE = "command line"
 
 
-def load_config_file(file: str) -> TreeAndOrigins:
+def load_config_file(file: str) -> ValuesAndOrigins:
     """Load the config of a Python file. The origin of a default value is "base".
 
     Raises:
         UserError: The file does not exist or fails, or it does not define a config.
     """
-    tree = _call_get_config(file)
-    defaults, given = dict(flatten_tree(schema.defaults())), dict(flatten_tree(tree))
-    return tree, {path: "base" if given.get(path) == defaults.get(path) else file for path in FIELDS}
+    values, defaults = dict(flatten_tree(_call_get_config(file))), dict(flatten_tree(schema.defaults()))
+    return values, {path: "base" if values.get(path) == defaults.get(path) else file for path in FIELDS}
 
 
-def load_run_config(path: Path) -> TreeAndOrigins:
+def load_run_config(path: Path) -> ValuesAndOrigins:
     """Load the config of a run. Raises UserError as `load_config` does."""
-    return ConfigDict(to_dict(load_config(path))), load_origins(path)
+    return dict(flatten_tree(to_dict(load_config(path)))), load_origins(path)
 
 
 def load_sweep_function(file: str, name: str) -> Callable[[], Any]:

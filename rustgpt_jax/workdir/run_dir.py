@@ -16,13 +16,13 @@ from typing import Any, TextIO
 from rustgpt_jax.atomic_io import write_atomically
 from rustgpt_jax.config.schema import (
     Config,
-    Earlier,
+    EarlierConfig,
     Stage,
     StageConfig,
     affects_result,
     config_hash,
     diff,
-    stages_in_turn,
+    stages,
     to_dict,
     uses_epochs,
 )
@@ -98,7 +98,7 @@ def is_step_name(name: str) -> bool:
     return name.isascii() and name.isdecimal() and str(int(name[:20])) == name
 
 
-def prepare_run_dir(path: Path, config: Config, earlier: Sequence[Earlier] = ()) -> None:
+def prepare_run_dir(path: Path, config: Config, earlier: Sequence[EarlierConfig] = ()) -> None:
     """Create the folder of a run, or check that an existing folder is empty or has a run with this config.
 
     Args:
@@ -125,7 +125,9 @@ def prepare_run_dir(path: Path, config: Config, earlier: Sequence[Earlier] = ())
         raise UserError(f"{path} holds files but no run (no config.json); choose another --run folder.")
 
 
-def create_run_dir(path: Path, config: Config, origins: Mapping[str, str], earlier: Sequence[Earlier] = ()) -> RunDir:
+def create_run_dir(
+    path: Path, config: Config, origins: Mapping[str, str], earlier: Sequence[EarlierConfig] = ()
+) -> RunDir:
     """Create a run folder and record its config, or check that the existing run has the same config.
 
     Args:
@@ -191,7 +193,7 @@ def load_config(path: Path) -> Config:
     return _parse_recorded_config(_read_config_file(file), file)
 
 
-def load_earlier(path: Path) -> tuple[Earlier, ...]:
+def load_earlier(path: Path) -> tuple[EarlierConfig, ...]:
     """Load the earlier configs of a run and the steps at which they ended.
 
     Raises:
@@ -204,7 +206,7 @@ def load_earlier(path: Path) -> tuple[Earlier, ...]:
         if type(until) is not int or until < before:
             raise UserError(f"{file} is damaged: it lacks the last steps of its earlier configs.")
         before = until
-    return tuple(Earlier(each["until"], _parse_recorded_config(each, file)) for each in listed)
+    return tuple(EarlierConfig(each["until"], _parse_recorded_config(each, file)) for each in listed)
 
 
 def load_stages(path: Path) -> tuple[Stage, ...]:
@@ -213,7 +215,7 @@ def load_stages(path: Path) -> tuple[Stage, ...]:
     Raises:
         UserError: As for `load_config`.
     """
-    return stages_in_turn(load_config(path), load_earlier(path))
+    return stages(load_config(path), load_earlier(path))
 
 
 def _read_config_file(file: Path) -> dict[str, Any]:

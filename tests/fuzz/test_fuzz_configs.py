@@ -11,10 +11,9 @@ from fuzzing import ODD_TEXTS, Sandbox, corrupt_bytes, edit_tree, max_cases, run
 from fuzzing import sandbox as sandbox
 from hypothesis import given
 from hypothesis import strategies as st
-from ml_collections import ConfigDict
 
 from rustgpt_jax.config.schema import FIELDS, Config, combine, config_hash, partition, replace_paths, stages, to_dict
-from rustgpt_jax.config.validation import TREES, override, parse_all, resolve
+from rustgpt_jax.config.validation import TREES, parse_overrides, resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.sharding.sharding_plan import check_batch_shards
@@ -87,13 +86,7 @@ texts = st.text(max_size=20) | st.sampled_from(
 @max_cases(500)
 @given(st.lists(st.tuples(paths | texts, texts | st.sampled_from(("0", "1", "2", "64", "True", "0.5"))), max_size=3))
 def test_any_overrides_resolve_or_are_an_error(sandbox: Sandbox, given: list[tuple[str, str]]) -> None:
-    def resolved() -> Config:
-        tree = ConfigDict(RECIPES["configs.rustgpt"])
-        for path, value in parse_all(given).items():
-            override(tree, {path: value})
-        return resolve(tree)
-
-    config = run_or_refuse(resolved)
+    config = run_or_refuse(lambda: resolve(RECIPES["configs.rustgpt"], parse_overrides(given)))
     if config is not None:
         require_same(config, run_or_refuse(lambda: use(config)))
 

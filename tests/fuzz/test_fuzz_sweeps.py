@@ -139,7 +139,7 @@ class Untrained:
 
 def searched(path: Path) -> list[str]:
     """Run a search whose loss is the learning rate."""
-    return search.run_tpe(Untrained(path), SEARCH, small_tree(), ())  # type: ignore[arg-type]
+    return search.run_tpe(Untrained(path), SEARCH, small_tree(), {})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
