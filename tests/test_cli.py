@@ -338,18 +338,15 @@ def check_generation(folder: Path) -> None:
 @pytest.mark.slow
 def test_interrupted_run_resumes_to_the_same_end_and_generates(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
-    start = "from the start"
-    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, os.EX_TEMPFAIL)):
-        process = start_training(folder)
-        process.send_signal(number)
-        stdout, stderr = process.communicate()
-        assert (process.returncode, stderr) == (status, "")
-        assert start in stdout
-        step = int(stdout.rsplit(f"Stopped by {number.name} at step ", 1)[1].split(",")[0])
-        assert 0 < step < STEPS
-        assert (folder / "checkpoints" / str(step)).is_dir()
-        start = f"from step {step}"
-    assert start in launch(*TRAIN, f"--run={folder}", cwd=tmp_path).stdout
+    process = start_training(folder)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate()
+    assert (process.returncode, stderr) == (130, "")
+    assert "from the start" in stdout
+    step = int(stdout.rsplit("Stopped by SIGINT at step ", 1)[1].split(",")[0])
+    assert 0 < step < STEPS
+    assert (folder / "checkpoints" / str(step)).is_dir()
+    assert f"from step {step}" in launch(*TRAIN, f"--run={folder}", cwd=tmp_path).stdout
     assert untimed_metrics(folder) == untimed_metrics(uninterrupted)
     check_generation(folder)
 

@@ -333,14 +333,10 @@ def test_evaluation_shows_the_loss_of_narrow_weights(tmp_path: Path) -> None:
     train(tmp_path / "run", **{"training.steps": 2, "logging.eval_every": 2})
     trained = load_model(tmp_path / "run")
 
-    def told(**changes: Any) -> list[list[str]]:
-        sampling = dataclasses.replace(trained.config.sampling, **changes)
-        shown = Console(file=StringIO(), width=200)
-        print_evaluation(trained.with_config(dataclasses.replace(trained.config, sampling=sampling)), shown)
-        return [line.split() for line in shown.file.getvalue().splitlines() if line.startswith("train")]
-
-    ((_, loss, *_),) = told()
-    whole, narrow = told(weight_dtype="int8")
-    assert whole[:2] == ["train", loss]
-    assert narrow[:4] == ["train,", "weights", "in", "int8"]
-    assert float(narrow[4]) == pytest.approx(float(loss), rel=0.01)
+    sampling = dataclasses.replace(trained.config.sampling, weight_dtype="int8")
+    shown = Console(file=StringIO(), width=200)
+    print_evaluation(trained.with_config(dataclasses.replace(trained.config, sampling=sampling)), shown)
+    lines = [line.split() for line in shown.file.getvalue().splitlines()]
+    whole, narrow = (line for line in lines if line and line[0].startswith("train"))
+    assert whole[0] == "train" and narrow[:4] == ["train,", "weights", "in", "int8"]
+    assert float(narrow[4]) == pytest.approx(float(whole[1]), rel=0.01)

@@ -193,7 +193,7 @@ def test_killed_process_ends_the_others_and_the_run_resumes(
         assert other.returncode == EXIT_PEER_LOST, printed
         assert "Another process of the run is gone" in printed and "continues from the last checkpoint" in printed
     assert "Traceback" not in printed
-    train(run, 2).wait_for_exit(0, 0)
+    train(run, 1).wait_for_exit(0)
     assert lines(run)[-1]["step"] == STEPS
 
 
@@ -218,7 +218,7 @@ def test_user_error_is_reported_by_all_processes(train: Callable[..., Job], tmp_
 @pytest.mark.slow
 def test_error_in_one_process_ends_all(train: Callable[..., Job], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    train(run, 1, "--config.training.steps=2").wait_for_exit(0)
+    run.mkdir()
     # Only process 0 locks the folder.
     with lock_run_dir(run):
         printed = train(run, 2, "--config.training.steps=2").wait_for_exit(EXIT_USER_ERROR, EXIT_USER_ERROR)

@@ -211,7 +211,7 @@ def test_queued_jobs_run_the_code_snapshot_and_outlive_the_launcher(
     assert len(events(run, "queued")) == 2
     assert not events(run, "failed")
     assert len(found(run)) == 2
-    assert found(run).items() <= found(undisturbed("sweep")).items()
+    assert found(run) == found(undisturbed("pair"))
 
 
 @pytest.mark.slow

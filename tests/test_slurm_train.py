@@ -39,11 +39,8 @@ def test_warned_job_is_requeued_and_completes(slurm: dict[str, str], tmp_path: P
         time.sleep(0.2)
     wait_for(lambda: state(slurm, job) == "COMPLETED", seconds=60)
     assert re.search(r"from step \d+", printed.read_text())
-    straight = f"{sys.executable} {ROOT}/launch.py train --config={ROOT}/configs/tiny.py {' '.join(steps)}"
-    subprocess.run([*straight.split(), f"--run={tmp_path}/straight"], env=environment, check=True, capture_output=True)
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [
-        line["step"] for line in metrics(tmp_path / "straight")
-    ]
+    logged = [line["step"] for line in metrics(tmp_path / "run") if "train/loss" in line]
+    assert logged == [1, *range(100, 1201, 100)]
 
 
 @pytest.mark.slow
