@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_runs import new_console
 
 from experiments.benchmarks.best_batch import Failure, format_command
 from experiments.benchmarks.performance import page
-from experiments.benchmarks.performance.bench import FULL, TINY, about
+from experiments.benchmarks.performance.bench import FULL, TINY, Bench, about, describe_processor
 from experiments.benchmarks.performance.goals import goals, ratio
 from experiments.benchmarks.performance.models import SHAPES, TRAINING, WEIGHTS, decoding_config, training_config
-from experiments.benchmarks.performance.startup import job, parts
+from experiments.benchmarks.performance.startup import job, parts, run_rustgpt
 from experiments.benchmarks.performance.turns import Reading, rotate, summarize, take_turns, times_as_fast
 from experiments.benchmarks.performance.workers import MALLOC, Request, Worker, start_workers
 from rustgpt_jax.config.validation import resolve
@@ -202,6 +203,7 @@ def recorded() -> dict[str, Any]:
             "about": about(),
             "starts": [start | {"first step": 9.0}, start, start | {"parts": "1.0s before the first step"}],
             "jobs": [start, start, start],
+            "rustgpt": [18.0, 18.0, 18.0],
             "job's bare steps": race("seconds", job=[1e-3, 1e-3]),
             "updates": 7800,
         },
@@ -210,7 +212,7 @@ def recorded() -> dict[str, Any]:
             "models": {
                 "tiny": {
                     "bare": 0.5,
-                    "rows": [["one sweep", 8.0], ["16 train processes, cold cache", 80.0]],
+                    "rows": [["one sweep, exact, cold cache", 8.0], ["16 train processes, cold cache", 80.0]],
                     "more": {"exact": 0.4},
                     "processes": 2,
                 }
@@ -231,10 +233,15 @@ def test_goals_compare_the_fastest_variants() -> None:
     assert plain.measured == pytest.approx(0.25) and plain.verdict == "missed"
     assert found["decoding, batch 1, int8, against llama.cpp"].measured == pytest.approx(0.5)
     assert found["decoding, batch 8, bfloat16, against transformers"].measured == pytest.approx(3.0)
+    assert found["prompt of 128 tokens, batch 1, float32, against transformers"].measured == pytest.approx(3.0)
     assert found["decoding steps, p99 over p50"].measured == pytest.approx(1.4)
     assert found["decoding steps, growth of memory"].verdict == "missed"
-    assert found["RustGPT's job (20 s there), compute"].measured == pytest.approx(7.8)
-    assert found["second start of train on shk until the first step"].measured == 1.0
+    assert found["RustGPT's job, compute alone, of its program's time"].measured == pytest.approx(7.8 / 18)
+    whole = found["RustGPT's job, all included, warm cache, of its program's time"]
+    assert whole.measured == pytest.approx(0.5) and whole.verdict == "reached"
+    assert found["train on shk, until the first step, warm cache"].measured == 1.0
+    assert found["one more trial of a sweep of tiny, in bare steps"].measured == pytest.approx(0.8)
+    assert found["16 cold trials of tiny in one sweep, against as many processes"].measured == 10
     assert {goal.verdict for goal in goals({})} == {"not measured"}
     assert ratio(None, "rustgpt_jax", "torch", "seconds") is None
 
@@ -248,27 +255,58 @@ def marked(*parts: str) -> str:
 def test_sections_without_measurements_keep_their_text(tmp_path: Path) -> None:
     file, results = tmp_path / "page.md", recorded()
     file.write_text(marked("goals", *page.PARTS))
-    page.draw({"decoding": results["decoding"]}, file)
+    page.draw({"A": {"decoding": results["decoding"]}}, file)
     text = file.read_text()
     assert "earlier decoding" not in text and "earlier goals" not in text
     assert all(f"earlier {part}" in text for part in ("training", "startup", "sweeps"))
     assert text.startswith("Words.\n<!-- begin: goals -->") and text.endswith("more\n")
-    page.draw(results, file)
+    page.draw({"A": results, "B": {"training": results["training"]}}, file)
     whole = file.read_text()
     assert "earlier" not in whole and r"no compiler \| at all" in whole
-    assert "| training step, shk, against torch float32 | at least 1.50x | 1.80x (0.0%) | reached |" in whole
+    row = (
+        "| training step, shk, against torch float32 | at least 1.60x | 1.80x (0.0%), reached | 1.80x (0.0%), reached |"
+    )
+    assert row in whole and whole.count("### A: ") == 4 and whole.count("### B: ") == 1
     assert (
         "| shk | torch float32 | rustgpt_jax, float32 | 2000 (50.0%) | 384 | 0.2% | 0.90x | 1.0 | 2026-01-01 |" in whole
     )
-    page.draw(results, file)
+    page.draw({"A": results, "B": {"training": results["training"]}}, file)
     assert file.read_text() == whole
 
 
 def test_rows_of_a_table_have_the_same_columns() -> None:
     results = recorded()
-    for part in ("goals", *page.PARTS):
-        for rows in page.sheets(part, results).values():
-            assert {tuple(row) for row in rows} == {tuple(rows[0])}
+    for rows in [
+        page.goals_table({"A": results}),
+        *(t for p in page.PARTS for t in page.sheets(p, results[p]).values()),
+    ]:
+        assert {tuple(row) for row in rows} == {tuple(rows[0])}
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"model name": "AMD EPYC", "vendor_id": "AuthenticAMD", "cpu family": "25", "model": "17"}, "Zen 4"),
+        ({"model name": "AMD EPYC", "vendor_id": "AuthenticAMD", "cpu family": "26", "model": "2"}, "Zen 5"),
+        ({"model name": "Intel", "vendor_id": "GenuineIntel", "cpu family": "6", "model": "143"}, "Sapphire Rapids"),
+        ({"model name": "Other", "vendor_id": "Other", "cpu family": "6", "model": "1"}, "family 6, model 1"),
+    ],
+)
+def test_processors_are_told_apart(fields: dict[str, str], name: str) -> None:
+    assert describe_processor(fields) == f"{fields['model name']} ({name})"
+
+
+def test_rustgpt_runs_where_its_data_is(tmp_path: Path) -> None:
+    program = tmp_path / "target" / "release" / "llm"
+    for folder in (tmp_path / "data", program.parent):
+        folder.mkdir(parents=True)
+    program.write_text("#!/bin/sh\ntest -d data && read line && test $line = exit\n")
+    program.chmod(0o755)
+    bench = Bench(TINY, None, tmp_path, 10.0, new_console())
+    assert 0 < run_rustgpt(program, bench) < 10
+    program.write_text("#!/bin/sh\necho broken >&2; exit 1\n")
+    with pytest.raises(Failure, match="broken"):
+        run_rustgpt(program, bench)
 
 
 @pytest.mark.parametrize("text", ["", marked("goals", "goals"), "<!-- end: goals --><!-- begin: goals -->"])
@@ -313,8 +351,9 @@ def test_benchmark_runs_with_tiny_models(part: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert page.PAGE.read_bytes() == before
     found, text = json.loads((out / "performance.json").read_text()), (out / "performance.md").read_text()
+    (found,) = found.values()
     assert list(found) == [part]
-    assert "Goals on two cores" in done.stdout and f"**{next(iter(page.sheets(part, found)))}**" in text
+    assert "Goals" in done.stdout and f"**{next(iter(page.sheets(part, found[part])))}**" in text
     for race in found[part].get("races", {}).values():
         ours = [name for name in race["readings"] if name.startswith("rustgpt_jax")]
         assert ours and all(min(column) > 0 for name in ours for column in race["readings"][name].values())

@@ -34,7 +34,7 @@ from experiments.benchmarks import sweep_throughput
 from experiments.benchmarks.accelerator_report import show_sheets
 from experiments.benchmarks.best_batch import Failure, make_tree
 from experiments.benchmarks.performance import decoding, page, startup, training
-from experiments.benchmarks.performance.bench import FULL, TINY, Bench, Row, about
+from experiments.benchmarks.performance.bench import FULL, TINY, Bench, Row, about, machine
 from rustgpt_jax.errors import UserError, suggest_names
 
 FLAGS = flags.FLAGS
@@ -47,6 +47,7 @@ SMOKE_TEXT = "Two households, both alike in dignity, in fair Verona, where we la
 def define_flags() -> None:
     """Define the flags of the command."""
     flags.DEFINE_string("text", None, "A text file for configs/shakespeare_char.py, such as tiny Shakespeare.")
+    flags.DEFINE_string("rustgpt", None, "RustGPT's program, built from its source, to take turns with our job.")
     flags.DEFINE_list("shapes", None, f"The models to train, some of {', '.join(FULL.shapes)}; all by default.")
     flags.DEFINE_string("out", "runs/benchmarks", "The folder for everything but the results.")
     flags.DEFINE_integer("rounds", None, "Turns of each contender in a race, instead of the default of the race.", 1)
@@ -86,8 +87,13 @@ def run(parts: list[str], console: Console) -> int:
         text, results, place = out / "text.txt", out / "performance.json", out / "performance.md"
         text.write_text(SMOKE_TEXT)
         shutil.copy(page.PAGE, place)
-    found: Row = page.read(results)
-    bench = Bench(extent, text, out, FLAGS.patience, console)
+    every: Row = page.read(results)
+    # The tables of other processors are kept.
+    found: Row = every.setdefault(machine()["processor"], {})
+    rustgpt = Path(FLAGS.rustgpt).absolute() if FLAGS.rustgpt else None
+    if rustgpt is not None and not rustgpt.is_file():
+        raise UserError(f"--rustgpt: there is no file {rustgpt}.")
+    bench = Bench(extent, text, out, FLAGS.patience, console, rustgpt)
     if {"training", "startup", "sweeps"} & set(parts):
         bench.needed_text()
     for part in parts:
@@ -100,10 +106,11 @@ def run(parts: list[str], console: Console) -> int:
                 found[part] = startup.measure(bench)
             case _:
                 found[part] = sweeps(bench)
-        results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        page.draw(found, place)
-    for part in [*parts, "goals"]:
-        show_sheets(page.sheets(part, found), console)
+        results.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
+        page.draw(every, place)
+    for part in parts:
+        show_sheets(page.sheets(part, found[part]), console)
+    show_sheets({"Goals": page.goals_table(every)}, console)
     console.print(f"\nWritten to {place} and {results}", highlight=False, soft_wrap=True)
     return 0
 

@@ -103,6 +103,7 @@ class Bench(NamedTuple):
         out: The folder for files.
         patience: The time limit of a turn in seconds.
         console: The console to print to.
+        rustgpt: RustGPT's program, or None.
     """
 
     extent: Extent
@@ -110,6 +111,7 @@ class Bench(NamedTuple):
     out: Path
     patience: float
     console: Console
+    rustgpt: Path | None = None
 
     def ask(self, module: str, what: str, **arguments: Any) -> Row:
         """Return the description of a prepared worker. Raises Failure."""
@@ -194,6 +196,29 @@ def today() -> str:
     return f"{datetime.now(UTC):%Y-%m-%d}"
 
 
+# Names of processors that report only their maker, by vendor and family, with the range of models.
+MICROARCHITECTURES = {
+    ("AuthenticAMD", 25): {"Zen 4": (*range(0x10, 0x20), *range(0x60, 0x80), *range(0xA0, 0xB0)), "Zen 3": range(0x60)},
+    ("AuthenticAMD", 26): {"Zen 5": range(0x100)},
+    ("GenuineIntel", 6): {
+        "Sapphire Rapids": (143,),
+        "Emerald Rapids": (207,),
+        "Granite Rapids": (173, 174),
+        "Ice Lake": (106, 108),
+        "Cascade Lake": (85,),
+    },
+}
+
+
+def describe_processor(fields: Mapping[str, str]) -> str:
+    """Return the name of a processor with its microarchitecture, given the fields of /proc/cpuinfo."""
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    family, model = int(fields.get("cpu family", 0)), int(fields.get("model", 0))
+    known = MICROARCHITECTURES.get((fields.get("vendor_id", ""), family), {})
+    kind = next((kind for kind, models in known.items() if model in models), f"family {family}, model {model}")
+    return f"{name} ({kind})"
+
+
 def machine() -> Row:
     """Describe the processor, its cores and the memory."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -201,7 +226,7 @@ def machine() -> Row:
     features = (fields.get("flags") or fields.get("Features") or "").split()
     wide = [name for name in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd") if name in features]
     return {
-        "processor": fields.get("model name") or platform.processor(),
+        "processor": describe_processor(fields),
         "features": wide,
         "cores": len(os.sched_getaffinity(0)),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

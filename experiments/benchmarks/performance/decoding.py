@@ -2,8 +2,9 @@
 
 python experiments/benchmarks/run.py decoding
 
-GPT-2 124M with random weights, exported for both peers: a prompt of 128 tokens, then 128 tokens generated greedily.
-Contenders of a race have the same dtype and batch size and take turns, each in its own process. The dtype is that of
+GPT-2 124M with random weights, exported for both peers. Contenders of a race have the same dtype and batch size and
+take turns, each in its own process. A turn is a prompt of 128 tokens and then only 16 generated greedily, because the
+memory of a machine may change its speed within seconds. The dtype is that of
 the weights; int8 has one scale per group of numbers, and is not supported by transformers. Then 1,000 of our steps are
 timed individually.
 """
@@ -24,7 +25,9 @@ def measure(bench: Bench) -> Row:
     for batch in bench.extent.batches:
         for dtype in bench.extent.dtypes:
             title = f"{dtype}, batch {batch}"
-            found["races"][title] = bench.race(contenders(dtype, batch, str(folder), bench), bench.extent.rounds, title)
+            found["races"][title] = bench.race(
+                contenders(dtype, batch, str(folder), bench), 3 * bench.extent.rounds, title
+            )
     shutil.rmtree(folder)
     arguments = {"size": decoded.size, "prompt": 8, "steps": decoded.steps}
     steady = {

@@ -84,7 +84,7 @@ class Decoded(NamedTuple):
     steps: int
 
 
-DECODED = Decoded("124m", prompt=128, new=128, steps=1000)
+DECODED = Decoded("124m", prompt=128, new=16, steps=1000)
 SMOKE = Decoded("smoke", prompt=16, new=16, steps=40)
 
 

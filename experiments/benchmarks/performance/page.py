@@ -3,7 +3,8 @@
 python -m experiments.benchmarks.performance.page
 
 Updates the page from docs/performance.json. Its text does not change; the tables of the part NAME between
-`<!-- begin: NAME -->` and `<!-- end: NAME -->` are replaced if that part was measured.
+`<!-- begin: NAME -->` and `<!-- end: NAME -->` are replaced if that part was measured. Each processor has tables of its
+own, because ratios measured on one do not hold on another.
 """
 
 import json
@@ -25,7 +26,7 @@ from experiments.benchmarks.accelerator_report import (
     times,
 )
 from experiments.benchmarks.best_batch import ROOT
-from experiments.benchmarks.performance.goals import LLAMA_CPP, OURS, TORCH, TRANSFORMERS, goals, megabytes, ratio
+from experiments.benchmarks.performance.goals import LLAMA_CPP, OURS, TORCH, TRANSFORMERS, Goal, goals, megabytes, ratio
 from experiments.benchmarks.performance.models import SHAPES
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tracking.console import format_bytes, format_count
@@ -38,9 +39,10 @@ PARTS = ("training", "decoding", "startup", "sweeps")
 def draw(results: Row, page: Path = PAGE) -> None:
     """Write the tables of the measurements into the page. Raises UserError if the markers of a part are missing."""
     text = page.read_text(encoding="utf-8")
-    measured = [part for part in PARTS if part in results]
-    for part in ["goals", *measured]:
-        text = replace_part(text, part, "\n".join(lines(part, results)))
+    for part in ["goals", *PARTS]:
+        measured = {name: found for name, found in results.items() if part in (*found, "goals")}
+        if measured:
+            text = replace_part(text, part, "\n".join(lines(part, measured)))
     page.write_text(text, encoding="utf-8")
 
 
@@ -53,42 +55,48 @@ def replace_part(text: str, part: str, by: str) -> str:
 
 
 def lines(part: str, results: Row) -> Iterator[str]:
-    """Return the Markdown between the markers of a part."""
-    if part != "goals":
-        yield from (f"{line}  " for line in about(results[part]["about"]))
-    for title, rows in sheets(part, results).items():
-        yield from ("", f"**{title}**", "", *markdown_table(rows))
+    """Return the Markdown between the markers of a part, given the measurements of each processor by its name."""
+    if part == "goals":
+        yield from ("", *markdown_table(goals_table(results)))
+    else:
+        for processor, found in results.items():
+            yield from ("", f"### {processor}: {part}", "", *(f"{line}  " for line in about(found[part]["about"])))
+            for title, rows in sheets(part, found[part]).items():
+                yield from ("", f"**{title}**", "", *markdown_table(rows))
     yield ""
 
 
 def about(row: Row) -> list[str]:
     """Describe the machine, date and command of a part's measurements."""
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
-    machine = f"{row['processor']} ({' '.join(row['features'])}), {row['cores']} cores, {format_bytes(row['memory'])}"
+    machine = f"{row['cores']} cores ({' '.join(row['features'])}), {format_bytes(row['memory'])}"
     return [f"{row['date']}: `{row['command']}`", machine, versions]
 
 
-def sheets(part: str, results: Row) -> Sheets:
-    """Return the non-empty tables of a part by title."""
-    if part == "goals":
-        every: Sheets = {"Goals on two cores": [_goal(goal) for goal in goals(results)]}
-    else:
-        every = {"training": _training, "decoding": _decoding, "startup": _startup, "sweeps": _sweeps}[part](
-            results[part]
-        )
+def sheets(part: str, measured: Row) -> Sheets:
+    """Return the non-empty tables of a part by title, given its measurements on one processor."""
+    every = {"training": _training, "decoding": _decoding, "startup": _startup, "sweeps": _sweeps}[part](measured)
     return {title: rows for title, rows in every.items() if rows}
 
 
-def _goal(goal: Any) -> Cells:
-    sign = "at least" if goal.at_least else "at most"
-    measured = goal.shown(goal.measured)
-    return {
-        "goal": goal.what,
-        "wanted": f"{sign} {goal.shown(goal.wanted)}",
-        "measured": measured if goal.spread is None else f"{measured} ({goal.spread:.1%})",
-        "": goal.verdict,
-        "between": goal.who,
-    }
+def goals_table(results: Row) -> list[Cells]:
+    """Return the goals with one column for each processor."""
+    by_processor = {name: goals(found) for name, found in results.items()}
+    return [
+        {
+            "goal": same[0].what,
+            "wanted": f"{'at least' if same[0].at_least else 'at most'} {same[0].shown(same[0].wanted)}",
+        }
+        | {name: _measured(goal) for name, goal in zip(by_processor, same, strict=True)}
+        for same in zip(*by_processor.values(), strict=True)
+    ]
+
+
+def _measured(goal: Goal) -> str:
+    if goal.measured is None:
+        return "not measured"
+    width = "" if goal.spread is None else f" ({goal.spread:.1%})"
+    return f"{goal.shown(goal.measured)}{width}, {goal.verdict}"
 
 
 def _absent(part: Row) -> list[Cells]:
@@ -228,11 +236,21 @@ def _startup(part: Row) -> Sheets:
         "Starts of `train`, configs/shakespeare_char.py, 40 steps": rows("starts"),
         "Where the seconds before the first step go": [{"the last start says": said[-1]}] if said else [],
         "RustGPT's job": rows("jobs"),
+        "RustGPT's own program, in turns with ours": [{"all, s": f"{np.median(theirs):.2f} ({spread(theirs):.1%})"}]
+        if (theirs := part.get("rustgpt"))
+        else [],
         "RustGPT's job, its bare steps": [compute | {"all, s": f"{np.median(bare) * part['updates']:.2f}"}]
         if compute
         else [],
-        "Not measured": [{"": "RustGPT's job", "why": part["job fails"]}] if "job fails" in part else [],
+        "Not measured": _missing_jobs(part),
     }
+
+
+def _missing_jobs(part: Row) -> list[Cells]:
+    missing = {"RustGPT's job": part.get("job fails")}
+    if not part.get("rustgpt"):
+        missing["RustGPT's own program"] = "not at hand there; --rustgpt gives it"
+    return [{"": name, "why": why} for name, why in missing.items() if why]
 
 
 # Sweeps.
@@ -259,7 +277,7 @@ def _sweeps(part: Row) -> Sheets:
 
 
 def read(file: Path = RESULTS) -> Row:
-    """Return the saved measurements; empty if there is no file."""
+    """Return the saved measurements by processor and part; empty if there is no file."""
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 

@@ -6,10 +6,10 @@ Startup: `launch.py train --config=configs/shakespeare_char.py` until the first 
 empty and then with full caches. Each start creates a new run.
 
 Job: RustGPT (github.com/tekaratzas/RustGPT) trains three blocks of one head, 128 wide with 256 hidden channels, on 25
-facts for 100 epochs and on 53 dialogues for 100 more, one text per update: 7,800 updates in 20 seconds on one core, as
-measured with its program built by rustc 1.95 on 2 vCPUs of an AMD EPYC (Zen 4); its program is not run here. Ours has
-the same sizes (plus an output projection of attention) and number of updates, each on a sequence of 32 tokens, which
-fits any of RustGPT's texts.
+facts for 100 epochs and on 53 dialogues for 100 more, one text per update: 7,800 updates. Ours has the same sizes (plus
+an output projection of attention) and number of updates, each on a sequence of 32 tokens, which fits any of RustGPT's
+texts. With --rustgpt=PROGRAM, its own program (`cargo build --release`) takes turns with our command; it is run in the
+folder that has its `data`, and does the same job when its input is empty.
 """
 
 import os
@@ -31,8 +31,6 @@ from experiments.benchmarks.sweep_throughput import write_config
 # The polling interval of the metrics of a run.
 LOOK_SECONDS = 0.003
 START_STEPS = 40
-# The time of RustGPT's program, measured once.
-RUSTGPT_SECONDS = 20.0
 
 
 def job(steps: tuple[int, int]) -> ConfigDict:
@@ -75,15 +73,37 @@ def measure(bench: Bench) -> Row:
     found: Row = {
         "about": about(),
         "starts": [started(bench, folder, "start", turn) for turn in range(1 + bench.extent.rounds)],
+        "jobs": [],
+        "rustgpt": [],
     }
     try:
-        found["jobs"] = [started(bench, folder, "job", turn) for turn in range(1 + min(3, bench.extent.rounds))]
+        for turn in range(1 + min(3, bench.extent.rounds)):
+            found["jobs"].append(started(bench, folder, "job", turn))
+            if bench.rustgpt is not None:
+                found["rustgpt"].append(run_rustgpt(bench.rustgpt, bench))
     except Failure as failure:
         found |= {"jobs": [], "job fails": str(failure)}
     request = {"job": Request("ours", "bare", {"config": str(folder / "job.py")})}
     found["job's bare steps"] = bench.race(request, min(3, bench.extent.rounds), "the job's bare steps")
     found["updates"] = sum(bench.extent.job_steps)
     return found
+
+
+def run_rustgpt(program: Path, bench: Bench) -> float:
+    """Return the seconds of RustGPT's program, run in the nearest folder above it that has its data."""
+    folder = next((above for above in program.parents if (above / "data").is_dir()), program.parent)
+    began = time.perf_counter()
+    try:
+        done = subprocess.run(
+            [program], cwd=folder, input="exit\n", capture_output=True, text=True, timeout=bench.patience
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Failure(f"{program}: {error}") from None
+    if done.returncode:
+        raise Failure(f"{program}: {done.stderr.strip()[-200:]}")
+    taken = time.perf_counter() - began
+    bench.say(f"RustGPT's program: {taken:.2f} s in all")
+    return taken
 
 
 def started(bench: Bench, folder: Path, name: str, turn: int) -> Row:
