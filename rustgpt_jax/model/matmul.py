@@ -282,7 +282,7 @@ class RowMajorWeight(PackedWeight):
 class UpcastWeight(PackedWeight):
     """A float32 matrix rounded to the narrower `operand_dtype`. Its products equal those of RowMajorWeight.
 
-    XLA on CPUs multiplies few rows by narrow weights many times slower than by float32.
+    XLA on CPUs multiplies few rows by narrow weights many times slower than by float32, and many rows faster.
     """
 
     values: jax.Array
@@ -290,8 +290,15 @@ class UpcastWeight(PackedWeight):
 
     def matmul(self, x: jax.Array, dtype: Any = None) -> jax.Array:
         """Return x W (..., outputs) in `dtype`, by default the dtype of x (..., inputs)."""
-        operand = x.astype(jnp.bfloat16) if self.operand_dtype == "bfloat16" else x
-        return (to_float32(operand) @ self.values).astype(dtype or x.dtype)
+        is_narrow = self.operand_dtype == "bfloat16"
+        operand, values = x.astype(jnp.bfloat16) if is_narrow else x, self.values
+        if is_narrow and x.size // x.shape[-1] > MAX_NATIVE_ROWS:
+            # Many rows, such as a prompt, are multiplied faster in bfloat16.
+            values = values.astype(jnp.bfloat16)
+        else:
+            operand = to_float32(operand)
+        y = _contract(operand, values, (x.ndim - 1,), (0,), accum_dtype(operand))
+        return y.astype(dtype or x.dtype)
 
 
 def to_row_major(weights: jax.Array, dtype: Any, matmul_impl: str) -> RowMajorWeight:
