@@ -9,13 +9,14 @@ its own random order, and a batch may span two epochs.
 """
 
 from collections.abc import Callable, Generator, Iterator
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import grain
 import numpy as np
 
-from rustgpt_jax.data.token_store import TokenStream
+# A training step imports this module for `Batch`, and needs neither token stores nor tokenizers.
+if TYPE_CHECKING:
+    from rustgpt_jax.data.token_store import TokenStream
 
 MAX_STEPS = 2**62
 # Up to this number of sequences, the order of an epoch is a permutation in memory. For few elements, grain's shuffle,
@@ -51,7 +52,7 @@ class SequenceOffsets(NamedTuple):
 class SequenceReader:
     """Random access to the sequences of a stream. The last one is filled with padding of weight 0."""
 
-    def __init__(self, stream: TokenStream, seq_len: int) -> None:
+    def __init__(self, stream: "TokenStream", seq_len: int) -> None:
         self.stream, self.seq_len = stream, seq_len
         # The length of the circular stream, without the copy of its first token.
         self.cycle_length = max(0, stream.n_tokens - 1)
@@ -121,7 +122,7 @@ class Batches:
 
     def __init__(
         self,
-        stream: TokenStream,
+        stream: "TokenStream",
         seq_len: int,
         batch_size: int,
         seed: int,
@@ -131,7 +132,6 @@ class Batches:
         self._reader = SequenceReader(stream, seq_len)
         self._batch_size, self._seed, self._first_step = batch_size, seed, first_step
         self._rows = np.arange(batch_size) if rows is None else rows
-        self._shuffled = grain.MapDataset.range(len(self._reader)).seed(seed).shuffle()
 
     def locate(self, step: int) -> SequenceOffsets:
         """Return the positions of a step's sequences. Raises IndexError before the first step."""
@@ -148,6 +148,9 @@ class Batches:
 
     def iterate(self, first_step: int) -> Generator[Batch, None, None]:
         """Iterate over the batches from a step on, prefetched by a thread that ends with the iterator."""
+        # Imported where it is used: most runs read their batches from device memory.
+        import grain
+
         self.locate(first_step)
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
         steps = grain.MapDataset.range(first_step, first_step + MAX_STEPS)
@@ -156,6 +159,12 @@ class Batches:
             yield from iterator
         finally:
             iterator.close()
+
+    @cached_property
+    def _shuffled(self) -> Any:
+        import grain
+
+        return grain.MapDataset.range(len(self._reader)).seed(self._seed).shuffle()
 
     def _shuffle(self, numbers_B: np.ndarray, epochs_B: np.ndarray) -> np.ndarray:
         """Return the indices of sequences, given their numbers in the concatenated orders of all epochs."""
@@ -178,7 +187,7 @@ def _epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
 
 
 def iterate_eval_batches(
-    stream: TokenStream, seq_len: int, batch_size: int, limit: int | None, rows: np.ndarray | None = None
+    stream: "TokenStream", seq_len: int, batch_size: int, limit: int | None, rows: np.ndarray | None = None
 ) -> Iterator[Batch]:
     """Iterate over all sequences in order, or the first `limit` batches. Rows of weight 0 fill the last batch.
 
@@ -189,7 +198,7 @@ def iterate_eval_batches(
         yield reader.read(reader.locate(index * batch_size + rows, np.zeros(len(rows), np.int64)))
 
 
-def count_eval_batches(stream: TokenStream, seq_len: int, batch_size: int, limit: int | None) -> int:
+def count_eval_batches(stream: "TokenStream", seq_len: int, batch_size: int, limit: int | None) -> int:
     """Return the number of batches of `iterate_eval_batches`."""
     n_batches = -(-len(SequenceReader(stream, seq_len)) // batch_size)
     return n_batches if limit is None else min(limit, n_batches)
