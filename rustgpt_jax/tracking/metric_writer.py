@@ -10,13 +10,14 @@ keep only the columns that they need.
 import json
 import math
 import os
-import threading
+import socket
+import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -25,10 +26,6 @@ from rustgpt_jax.config.validation import MAX_COUNT
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.workdir.run_dir import RunDir
 
-if TYPE_CHECKING:
-    from tensorboardX.event_file_writer import EventFileWriter
-
-TENSORBOARD_FLUSH_SECONDS = 10
 # The number of bytes to read from the end of a file, enough for a few lines of training and one of evaluation.
 LAST_BYTES = 8192
 # Number of bytes of a file to read and parse at a time. Parsed lines take several times as much memory.
@@ -52,10 +49,11 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path, resume_step: int) -> None:
-        self._run, self._resume_step = RunDir(folder), resume_step
+        self._run = RunDir(folder)
         folder.mkdir(parents=True, exist_ok=True)
         truncate_after(self._run.metrics_file, resume_step)
         self._file = open(self._run.metrics_file, "a", encoding="utf-8")
+        self._tensorboard = EventFile(self._run.tensorboard, resume_step + 1 if resume_step else 0)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -66,9 +64,7 @@ class MetricsWriter:
     def close(self) -> None:
         """Close the files."""
         self._file.close()
-        if "_tensorboard" in vars(self):
-            # Otherwise the cached writer would keep its thread and queue alive as long as this object.
-            vars(self).pop("_tensorboard").close()
+        self._tensorboard.close()
 
     def check(self) -> None:
         """Check that the open file is still the one in the run folder.
@@ -84,11 +80,6 @@ class MetricsWriter:
             lost = self._run.metrics_file if self._run.path.exists() else self._run.path
             raise NotWritableError(f"{lost} {what} while the run was being trained.")
 
-    @cached_property
-    def _tensorboard(self) -> "EventFileWriter":
-        # Opened when it is first needed: tensorboardX imports PyTorch if it is installed, which takes a second.
-        return _open_tensorboard(self._run.tensorboard, self._resume_step)
-
     def write(self, step: int, values: Mapping[str, float | int | str]) -> None:
         """Append one line and flush it to the operating system. Strings, such as the stage, are not plotted."""
         line = {"step": step} | {name: _to_json(value) for name, value in values.items()}
@@ -96,12 +87,83 @@ class MetricsWriter:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
 
-        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-
         scalars = {name: value for name, value in values.items() if not isinstance(value, str)}
-        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
-        self._tensorboard.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        # metrics.jsonl has everything, so training goes on if TensorBoard's file cannot be written.
+        with suppress(OSError):
+            self._tensorboard.write(step, scalars)
+
+
+class EventFile:
+    """A file of scalars for TensorBoard.
+
+    Its records are protocol buffers of TensorFlow's type Event. Other writers import PyTorch or TensorFlow where they
+    are installed, which takes seconds.
+
+    Args:
+        folder: The folder of the file.
+        first_step: TensorBoard drops events of earlier files from this step on.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The time has a resolution of one second; the number keeps a quick restart from overwriting its predecessor.
+        number = sum(1 for _ in folder.glob("events.*"))
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{number}"
+        self._file = open(folder / name, "ab")
+        self._append(0, _encode_bytes(_FILE_VERSION, b"brain.Event:2"))
+        self._append(first_step, _encode_bytes(_SESSION_LOG, _START))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Append the scalars of a step. Raises OSError."""
+        with np.errstate(over="ignore"):
+            numbers = np.array(list(scalars.values()), "<f4")
+        values = [
+            _encode_bytes(_TAG, name.encode()) + _SIMPLE_VALUE + number.tobytes()
+            for name, number in zip(scalars, numbers, strict=True)
+        ]
+        self._append(step, _encode_bytes(_SUMMARY, b"".join(_encode_bytes(_VALUE, value) for value in values)))
+
+    def close(self) -> None:
+        """Close the file."""
+        with suppress(OSError):
+            self._file.close()
+
+    def _append(self, step: int, content: bytes) -> None:
+        event = _WALL_TIME + struct.pack("<d", time.time()) + _STEP + _encode_varint(step) + content
+        length = struct.pack("<Q", len(event))
+        self._file.write(length + _checksum(length) + event + _checksum(event))
+        self._file.flush()
+
+
+# The numbers and types of fields of Event, Summary, Summary.Value and SessionLog, as protocol buffers encode them.
+_WALL_TIME, _STEP, _FILE_VERSION, _SUMMARY, _SESSION_LOG = b"\x09", b"\x10", b"\x1a", b"\x2a", b"\x3a"
+_VALUE, _TAG, _SIMPLE_VALUE, _START = b"\x0a", b"\x0a", b"\x15", b"\x08\x01"
+
+
+def _encode_bytes(field: bytes, content: bytes) -> bytes:
+    return field + _encode_varint(len(content)) + content
+
+
+def _encode_varint(number: int) -> bytes:
+    low, high = number & 0x7F, number >> 7
+    return bytes([low | 0x80]) + _encode_varint(high) if high else bytes([low])
+
+
+def _checksum(content: bytes) -> bytes:
+    """Return the CRC-32C of a record, masked as TensorFlow does."""
+    crc, table = 0xFFFFFFFF, _crc_table()
+    for byte in content:
+        crc = table[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+    crc ^= 0xFFFFFFFF
+    return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+@cache
+def _crc_table() -> list[int]:
+    table = list(range(256))
+    for _ in range(8):
+        table = [(entry >> 1) ^ (0x82F63B78 if entry & 1 else 0) for entry in table]
+    return table
 
 
 # Reading.
@@ -352,31 +414,3 @@ def _to_json(value: float | int | str) -> float | int | str:
     if isinstance(value, str) or math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
-@cache
-def _silence_tensorboard_thread() -> None:
-    """Ignore errors of the thread that writes TensorBoard files, such as a full disk: metrics.jsonl has all data."""
-    original_hook = threading.excepthook
-
-    def hook(args: threading.ExceptHookArgs) -> None:
-        if type(args.thread).__module__.split(".")[0] != "tensorboardX":
-            original_hook(args)
-
-    threading.excepthook = hook
-
-
-def _open_tensorboard(folder: Path, resume_step: int) -> "EventFileWriter":
-    # Not SummaryWriter.add_scalar, which prints a line for every non-finite value, and not FileWriter, which registers
-    # itself with atexit, so that a process would keep the writers of all runs that it trained.
-    from tensorboardX.event_file_writer import EventFileWriter
-    from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-
-    _silence_tensorboard_thread()
-    # File names have a resolution of one second; the number keeps a quick restart from overwriting its predecessor.
-    number = sum(1 for _ in folder.glob("events.*"))
-    writer = EventFileWriter(str(folder), flush_secs=TENSORBOARD_FLUSH_SECONDS, filename_suffix=f".{number}")
-    first_step = resume_step + 1 if resume_step else 0
-    started = SessionLog(status=SessionLog.START)
-    writer.add_event(Event(wall_time=time.time(), step=first_step, session_log=started))
-    return writer

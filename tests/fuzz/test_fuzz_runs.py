@@ -9,7 +9,6 @@ from typing import Any
 import matplotlib.font_manager as _fonts
 import numpy as np
 import pytest
-import tensorboardX.proto.summary_pb2 as _summary
 from fuzzing import ODD_NUMBERS, Sandbox, ShortBytes, corrupt_bytes, edit_tree, max_cases, run_or_refuse, write
 from fuzzing import sandbox as sandbox
 from hypothesis import given
@@ -33,7 +32,7 @@ from rustgpt_jax.training.run_inputs import read_import_record
 from rustgpt_jax.workdir.event_log import load_launches, load_programs
 from rustgpt_jax.workdir.run_dir import RunDir
 
-assert _fonts.fontManager and _summary
+assert _fonts.fontManager
 ROWS: list[dict[str, Any]] = [
     {"step": step, "stage": "pretrain" if step < 5 else "instruct", "train/loss": 3 / (step + 1), "tokens/s": 9.5}
     | ({"valid/loss": 3.5 / (step + 1)} if step % 3 == 0 else {})
