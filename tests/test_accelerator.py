@@ -66,8 +66,8 @@ def results(**sections: Any) -> dict[str, Any]:
     environment |= {"devices": {"driver": None, "platform_version": ""}, "variables": {}}
     costs = {"350m": {"parameters": 355e6, "flops_per_token": 2.4e9}}
     machine = {"kind": "NVIDIA H100", "platform": "gpu", "memory": 8e10, "costs": costs, "environment": environment}
-    empty = {name: [] for name in ("checks", "training", "decoding", "sweep", "unmeasured")}
-    return {"date": "", "command": "", "machine": machine, "torch": None} | empty | sections
+    machine |= {"date": "", "command": ""}
+    return {"machine": machine, "torch": None} | {name: [] for name in report.LISTS} | sections
 
 
 def test_goals_use_the_best_of_each_framework() -> None:
@@ -80,9 +80,12 @@ def test_goals_use_the_best_of_each_framework() -> None:
     decoded = {"size": "350m", "batch": 1, "parameter_bytes": 600e6, "cache_bytes": 70e6, "memory": None}
     decoding = [decoded | {"scan_layers": True, "seconds": [1e-3]}, decoded | {"scan_layers": False, "seconds": [4e-4]}]
     sweep = [{"trials": 16, "one_after_another": [0.016], "fused": [0.002], "difference": 0.0, "memory": None}]
-    found = results(training=rows, decoding=decoding, sweep=sweep)
+    repeated = [{"size": "350m", "batch": 8, "steps": 10, "repeated": True, "resumed": True}]
+    found = results(training=rows, decoding=decoding, sweep=sweep, reproduction=repeated)
     measured_goals = [goal.measured for goal in report.goals(found)]
-    assert measured_goals == pytest.approx([2.4e9 * 16384 / 0.070 / 989e12, 147 / 140, 670e6 / 4e-4 / 3.35e12, 8.0])
+    assert measured_goals == pytest.approx(
+        [2.4e9 * 16384 / 0.070 / 989e12, 147 / 140, 670e6 / 4e-4 / 3.35e12, 8.0, True]
+    )
     assert report.ratios(found, "350m")[1] == pytest.approx(1.1)
     page = report.markdown(found)
     assert "| training 350m: share of peak FLOPs | 50.0% | 56.8% | met |" in page
@@ -100,6 +103,16 @@ def test_repeated_measurements_are_merged() -> None:
     assert apart == other
 
 
+def test_partial_results_are_read_and_collected(tmp_path: Path) -> None:
+    machine = {"section": "machine", "kind": "NVIDIA H100"}
+    rows = [machine | {"costs": {"124m": 1}}, {"section": "sweep", "trials": 16}, machine | {"costs": {"350m": 2}}]
+    file = tmp_path / "results.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"section": "sw')
+    found = report.collect(report.read_rows(file))
+    assert found["machine"] == machine | {"costs": {"124m": 1, "350m": 2}}
+    assert found["sweep"] == [rows[1]] and found["training"] == [] and found["torch"] is None
+
+
 def test_failures_are_reported_and_rejections_are_not_failures() -> None:
     check = {"size": "350m", "kernel": "cudnn", "dtype": "bfloat16"}
     right, wrong = ({"difference": each, "tolerance": 3e-2} for each in (1e-2, float("nan")))
@@ -108,6 +121,7 @@ def test_failures_are_reported_and_rejections_are_not_failures() -> None:
     assert report.has_failed(results(checks=[check | {"failed": "[/bold] no | such kernel"}]))
     told = report.markdown(results(checks=[check | wrong], torch={"absent": "PyTorch is not there"}))
     assert "WRONG" in told and "PyTorch is not there" in told
+    assert report.has_failed(results(reproduction=[{"repeated": True, "resumed": False}]))
     missed = {"what": "batch 8", "reason": "out of memory"}
     assert not report.has_failed(results(unmeasured=[missed | {"is_expected": True}]))
     assert report.has_failed(results(unmeasured=[missed | {"is_expected": False}]))
@@ -323,11 +337,16 @@ def command(out: Path, *words: str, **variables: str) -> subprocess.CompletedPro
 @pytest.mark.slow
 @pytest.mark.long
 def test_benchmark_runs_with_tiny_models(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    done = command(out, "--smoke")
+    out, bare = tmp_path / "out", {"PYTHONPATH": str(tmp_path / "stub")}
+    (tmp_path / "stub").mkdir()
+    for absent in ("grain", "jinja2", "matplotlib", "safetensors", "tensorboardX", "tokenizers"):
+        (tmp_path / "stub" / f"{absent}.py").write_text("raise ImportError('not in a bare image')")
+    done = command(out, "--smoke", **bare)
     assert done.returncode == 0, done.stdout + done.stderr + (out / "log.txt").read_text()
-    found, page = json.loads((out / "results.json").read_text()), (out / "report.md").read_text()
-    for title in ("Attention kernels", "Training", "Decoding", "A sweep of small trials", "Goals for one H100"):
+    page = (out / "report.md").read_text()
+    found = report.collect(report.read_rows(out / "results.jsonl"))
+    titles = ("Training", "Decoding", "A sweep of small trials", "Reproduction", "Attention kernels")
+    for title in (*titles, "Goals for one GPU"):
         assert f"\n## {title}" in page and title in done.stdout
     assert found["unmeasured"] == [] and not (out / "log.txt").exists()
     ours = [row for row in found["training"] if row["framework"] == "rustgpt_jax"]
@@ -341,13 +360,17 @@ def test_benchmark_runs_with_tiny_models(tmp_path: Path) -> None:
         assert "our tokens a second over PyTorch's" in page
 
     # Results are appended, and a PyTorch that cannot be imported is reported.
-    (tmp_path / "stub").mkdir()
     (tmp_path / "stub" / "torch.py").write_text("raise ImportError('not here')")
-    done = command(out, "--smoke", "--add", "--only=torch", PYTHONPATH=str(tmp_path / "stub"))
+    done = command(out, "--smoke", "--add", "--only=torch", **bare)
     assert done.returncode == 0, done.stdout + done.stderr
-    again = json.loads((out / "results.json").read_text())
+    again = report.collect(report.read_rows(out / "results.jsonl"))
     assert again["training"] == found["training"] and "not here" in again["torch"]["absent"]
     assert "not here" in (out / "report.md").read_text()
+
+    # What was measured before the time is over is reported.
+    done = command(out, "--smoke", "--minutes=0.2", **bare)
+    assert done.returncode == 0 and "the 0.2 minutes of --minutes are over" in done.stdout, done.stdout + done.stderr
+    assert "are over" in (out / "report.md").read_text()
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """Report of the measurements of `accelerator.py`: tables, and which goals are met.
 
-python -m experiments.benchmarks.accelerator_report runs/accelerator/results.json
+python -m experiments.benchmarks.accelerator_report runs/accelerator/results.jsonl
 
-Prints the tables of a results.json, which holds raw measurements: seconds, bytes, and the costs of models. All shares
+Prints the tables of a results.jsonl, which holds raw measurements: seconds, bytes, and the costs of models. All shares
 and ratios are computed here. Repeated measurements are merged; the best of a framework has the most tokens per second.
 """
 
@@ -23,11 +23,34 @@ from rustgpt_jax.tracking.console import format_bytes, format_count
 Row = dict[str, Any]
 UNKNOWN = "-"
 
-# The goals for one H100.
-TRAINING_GOAL, TRAINING_GOAL_SIZES = 0.5, ("350m", "1.5b")
+# The goals for one GPU: shares of peak FLOPs and of bandwidth, and ratios of throughputs.
+TRAINING_GOALS = {"124m": 0.4, "350m": 0.5, "1.5b": 0.5}
 TORCH_GOAL = 1.0
 DECODING_GOAL = 0.6
-SWEEP_GOAL = 6.0
+SWEEP_GOAL = 5.0
+
+# What a run measures more than once, besides the machine and PyTorch.
+LISTS = ("training", "decoding", "sweep", "reproduction", "checks", "unmeasured")
+
+
+def read_rows(file: Path) -> list[Row]:
+    """Read a results.jsonl. A last line that was not written completely is dropped."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def collect(rows: Iterable[Row]) -> Row:
+    """Return rows by section: the last machine, with the costs of all models, the last PyTorch, and lists of others."""
+    found: Row = {"machine": {"costs": {}}, "torch": None} | {name: [] for name in LISTS}
+    for row in rows:
+        section = row["section"]
+        if section == "machine":
+            found["machine"] = row | {"costs": found["machine"]["costs"] | row["costs"]}
+        elif section == "torch":
+            found["torch"] = row
+        else:
+            found[section].append(row)
+    return found
 
 
 # Rates, shares and ratios.
@@ -128,9 +151,9 @@ def goals(results: Row) -> list[Goal]:
     found = []
     for size in results["machine"]["costs"]:
         ours = best(results, size, "rustgpt_jax")
-        if size in TRAINING_GOAL_SIZES:
+        if size in TRAINING_GOALS:
             share = ours and training_share(results, ours)
-            found.append(Goal(f"training {size}: share of peak FLOPs", TRAINING_GOAL, share, percent))
+            found.append(Goal(f"training {size}: share of peak FLOPs", TRAINING_GOALS[size], share, percent))
         found.append(Goal(f"training {size}: against PyTorch", TORCH_GOAL, ratios(results, size)[0], times))
     for size in dict.fromkeys(row["size"] for row in results["decoding"]):
         row = best_decoding(results, size, 1)
@@ -139,18 +162,27 @@ def goals(results: Row) -> list[Goal]:
     for row in results["sweep"]:
         what = f"{row['trials']} small trials: fused against one after another"
         found.append(Goal(what, SWEEP_GOAL, fused_ratio(row), times))
+    for row in results["reproduction"]:
+        what = f"reproduction {row['size']}: a repeated and a resumed run are bit-identical"
+        found.append(Goal(what, True, is_reproduced(row), yes_or_no))
     return found
 
 
 def has_failed(results: Row) -> bool:
-    """Return whether anything failed other than for lack of memory, or a supported kernel is wrong."""
+    """Return whether anything failed for lack of neither memory nor time, or a kernel or a repeated run is wrong."""
     wrong = [row for row in results["checks"] if "refuses" not in row and not is_right(row)]
+    wrong += [row for row in results["reproduction"] if not is_reproduced(row)]
     return bool(wrong) or not all(row["is_expected"] for row in results["unmeasured"])
 
 
 def is_right(row: Row) -> bool:
     """Return whether a kernel matches the reference within rounding."""
     return "difference" in row and row["difference"] <= row["tolerance"]
+
+
+def is_reproduced(row: Row) -> bool:
+    """Return whether a repeated run and a resumed one end in exactly the same state."""
+    return row["repeated"] and row["resumed"]
 
 
 # Tables: a title, and rows of cells by column.
@@ -163,9 +195,6 @@ def sheets(results: Row) -> Sheets:
     """Return all non-empty tables by title."""
     size_of = {size: format_count(cost["parameters"]) for size, cost in results["machine"]["costs"].items()}
     every = {
-        "Attention kernels: the largest difference from the reference in float32, relative to its largest value": [
-            _check(row) for row in results["checks"]
-        ],
         "Training": [
             {"model": f"{row['size']} ({size_of[row['size']]})"} | _training(results, row)
             for row in merge_rows(results["training"])
@@ -177,7 +206,11 @@ def sheets(results: Row) -> Sheets:
         ],
         "Decoding": [_decoding(results, row) for row in results["decoding"]],
         "A sweep of small trials": [_sweep(row) for row in results["sweep"]],
-        "Goals for one H100": [_goal(goal) for goal in goals(results)],
+        "Reproduction": [_reproduction(row) for row in results["reproduction"]],
+        "Attention kernels: the largest difference from the reference in float32, relative to its largest value": [
+            _check(row) for row in results["checks"]
+        ],
+        "Goals for one GPU": [_goal(goal) for goal in goals(results)],
         "Not measured": [{"what": row["what"], "why": row["reason"]} for row in results["unmeasured"]],
     }
     if absent := (results["torch"] or {}).get("absent"):
@@ -233,6 +266,12 @@ def _sweep(row: Row) -> Cells:
     }
 
 
+def _reproduction(row: Row) -> Cells:
+    cells = {"model": row["size"], "batch": str(row["batch"]), "steps": str(row["steps"])}
+    runs = {"repeated in another process": row["repeated"], "resumed from a checkpoint": row["resumed"]}
+    return cells | {run: "bit-identical" if is_equal else "DIFFERENT" for run, is_equal in runs.items()}
+
+
 def _goal(goal: Goal) -> Cells:
     verdict = "not measured" if goal.measured is None else "met" if goal.measured >= goal.wanted else "missed"
     shown = (goal.shown(goal.wanted), goal.shown(goal.measured))
@@ -247,6 +286,11 @@ def format_knobs(knobs: dict[str, Any]) -> str:
 def percent(share: float | None) -> str:
     """Format a fraction, as in 52.3%."""
     return UNKNOWN if share is None else f"{share:.1%}"
+
+
+def yes_or_no(answer: float | None) -> str:
+    """Format a bool."""
+    return "yes" if answer else "no"
 
 
 def times(ratio: float | None) -> str:
@@ -281,7 +325,7 @@ def about(results: Row) -> list[str]:
         f"{environment['machine']['processor']}, {environment['machine']['cores']} cores",
         ", ".join(f"{name} {version}" for name, version in versions.items() if version),
         f"variables: {variables or UNKNOWN}",
-        f"{results['date']}: {results['command']}",
+        f"{machine['date']}: {machine['command']}",
     ]
 
 
@@ -317,4 +361,4 @@ def markdown_table(rows: list[Cells]) -> list[str]:
 
 
 if __name__ == "__main__":
-    show(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Console())
+    show(collect(read_rows(Path(sys.argv[1]))), Console())

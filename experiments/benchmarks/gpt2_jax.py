@@ -1,4 +1,4 @@
-"""Benchmark tasks of one JAX process: training, decoding, sweeping and kernel checks of a GPT-2.
+"""Benchmark tasks of one JAX process: training, decoding, sweeping, reproduction and kernel checks of a GPT-2.
 
 python -m experiments.benchmarks.gpt2_jax '{"what": "training", "size": "124m", "batch": 16}'
 
@@ -11,6 +11,7 @@ has its arguments on the device.
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,7 +33,10 @@ from rustgpt_jax.model.kernels.attention import KERNELS, attention_inputs
 from rustgpt_jax.model.kernels.verify import TOLERANCES, largest_difference, select_kernels
 from rustgpt_jax.model.mixers.attention import Attention
 from rustgpt_jax.process_setup import enable_compilation_cache
+from rustgpt_jax.pytrees import fingerprint_tree
+from rustgpt_jax.training.checkpointing import Checkpoints
 from rustgpt_jax.training.train_step import (
+    State,
     StepArgs,
     compiled_init_state,
     compiled_population_steps,
@@ -73,7 +77,7 @@ def checks(size: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for name, kernel in KERNELS.items():
         row: dict[str, Any] = {"size": size, "kernel": name, "dtype": block.dtype}
-        if (reason := kernel.refuses(request)) is not None:
+        if (reason := kernel.unsupported_reason(request)) is not None:
             row["refuses"] = reason
         else:
             try:
@@ -136,11 +140,11 @@ def trainer(config: Config) -> Callable[[], jax.Array]:
     return call
 
 
-def synthetic(config: Config, lead: tuple[int, ...]) -> Batch:
+def synthetic(config: Config, lead: tuple[int, ...], seed: int = 0) -> Batch:
     """Return sequences of random tokens, each a single document whose tokens all count in the loss."""
     model = config.model
     shape = (*lead, model.context_length)
-    tokens = np.random.default_rng(0).integers(0, model.vocab_size, shape, np.int32)
+    tokens = np.random.default_rng(seed).integers(0, model.vocab_size, shape, np.int32)
     positions = np.broadcast_to(np.arange(model.context_length, dtype=np.int32), shape)
     return Batch(tokens, np.roll(tokens, -1, -1), np.ones(shape, np.float32), np.ones(shape, np.int32), positions)
 
@@ -218,6 +222,30 @@ def small_trials(trials: int, knobs: dict[str, Any], repeats: int) -> dict[str, 
     }
 
 
+def reproduction(size: str, batch: int, folder: str, resumes: bool) -> dict[str, Any]:
+    """Return fingerprints of the state after two calls, whose first state is saved in a folder.
+
+    If `resumes`, the second call is also made from the state that another process saved.
+    """
+    config = make_config(size, {"training.batch_size": batch})
+    static, arguments = partition(config)
+    steps = config.training.steps_per_jit_call
+
+    def advance(state: State, seed: int) -> State:
+        batches = synthetic(config, (steps, batch), seed)
+        return compiled_train_steps(static, state, batches, np.int32(steps), arguments, np.zeros((), np.int32))[0]
+
+    with Checkpoints(Path(folder), config, is_writer=not resumes) as checkpoints:
+        state = advance(compiled_init_state(static, arguments), seed=0)
+        found: dict[str, Any] = {"steps": 2 * steps}
+        if resumes:
+            restored = checkpoints.restore_step(jax.eval_shape(lambda: state), steps)
+            found["resumed"] = fingerprint_tree(advance(restored, seed=1))
+        else:
+            checkpoints.save(state, steps)
+        return found | {"whole": fingerprint_tree(advance(state, seed=1))}
+
+
 def timed(
     call: Callable[..., Any], repeats: int, prepare: Callable[[], Any] | None = None
 ) -> tuple[float, list[float], Any]:
@@ -245,6 +273,7 @@ TASKS = {
     "training": training,
     "decoding": decoding,
     "sweep": small_trials,
+    "reproduction": reproduction,
 }
 
 if __name__ == "__main__":
