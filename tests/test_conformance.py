@@ -18,7 +18,7 @@ import pytest
 from broken_components import MISTAKES, Mistake
 from rich.console import Console
 
-from rustgpt_jax.conformance import packed_rows, rounding
+from rustgpt_jax.conformance import packed_sequences, rounding
 from rustgpt_jax.conformance.checks import CHECKS, check_components, checks_for, run_check
 from rustgpt_jax.conformance.components import (
     MODEL_FIELDS,
@@ -360,20 +360,20 @@ def test_rounded_state_is_distinguished_from_moved_values(function: Any, more: A
 
 
 def test_exhaustive_cases_cover_both_sides_of_each_power_of_two() -> None:
-    cases = packed_rows.CASES[Scope.EXHAUSTIVE]
+    cases = packed_sequences.CASES[Scope.EXHAUSTIVE]
     for border in (16, 32, 64, 128, 256):
         near = [case for case in cases if abs(case.length - border) <= 1]
         assert {case.length for case in near} == {border - 1, border, border + 1}
-        assert {(case.dtype, case.is_training) for case in near} == set(packed_rows.DTYPES_AND_MODES)
+        assert {(case.dtype, case.is_training) for case in near} == set(packed_sequences.DTYPES_AND_MODES)
     assert {case.batch for case in cases} >= {1, 2, 3, 17, 33}
-    assert set(packed_rows.QUICK) <= set(cases)
+    assert set(packed_sequences.QUICK) <= set(cases)
 
 
 @pytest.mark.parametrize("length", [1, 2, 17, 40, 521])
 def test_documents_follow_one_another_in_packed_rows(length: int) -> None:
     counts = set()
-    for row in range(len(packed_rows.DOCUMENTS)):
-        positions_T, segments_T = packed_rows.document_layout(length, row)
+    for row in range(len(packed_sequences.DOCUMENTS)):
+        positions_T, segments_T = packed_sequences.document_layout(length, row)
         documents = [np.flatnonzero(segments_T == number) for number in range(1, segments_T.max() + 1)]
         for places in documents:
             assert np.array_equal(places, np.arange(places[0], places[-1] + 1))

@@ -38,22 +38,22 @@ from rustgpt_jax.sweeps import (
     SuccessiveHalving,
     choice,
     log_uniform,
-    planner,
     product,
     seeds,
     successive_halving,
     tpe,
+    trial_batching,
     uniform,
     values,
 )
 from rustgpt_jax.sweeps import sweep_command as commands
 from rustgpt_jax.sweeps.local_launchers import Launch
-from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.report import report
 from rustgpt_jax.sweeps.report.results import group_by_setting, read_results
 from rustgpt_jax.sweeps.search import decode_params, hash_study, run_successive_halving, run_tpe
 from rustgpt_jax.sweeps.sweep import LAUNCHERS, SweepOptions
 from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir
+from rustgpt_jax.sweeps.trial_batching import Chunk
 from rustgpt_jax.sweeps.trials import Trial, make_trials, sample_feasible_points
 from rustgpt_jax.workdir.run_dir import RunLockedError, load_config, lock_run_dir
 
@@ -117,7 +117,7 @@ def kills(monkeypatch: pytest.MonkeyPatch) -> KillSwitch:
     monkeypatch.setattr(Ledger, "append_all", kills.around(Ledger.append_all))
     monkeypatch.setattr(JournalFileBackend, "append_logs", kills.around(JournalFileBackend.append_logs))
     monkeypatch.setattr("rustgpt_jax.sweeps.sweep.save_code_snapshot", lambda folder: folder.code)
-    monkeypatch.setattr(planner, "estimate_cost", lambda config: planner.Cost(1, 1, 1, 1.0, 1.0, 1))
+    monkeypatch.setattr(trial_batching, "estimate_cost", lambda config: trial_batching.Cost(1, 1, 1, 1.0, 1.0, 1))
     return kills
 
 
@@ -508,7 +508,7 @@ def test_dry_run_of_a_search_prints_its_number_of_trials(tmp_path: Path, monkeyp
     # Both are for a process that has not used JAX yet.
     monkeypatch.setattr(commands, "use_cpu_devices", lambda _: None)
     monkeypatch.setattr(commands, "enable_compilation_cache", lambda: None)
-    monkeypatch.setattr(planner, "estimate_cost", lambda config: planner.Cost(1, 1, 1, 1.0, 1.0, 1))
+    monkeypatch.setattr(trial_batching, "estimate_cost", lambda config: trial_batching.Cost(1, 1, 1, 1.0, 1.0, 1))
     # The middle of this space, 20 channels for 4 heads, resolves; 24 channels for 5 do not.
     specs = {
         "A search of 12 trials (12 points, 4 points at a time)": tpe(12, HEADS, batch=4),

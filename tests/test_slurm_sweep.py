@@ -16,8 +16,8 @@ import pytest
 
 from rustgpt_jax.data.preprocess import AssetCache
 from rustgpt_jax.sweeps.local_launchers import Launch
-from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.sweep_dir import EVENTS, Event, Ledger, SweepDir
+from rustgpt_jax.sweeps.trial_batching import Chunk
 
 ROOT = Path(__file__).parent.parent
 LAUNCHER = importlib.import_module("rustgpt_jax.sweeps.slurm")

@@ -30,10 +30,10 @@ from rustgpt_jax.data.preprocess import AssetCache
 from rustgpt_jax.process_setup import STOPPED_BY_CLUSTER, STOPPED_BY_USER
 from rustgpt_jax.sweeps import product, seeds, values
 from rustgpt_jax.sweeps.local_launchers import MAX_DEATHS, Launch, run_in_subprocesses
-from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.report import report
 from rustgpt_jax.sweeps.sweep import Sweep, SweepInfo, SweepOptions, open_sweep
 from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir
+from rustgpt_jax.sweeps.trial_batching import Chunk
 from rustgpt_jax.sweeps.trials import Trial, make_trials
 from rustgpt_jax.sweeps.worker import Worker
 from rustgpt_jax.training import loop

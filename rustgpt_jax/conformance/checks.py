@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rustgpt_jax.conformance import masking_checks, non_model_checks, numerics_checks, program_checks
+from rustgpt_jax.conformance import masking_checks, non_model_checks, numerics_checks, transform_checks
 from rustgpt_jax.conformance.components import MODEL_KINDS, Component, Scope, find_components
 from rustgpt_jax.conformance.fixtures import CheckFailure, check_settings, format_exception
 from rustgpt_jax.errors import UserError, suggest_names
@@ -57,17 +57,17 @@ _CAUSES: dict[Sequence[str], dict[Callable[[Component], str], str]] = {
         masking_checks.prefill: "Prompts of some lengths take another code path, a ring buffer wraps wrongly, or a "
         "position leaves the range of its dtype.",
         masking_checks.heads: "Query heads are mapped to key-value heads correctly for only one number of the latter.",
-        program_checks.dropout: "inputs.dropout_key is None in evaluation, when nothing must be dropped or scaled.",
+        transform_checks.dropout: "inputs.dropout_key is None in evaluation, when nothing must be dropped or scaled.",
         numerics_checks.drift: "A state, a decay or a position in bfloat16, or a decay computed as a^t / a^s instead "
         "of a^(t - s).",
-        program_checks.layers: "The component keeps Python state between calls, such as a counter of layers.",
-        program_checks.remat: "The component is not a pure function: it keeps Python state, or draws randomness "
+        transform_checks.layers: "The component keeps Python state between calls, such as a counter of layers.",
+        transform_checks.remat: "The component is not a pure function: it keeps Python state, or draws randomness "
         "without a key.",
-        program_checks.vmap: "Python code needs the value of a traced array (`if`, `float`, `int`), or a shape depends "
-        "on it.",
-        program_checks.devices: "Something is computed over the batch, or depends on its size or on the devices.",
-        program_checks.parameters: "A parameter is not used, or has no effect.",
-        program_checks.flops: "Work that is not a matmul, such as a product written as a broadcast and a sum, or a "
+        transform_checks.vmap: "Python code needs the value of a traced array (`if`, `float`, `int`), or a shape "
+        "depends on it.",
+        transform_checks.devices: "Something is computed over the batch, or depends on its size or on the devices.",
+        transform_checks.parameters: "A parameter is not used, or has no effect.",
+        transform_checks.flops: "Work that is not a matmul, such as a product written as a broadcast and a sum, or a "
         "custom kernel.",
         numerics_checks.initial_scale: "The projection into the residual stream is not Linear(..., residual=True), or "
         "weights are not initialized with init_std.",
@@ -227,7 +227,7 @@ def check_components(
             raise UserError(f"check: unknown check {name!r}.{suggest_names(name, CHECKS)}")
     # If JAX has already started, this fails, and the check of eight devices runs in a child process.
     with contextlib.suppress(RuntimeError):
-        program_checks.use_eight_cpu_devices()
+        transform_checks.use_eight_cpu_devices()
     fields = {path.removeprefix("model."): value for path, value in (changes or {}).items()}
     components = [component for name in names or (None,) for component in find_components(name, fields)]
     scope = Scope.EXHAUSTIVE if is_exhaustive else Scope.QUICK

@@ -27,7 +27,7 @@ from rustgpt_jax.conformance.fixtures import (
     reference_outputs,
     run_model,
 )
-from rustgpt_jax.conformance.packed_rows import (
+from rustgpt_jax.conformance.packed_sequences import (
     CASES,
     DTYPES_AND_MODES,
     HIDDEN_AXES,
@@ -43,7 +43,7 @@ from rustgpt_jax.conformance.packed_rows import (
     run_forward,
     single_document_rows,
 )
-from rustgpt_jax.conformance.program_checks import assert_parameters_used
+from rustgpt_jax.conformance.transform_checks import assert_parameters_used
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.pytrees import flatten_paths

@@ -29,7 +29,7 @@ from rustgpt_jax.conformance.fixtures import (
     random_tokens,
     run_model,
 )
-from rustgpt_jax.conformance.packed_rows import (
+from rustgpt_jax.conformance.packed_sequences import (
     CASES,
     MAX_LENGTH,
     PackedRows,

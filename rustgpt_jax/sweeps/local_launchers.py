@@ -17,8 +17,8 @@ from typing import TypeVar
 import jax
 
 from rustgpt_jax.data.preprocess import AssetCache
-from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.sweep_dir import DONE, Ledger, SweepDir
+from rustgpt_jax.sweeps.trial_batching import Chunk
 from rustgpt_jax.sweeps.worker import Worker
 from rustgpt_jax.workdir.run_dir import check_no_symlinks
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps.local_launchers import Launch
-from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.sweep_dir import Ledger, is_done_until
+from rustgpt_jax.sweeps.trial_batching import Chunk
 
 POLL_SECONDS = 2.0
 COMMANDS = ("sbatch", "squeue", "srun")

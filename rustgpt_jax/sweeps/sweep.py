@@ -19,7 +19,6 @@ from rustgpt_jax.sharding.hardware_specs import Machine, count_cores, detect_mac
 from rustgpt_jax.sharding.sharding_plan import min_devices
 from rustgpt_jax.sweeps.live_table import LiveTable
 from rustgpt_jax.sweeps.local_launchers import Launch, find_visible_gpus, run_in_subprocesses, run_inline
-from rustgpt_jax.sweeps.planner import MODES, Chunk, Plan, group_by_shape, make_plan
 from rustgpt_jax.sweeps.slurm import run_on_slurm
 from rustgpt_jax.sweeps.sweep_dir import (
     Ledger,
@@ -29,6 +28,7 @@ from rustgpt_jax.sweeps.sweep_dir import (
     save_code_snapshot,
     write_sweep_info,
 )
+from rustgpt_jax.sweeps.trial_batching import MODES, Chunk, Plan, group_by_shape, make_plan
 from rustgpt_jax.sweeps.trials import Trial, describe_overrides
 from rustgpt_jax.training.config_checks import validate_components
 from rustgpt_jax.training.run_inputs import RunInputs

@@ -13,10 +13,10 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.process_setup import enable_compilation_cache
 from rustgpt_jax.sharding.hardware_specs import Machine, count_cores, detect_machine, use_cpu_devices
 from rustgpt_jax.sweeps import search
-from rustgpt_jax.sweeps.planner import Plan, group_by_shape, make_plan
 from rustgpt_jax.sweeps.report import report
 from rustgpt_jax.sweeps.search_space import TPE, Overrides, SuccessiveHalving
 from rustgpt_jax.sweeps.sweep import Sweep, SweepInfo, SweepOptions, check_options, check_trials, open_sweep
+from rustgpt_jax.sweeps.trial_batching import Plan, group_by_shape, make_plan
 from rustgpt_jax.sweeps.trials import Trial, describe_overrides
 from rustgpt_jax.tracking.console import format_bytes, format_count, show_progress, show_spinner
 from rustgpt_jax.training.memory_estimate import check_training_memory

@@ -21,8 +21,8 @@ from rustgpt_jax.data.preprocess import AssetCache
 from rustgpt_jax.errors import is_out_of_memory
 from rustgpt_jax.process_setup import StopRequest
 from rustgpt_jax.sharding.sharding_plan import plan_for_devices
-from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir
+from rustgpt_jax.sweeps.trial_batching import Chunk
 from rustgpt_jax.training.loop import PopulationExecutor, SingleRunExecutor, run_training_loop
 from rustgpt_jax.training.memory_estimate import out_of_memory_message
 from rustgpt_jax.training.run_inputs import RunInputs

@@ -36,7 +36,7 @@ from rustgpt_jax.conformance.fixtures import (
     run_model,
     traced_fields,
 )
-from rustgpt_jax.conformance.packed_rows import (
+from rustgpt_jax.conformance.packed_sequences import (
     CASES,
     HIDDEN_AXES,
     compute_influence,
@@ -246,7 +246,7 @@ def vmap(component: Component) -> str:
 def devices(component: Component) -> str:
     """Check that logits and gradients of a batch split over eight devices equal those of one device.
 
-    A process with fewer devices starts a child process, `python -m rustgpt_jax.conformance.program_checks`.
+    A process with fewer devices starts a child process, `python -m rustgpt_jax.conformance.transform_checks`.
     """
     if len(jax.devices()) < DEVICES:
         return _check_in_child_process(component)
@@ -263,7 +263,7 @@ def _check_in_child_process(component: Component) -> str:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
     values = flatten(component.small_model)
     changes = json.dumps({field: value for field, value in values.items() if value != SMALL[field]})
-    command = [sys.executable, "-m", "rustgpt_jax.conformance.program_checks", component.title, changes]
+    command = [sys.executable, "-m", "rustgpt_jax.conformance.transform_checks", component.title, changes]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().rsplit("\n", 1)[-1])

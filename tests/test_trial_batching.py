@@ -1,4 +1,4 @@
-"""The planner: which trials share a program, how they are divided into chunks, and memory estimates."""
+"""Trial batching: which trials share a program, how they are divided into chunks, and memory estimates."""
 
 import dataclasses
 import io
@@ -20,8 +20,9 @@ from rustgpt_jax.data.preprocess import AssetCache
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import total_bytes
 from rustgpt_jax.sharding.hardware_specs import Machine
-from rustgpt_jax.sweeps import planner
-from rustgpt_jax.sweeps.planner import (
+from rustgpt_jax.sweeps import trial_batching
+from rustgpt_jax.sweeps.sweep_command import print_preview
+from rustgpt_jax.sweeps.trial_batching import (
     Chunk,
     Cost,
     Plan,
@@ -31,7 +32,6 @@ from rustgpt_jax.sweeps.planner import (
     group_by_shape,
     make_plan,
 )
-from rustgpt_jax.sweeps.sweep_command import print_preview
 from rustgpt_jax.sweeps.trials import Trial, make_trials
 from rustgpt_jax.training.memory_estimate import batch_shapes, state_shapes, step_bytes
 from rustgpt_jax.training.train_step import compiled_train_steps
@@ -115,7 +115,7 @@ COST = Cost(parameters=10, state_bytes=100, working_bytes=50, step_flops=1e6, to
 @hypothesis.settings(max_examples=25)
 def test_shape_classes_partition_the_trials_in_order(trials: list[Trial]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "estimate_cost", lambda config: COST)
+        patch.setattr(trial_batching, "estimate_cost", lambda config: COST)
         classes = group_by_shape(trials, FixedVocabulary())
     by_hand: dict[Any, list[Trial]] = {}
     for trial in trials:
@@ -235,12 +235,12 @@ def test_width_is_the_largest_useful_one_that_fits(
 ) -> None:
     # Three quarters of a whole number are exact, so nothing here is decided by rounding.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "MEMORY_SHARE", 0.75)
+        patch.setattr(trial_batching, "MEMORY_SHARE", 0.75)
         made = make_plan(a_class(n_trials, cost), Machine(platform, n_devices, memory, 4e14), mode)
 
     def of_use(width: int) -> bool:
         share = math.ceil(n_trials / n_devices)
-        return width <= {"fused": share, "exact": min(share, planner.MAX_EXACT), "solo": 1}[made.mode]
+        return width <= {"fused": share, "exact": min(share, trial_batching.MAX_EXACT), "solo": 1}[made.mode]
 
     def fits(width: int) -> bool:
         together = 2 * width * cost.state_bytes + (width if made.mode == "fused" else 1) * cost.working_bytes
