@@ -470,7 +470,6 @@ def test_remat_policies_recompute_what_they_name() -> None:
             random_params(model), random_tokens()[:2]
         )
         names = equations(program.jaxpr)
-        assert any("remat" in name or "checkpoint" in name for name in names) == (remat != "none")
         counted[remat], exponentials[remat] = flops.matmul_flops(program.jaxpr), names.count("exp")
     assert counted["none"] == counted["dots"] < counted["full"]
     assert exponentials["none"] < exponentials["dots"] == exponentials["full"]

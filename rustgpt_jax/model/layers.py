@@ -7,10 +7,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.interfaces import BlockInputs
-from rustgpt_jax.model.matmul import matmul, to_float32
+from rustgpt_jax.model.matmul import ROW_STATISTICS, matmul, recompute, saves_residuals, to_float32
 
 
 def normal_init(std: Any) -> nn.initializers.Initializer:
@@ -44,12 +45,20 @@ class Linear(nn.Module):
     has_bias: bool | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, *inputs: jax.Array, activation: Callable[..., jax.Array] | None = None) -> jax.Array:
+        """Return activation(*inputs) W (+ b), where the elementwise activation is the identity by default.
+
+        Unless `saves_residuals`, the backward pass recomputes the activation and the cast of W.
+        """
         std = self.config.init_std
         if self.residual:
             std = std / (2 * self.config.n_layers) ** 0.5
-        kernel = self.param("kernel", normal_init(std), (x.shape[-1], self.features))
-        y = matmul(x, kernel, self.config)
+        kernel = self.param("kernel", normal_init(std), (inputs[0].shape[-1], self.features))
+
+        def multiply(kernel: Any, *inputs: jax.Array) -> jax.Array:
+            return matmul(activation(*inputs) if activation else inputs[0], kernel, self.config)
+
+        y = (multiply if saves_residuals(self.config) else recompute(multiply))(kernel, *inputs)
         if self.config.bias if self.has_bias is None else self.has_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + broadcast_channels(bias, y).astype(y.dtype)
@@ -79,14 +88,9 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = to_float32(x)
-        centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
-        y = centered * jax.lax.rsqrt(variance + self.config.norm_eps)
-        y = y * broadcast_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)
-        if self.config.has_norm_bias:
-            y = y + broadcast_channels(self.param("bias", nn.initializers.zeros, x.shape[-1:]), x)
-        return y.astype(x.dtype)
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:]) if self.config.has_norm_bias else None
+        return layer_norm(x, scale, bias, self.config.norm_eps)
 
 
 class RMSNorm(nn.Module):
@@ -97,12 +101,27 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = to_float32(x)
-        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        y = wide * jax.lax.rsqrt(mean_square + self.config.norm_eps)
         initializer = nn.initializers.zeros if self.zero_centered else nn.initializers.ones
-        scale = broadcast_channels(self.param("scale", initializer, x.shape[-1:]), x)
-        return (y * (1 + scale if self.zero_centered else scale)).astype(x.dtype)
+        scale = self.param("scale", initializer, x.shape[-1:])
+        return rms_norm(x, 1 + scale if self.zero_centered else scale, self.config.norm_eps)
+
+
+@recompute
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: Any) -> jax.Array:
+    """Normalize the mean and variance along the last axis in float32, and return the result in the dtype of x."""
+    wide = to_float32(x)
+    centered = wide - checkpoint_name(jnp.mean(wide, axis=-1, keepdims=True), ROW_STATISTICS)
+    variance = checkpoint_name(jnp.mean(jnp.square(centered), axis=-1, keepdims=True), ROW_STATISTICS)
+    y = centered * jax.lax.rsqrt(variance + eps) * broadcast_channels(scale, x)
+    return (y if bias is None else y + broadcast_channels(bias, x)).astype(x.dtype)
+
+
+@recompute
+def rms_norm(x: jax.Array, scale: jax.Array, eps: Any) -> jax.Array:
+    """Normalize the mean square along the last axis in float32, and return the result in the dtype of x."""
+    wide = to_float32(x)
+    mean_square = checkpoint_name(jnp.mean(jnp.square(wide), axis=-1, keepdims=True), ROW_STATISTICS)
+    return (wide * jax.lax.rsqrt(mean_square + eps) * broadcast_channels(scale, x)).astype(x.dtype)
 
 
 NORMS: dict[str, Callable[..., nn.Module]] = {

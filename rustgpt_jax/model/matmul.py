@@ -25,6 +25,20 @@ def accum_dtype(*arrays: jax.Array) -> jnp.dtype:
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
+# The name under which a norm saves the mean and variance of each row.
+ROW_STATISTICS = "row_statistics"
+
+
+def recompute(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the backward pass recompute all that a function computes from its arguments, except row statistics.
+
+    For elementwise functions and casts, recomputing takes less time than reading the results from memory, and XLA fuses
+    it with the backward pass. Barriers against common subexpressions would prevent that fusion.
+    """
+    policy = jax.checkpoint_policies.save_only_these_names(ROW_STATISTICS)
+    return jax.checkpoint(function, policy=policy, prevent_cse=False)
+
+
 def softcap(x: jax.Array, cap: Any) -> jax.Array:
     """Bound x between -cap and cap by tanh (arXiv 2408.00118)."""
     return cap * jnp.tanh(x / cap)
@@ -143,7 +157,7 @@ def apply_activation(activation: Activation, x: jax.Array, config: ModelConfig) 
     """Return activation(x) for an elementwise function, with the VJP that the config selects."""
     if activation in EXPENSIVE_ACTIVATIONS and saves_residuals(config):
         return _activation_saving_slope(activation, x)
-    return activation(x)
+    return recompute(activation)(x)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

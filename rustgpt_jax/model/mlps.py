@@ -30,8 +30,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         up_BTF = _linear(self.config, self.width(self.config), "up")(x_BTD)
-        hidden_BTF = apply_activation(self.activation, up_BTF, self.config)
-        return _linear(self.config, self.config.d_model, "down", residual=True)(hidden_BTF)
+        activation = partial(apply_activation, self.activation, config=self.config)
+        return _linear(self.config, self.config.d_model, "down", residual=True)(up_BTF, activation=activation)
 
 
 class GatedMLP(nn.Module):
@@ -48,9 +48,13 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         width = self.width(self.config)
-        gate_BTF = apply_activation(self.activation, _linear(self.config, width, "gate")(x_BTD), self.config)
+        gate_BTF = _linear(self.config, width, "gate")(x_BTD)
         up_BTF = _linear(self.config, width, "up")(x_BTD)
-        return _linear(self.config, self.config.d_model, "down", residual=True)(gate_BTF * up_BTF)
+
+        def product(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
+            return apply_activation(self.activation, gate_BTF, self.config) * up_BTF
+
+        return _linear(self.config, self.config.d_model, "down", residual=True)(gate_BTF, up_BTF, activation=product)
 
 
 def _linear(config: ModelConfig, features: int, name: str, residual: bool = False) -> Linear:
