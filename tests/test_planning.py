@@ -11,26 +11,31 @@ from typing import Any
 
 import jax
 import pytest
-from conftest import small_config
+from conftest import small_config, small_tree
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from rich.console import Console
 
+from configs import gpt2_124m
+from rustgpt_jax.config.schema import replace_paths
+from rustgpt_jax.config.validation import flatten_tree, resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, training_flops_per_token
 from rustgpt_jax.planning.estimate import (
     Estimate,
     StepTime,
+    choose_remat,
     compile_step,
     compute_collective_time,
     compute_step_time,
     compute_utilization,
     estimate,
     list_suggestions,
+    resolve_auto_remat,
 )
 from rustgpt_jax.planning.hlo import Collective
 from rustgpt_jax.planning.report import print_estimate, print_plan, print_suggestions, set_vocab_size
-from rustgpt_jax.sharding.hardware_specs import CHIPS, Chip
+from rustgpt_jax.sharding.hardware_specs import CHIPS, Chip, current_chip
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan, axis_sizes, check_batch_shards
 
 ROOT = Path(__file__).parent.parent
@@ -221,6 +226,26 @@ def test_report_says_whether_a_suggestion_fits(found: Estimate) -> None:
     assert " yes " in one
 
 
+# remat='auto'.
+
+
+def test_remat_auto_weighs_attention_against_memory_traffic() -> None:
+    recipe = resolve(gpt2_124m.get_config())
+
+    def chosen(length: int, **changes: Any) -> str:
+        config = replace_paths(recipe, {"model.context_length": length})
+        return choose_remat(config, dataclasses.replace(CHIPS["h100"], **changes)).remat
+
+    assert (chosen(512), chosen(1024)) == ("dots_no_batch", "none")
+    assert (chosen(512, bandwidth=1e15), chosen(1024, bfloat16=1e18)) == ("none", "dots_no_batch")
+
+
+def test_remat_auto_is_none_on_a_cpu() -> None:
+    values, origins = dict(flatten_tree(small_tree())) | {"model.remat": "auto"}, {"model.remat": "file"}
+    resolve_auto_remat(values, {}, origins, current_chip())
+    assert values["model.remat"] == "none" and origins["model.remat"].startswith("auto: recomputation saves time on")
+
+
 # The command.
 
 
@@ -264,6 +289,13 @@ def test_plan_reports_user_errors(knobs: dict[str, Any], chip: str, devices: int
     with pytest.raises(UserError) as caught:
         print_plan(small_config(**knobs), chip, devices, Console(file=io.StringIO()))
     assert sentence in str(caught.value)
+
+
+@pytest.mark.slow
+def test_plan_gives_the_reason_for_remat_auto() -> None:
+    done = launched(*SMALL, "--devices=1", "--chip=h100", "--config.model.remat=auto")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("config.model.remat='dots_no_batch', auto: per token and layer, dots_no_batch recom")
 
 
 @pytest.mark.slow

@@ -122,7 +122,8 @@ def read_config(
 
     Args:
         args: The parsed command line.
-        platform: The platform for which `config.model.dtype='auto'` is resolved; None for this process's device.
+        platform: The platform for which `config.model.dtype='auto'` is resolved, of the chip named on the command line;
+            None for this process's device.
         is_remote: Whether the computation runs in other processes or on other machines, whose devices are unknown here.
 
     Returns:
@@ -143,14 +144,21 @@ def read_config(
         raise UserError("No config given: add --config=FILE, such as --config=configs/rustgpt.py.")
     overrides = parse_overrides(args.overrides)
     origins |= dict.fromkeys(overrides, COMMAND_LINE)
-    if (values | overrides).get("model.dtype") == "auto":
+    automatic = [path for path in ("model.dtype", "model.remat") if (values | overrides).get(path) == "auto"]
+    if automatic:
         from rustgpt_jax.distributed import detect_cluster
-        from rustgpt_jax.sharding.hardware_specs import resolve_auto_dtype
+        from rustgpt_jax.sharding.hardware_specs import CHIPS, current_chip, resolve_auto_dtype
 
         if platform is None and (is_remote or detect_cluster(os.environ)):
             raise UserError(
-                "config.model.dtype='auto' depends on the device of this process, but the computation runs in other "
-                "processes: give float32 or bfloat16."
+                f"config.{automatic[0]}='auto' depends on the device of this process, but the computation runs in "
+                "other processes: give a value."
             )
-        resolve_auto_dtype(values, overrides, origins, platform)
+        if "model.dtype" in automatic:
+            resolve_auto_dtype(values, overrides, origins, platform)
+        if "model.remat" in automatic:
+            from rustgpt_jax.planning.estimate import resolve_auto_remat
+
+            chip = current_chip() if platform is None else CHIPS.get(args.chip)
+            resolve_auto_remat(values, overrides, origins, chip)
     return values, overrides, origins

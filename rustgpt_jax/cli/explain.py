@@ -43,7 +43,8 @@ def run_plan(args: argparse.Namespace) -> int:
     from rustgpt_jax.config.validation import resolve
 
     # All known chips are accelerators, whose automatic dtype is the same.
-    config = resolve(*read_config(args, platform="tpu")[:2])
+    values, overrides, origins = read_config(args, platform="tpu")
+    config = resolve(values, overrides)
     if args.devices is None:
         raise UserError("plan needs --devices=N, the number of chips.")
     if args.chip is None:
@@ -51,7 +52,10 @@ def run_plan(args: argparse.Namespace) -> int:
     from rustgpt_jax.planning.report import print_plan
     from rustgpt_jax.tracking.console import PlainTextConsole
 
-    return 0 if print_plan(config, args.chip, args.devices, PlainTextConsole()) else 1
+    console = PlainTextConsole()
+    if origins.get("model.remat", "").startswith("auto"):
+        console.print(f"config.model.remat={config.model.remat!r}, {origins['model.remat']}.\n")
+    return 0 if print_plan(config, args.chip, args.devices, console) else 1
 
 
 def add_check_arguments(parser: VerbParser) -> None:

@@ -406,7 +406,8 @@ class ModelConfig:
     )
     dtype: str = static_field(
         "float32",
-        "Type of activations and matrix products: float32 or bfloat16. Parameters, norms and losses are float32. "
+        "Type of activations, also of the residual stream, and of matrix products: float32 or bfloat16. Parameters "
+        "are float32, and norms and losses are computed in float32. "
         "On the command line, auto chooses for the device: bfloat16 on GPUs and TPUs; on CPUs float32, with "
         "bfloat16 as precision.matmul_dtype and precision.logits_dtype if the processor has instructions for it.",
         choices=("float32", "bfloat16"),
@@ -423,9 +424,11 @@ class ModelConfig:
     )
     remat: str = static_field(
         "none",
-        "Recomputation in the backward pass to save memory, from least to most. none; dots: all but matrix "
-        "products; dots_no_batch: all but products with weights, so attention too; full: each block. offload is "
-        "dots_no_batch with saved activations in host memory.",
+        "Recomputation in the backward pass to save memory, from least to most. none: only norms, activations and "
+        "casts; dots: all but matrix products; dots_no_batch: all but products with weights, so attention too; full: "
+        "each block. offload is dots_no_batch with saved activations in host memory. On the command line, auto chooses "
+        "for the device: dots_no_batch on accelerators where attention is faster to recompute than what it replaces "
+        "is to write and read, else none.",
         choices=("none", "dots", "dots_no_batch", "full", "offload"),
     )
     attention: AttentionConfig = AttentionConfig()

@@ -212,8 +212,10 @@ def remat_policy(name: str) -> Callable[..., Any]:
     Raises:
         UserError: The policy offloads arrays, and the devices have no memory to offload them to.
     """
+    if name != "offload":
+        return REMAT_POLICIES[name]
     device = jax.local_devices()[0]
-    if name == "offload" and HOST_MEMORY not in {memory.kind for memory in device.addressable_memories()}:
+    if HOST_MEMORY not in {memory.kind for memory in device.addressable_memories()}:
         raise UserError(
             f"config.model.remat='offload' needs devices with {HOST_MEMORY} memory, and {device.platform} has none; "
             "'dots_no_batch' saves the same arrays on the device, and 'full' saves fewer."

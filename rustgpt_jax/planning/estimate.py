@@ -26,12 +26,14 @@ from typing import Any, NamedTuple
 import jax
 
 from rustgpt_jax.config.schema import Config, get_path, is_enabled, partition, replace_paths
-from rustgpt_jax.model.flops import parameter_shapes, total_size, training_flops_per_token
+from rustgpt_jax.config.validation import resolve
+from rustgpt_jax.model.flops import matmul_flops, parameter_shapes, total_size, training_flops_per_token
 from rustgpt_jax.planning import hlo
 from rustgpt_jax.planning.hlo import Collective, HloProgram, Instruction, find_collectives, parse_arrays, parse_lengths
 from rustgpt_jax.sharding.hardware_specs import Chip
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan, axis_sizes
-from rustgpt_jax.training.memory_estimate import batch_shapes, state_shapes
+from rustgpt_jax.tracking.console import format_bytes, format_count
+from rustgpt_jax.training.memory_estimate import batch_shapes, microbatch_loss, saved_bytes, state_shapes
 from rustgpt_jax.training.train_step import train_step
 
 # Costs of a program on one device: the FLOPs of matrix products, and the bytes that they read and write.
@@ -260,6 +262,53 @@ def compute_utilization(chip: Chip, dtype: str, model_flops: float, seconds: flo
         seconds: The duration of a step.
     """
     return model_flops / (chip.flops(dtype) * seconds)
+
+
+# config.model.remat='auto'.
+
+
+class RematChoice(NamedTuple):
+    """A value of config.model.remat, and the reason for the choice."""
+
+    remat: str
+    reason: str
+
+
+def resolve_auto_remat(
+    values: dict[str, Any], overrides: dict[str, Any], origins: dict[str, str], chip: Chip | None
+) -> None:
+    """Replace model.remat='auto' by the choice for a chip, and its origin by the reason; all are modified in place."""
+    remat, reason = choose_remat(resolve(values, overrides | {"model.remat": "none"}), chip)
+    (overrides if "model.remat" in overrides else values)["model.remat"] = remat
+    origins["model.remat"] = f"auto: {reason}"
+
+
+def choose_remat(config: Config, chip: Chip | None) -> RematChoice:
+    """Choose the faster of `none` and `dots_no_batch` on a chip, by the roofline model.
+
+    `dots_no_batch` recomputes attention. It is faster if that takes less time than to write and read the arrays that it
+    does not save.
+    """
+    if chip is None:
+        return RematChoice("none", "recomputation saves time on known accelerators only")
+    model, seq_len = config.model, config.data.seq_len or config.model.context_length
+    one_row = {"training.batch_size": 1, "training.grad_accum_steps": 1, "model.n_layers": model.period}
+    # This kernel saves what library kernels do.
+    kernel = "portable" if is_enabled(model.dropout) else "blockwise"
+    config = replace_paths(config, one_row | {"model.vocab_size": 1, "model.attention.kernel": kernel})
+    flops, saved = {}, {}
+    for remat in ("none", "dots_no_batch"):
+        changed = replace_paths(config, {"model.remat": remat})
+        loss, arguments = microbatch_loss(changed, seq_len)
+        flops[remat] = matmul_flops(jax.make_jaxpr(jax.grad(loss))(*arguments).jaxpr) / seq_len / model.period
+        saved[remat] = saved_bytes(changed, seq_len) / seq_len / model.period
+    more, fewer = flops["dots_no_batch"] - flops["none"], saved["none"] - saved["dots_no_batch"]
+    compute, memory = more / chip.flops(_dtype(config)), 2 * fewer / chip.bandwidth
+    return RematChoice(
+        "dots_no_batch" if compute < memory else "none",
+        f"per token and layer, dots_no_batch recomputes {format_count(more)} FLOPs, {1e9 * compute:.3g} ns at peak, "
+        f"and saves {format_bytes(fewer)} less, {1e9 * memory:.3g} ns to write and read",
+    )
 
 
 # The share of a chip's memory for its driver, buffers of collectives, and gaps between arrays.

@@ -73,13 +73,17 @@ CHIPS = {
 }
 
 
+def current_chip() -> Chip | None:
+    """Return the chip of the first device, or None if it has no data sheet here."""
+    kind = jax.devices()[0].device_kind.lower()
+    return next((chip for chip in CHIPS.values() if chip.kind.lower() in kind), None)
+
+
 @cache
 def device_peak_flops() -> float:
     """Return the peak FLOP/s of one device: from a data sheet, or else measured with a float32 matrix product."""
-    kind = jax.devices()[0].device_kind.lower()
-    for chip in CHIPS.values():
-        if chip.kind.lower() in kind:
-            return chip.bfloat16
+    if (chip := current_chip()) is not None:
+        return chip.bfloat16
     matmul, matrix = jax.jit(jnp.dot), np.ones((1024, 1024), np.float32)
     seconds = timeit.repeat(lambda: matmul(matrix, matrix).block_until_ready(), number=1, repeat=4)
     # The first call, which compiles, is never the fastest.

@@ -75,21 +75,32 @@ def residual_bytes(config: Config, seq_len: int) -> int:
     # Offloaded residuals are not on the device, as if they were recomputed.
     remat = "full" if model.remat == "offload" else model.remat
     config = replace_paths(config, {"model.remat": remat})
-    saved = _saved_bytes(config, seq_len)
+    saved = saved_bytes(config, seq_len)
     recomputed = 0
     if remat != "none":
-        everything = _saved_bytes(replace_paths(config, {"model.remat": "none"}), seq_len)
+        everything = saved_bytes(replace_paths(config, {"model.remat": "none"}), seq_len)
         recomputed += (everything - saved) * min(model.period, model.n_layers) // model.n_layers
     if chunk is not None:
-        unchunked = _saved_bytes(replace_paths(config, {"training.loss_chunk_size": None}), seq_len)
+        unchunked = saved_bytes(replace_paths(config, {"training.loss_chunk_size": None}), seq_len)
         recomputed += (unchunked - saved) * min(chunk, seq_len) // seq_len
     return saved + recomputed
 
 
-def _saved_bytes(config: Config, seq_len: int) -> int:
+def saved_bytes(config: Config, seq_len: int) -> int:
+    """Return the bytes that the forward pass of one microbatch saves for the backward pass."""
+    loss, arguments = microbatch_loss(config, seq_len)
+
+    def backward(params: Any, batch: Batch) -> Any:
+        return jax.vjp(lambda params: loss(params, batch), params)[1]
+
+    return max(0, total_bytes(jax.eval_shape(backward, *arguments)) - total_bytes(arguments[0]))
+
+
+def microbatch_loss(config: Config, seq_len: int) -> tuple[Callable[[Any, Batch], jax.Array], tuple[Shapes, Batch]]:
+    """Return the loss of a microbatch on an accelerator as a function that any device can trace, and its arguments."""
     rows = config.training.batch_size // config.training.grad_accum_steps
     config = replace_paths(config, {"model.save_residuals": False})
-    if config.model.attention.kernel != "reference":
+    if config.model.attention.kernel not in ("reference", "blockwise"):
         # It saves no scores, like library kernels, which cannot be traced without their devices.
         config = replace_paths(config, {"model.attention.kernel": "portable"})
 
@@ -98,12 +109,7 @@ def _saved_bytes(config: Config, seq_len: int) -> int:
         sums = loss_sums(params, batch, config.model, key, config.training.loss_chunk_size)
         return total_loss(sums, jnp.ones(()), config.training.z_loss)
 
-    def backward(params: Any, batch: Batch) -> Any:
-        return jax.vjp(lambda params: loss(params, batch), params)[1]
-
-    shapes = parameter_shapes(config.model)
-    saved = jax.eval_shape(backward, shapes, batch_shapes(rows, seq_len))
-    return max(0, total_bytes(saved) - total_bytes(shapes))
+    return loss, (parameter_shapes(config.model), batch_shapes(rows, seq_len))
 
 
 # Checks against the available memory.
