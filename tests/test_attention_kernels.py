@@ -7,15 +7,19 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_params, small_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rustgpt_jax.config.schema import ModelConfig, is_enabled, replace_paths
+from configs import gpt2_124m
+from rustgpt_jax.config.schema import ModelConfig, is_enabled, partition, replace_paths
+from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import intermediates, transformer
 from rustgpt_jax.model.flops import inner_programs
@@ -42,10 +46,13 @@ from rustgpt_jax.model.kernels.attention import (
 )
 from rustgpt_jax.model.kernels.flash_attention import cudnn
 from rustgpt_jax.model.kernels.verify import check_kernels, select_kernels
+from rustgpt_jax.model.kv_cache import attention_mask, causal_mask
 from rustgpt_jax.planning import hlo
 from rustgpt_jax.planning.estimate import count_matmul_flops
 from rustgpt_jax.sharding.sharding_plan import make_mesh
 from rustgpt_jax.training.config_checks import validate_components
+from rustgpt_jax.training.memory_estimate import batch_shapes, state_shapes
+from rustgpt_jax.training.train_step import train_step
 
 pytestmark = pytest.mark.usefixtures("quick_codegen")
 
@@ -242,29 +249,168 @@ def test_blockwise_supports_vmap() -> None:
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), together, one_by_one)
 
 
-# Kernels of libraries, which are replaced by JAX's own attention here.
+# Masks.
 
 
-def by_xla(*arrays: jax.Array, **named: Any) -> jax.Array:
-    return REAL_ATTENTION(*arrays, **named | {"implementation": "xla"})
+@settings(max_examples=50)
+@given(st.data())
+def test_first_keys_describe_the_mask_of_documents_padding_and_windows(data: st.DataObject) -> None:
+    length = data.draw(st.sampled_from((1, 2, 7, 12)))
+    rows = []
+    for _ in range(2):
+        lengths = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=length))
+        tokens = np.repeat(np.arange(1, len(lengths) + 1), lengths)[:length]
+        rows.append(np.pad(tokens, (0, length - len(tokens))))
+    window = data.draw(st.none() | st.integers(1, length + 1))
+    segments_BT = np.stack(rows).astype(np.int32)
+    # In a document, positions are consecutive.
+    starts_BT = np.stack([[row.tolist().index(segment) for segment in row] for row in segments_BT])
+    positions_BT = np.arange(length) - starts_BT
+    order_T = np.arange(length)
+    expected_BTS = (order_T[:, None] >= order_T) & (segments_BT[:, :, None] == segments_BT[:, None])
+    if window is not None:
+        expected_BTS &= positions_BT[:, :, None] - positions_BT[:, None] < window
+    inputs = BlockInputs(jnp.asarray(positions_BT), jnp.asarray(segments_BT))
+    np.testing.assert_array_equal(inputs.first_keys(), starts_BT)
+    np.testing.assert_array_equal(causal_mask(inputs, window), expected_BTS)
+    one_document_BTS = attention_mask(order_T, inputs.as_one_document().first_keys(), order_T, window)
+    is_token_BT1 = segments_BT[..., None] > 0
+    expected_TS = attention_mask(order_T, None, order_T, window)
+    np.testing.assert_array_equal(one_document_BTS & is_token_BT1, expected_TS & is_token_BT1)
 
+
+@pytest.mark.parametrize("kernel", ["reference", "triangular", "blockwise"])
+def test_no_layer_saves_a_mask_for_the_backward_pass(kernel: str) -> None:
+    model = model_config(n_layers=3, dropout=0.0, **{"attention.kernel": kernel, "attention.n_heads": 1})
+    params = jax.eval_shape(lambda: transformer.init(jax.random.key(0), model))
+    segments_BT = jnp.ones((2, 24), jnp.int32)
+
+    def loss(params: Any) -> jax.Array:
+        return transformer.apply(params, tokens(), model, segments_BT=segments_BT)[0].sum()
+
+    saved = jax.eval_shape(lambda params: jax.tree.leaves(jax.vjp(loss, params)[1]), params)
+    assert saved and not [leaf for leaf in saved if leaf.dtype == bool and leaf.size >= 24 * 6]
+
+
+@pytest.mark.parametrize("mixers", [("attention", "local_attention"), ("rg_lru", "latent_attention")])
+def test_tokens_see_the_whole_row_without_mask_documents(mixers: tuple[str, ...]) -> None:
+    model = model_config(mixers=mixers, **{"attention.local_window": 9})
+    params, tokens_BT, index_T = random_params(model), tokens(), np.arange(24)
+    alone = np.tile(index_T, (2, 1)), np.ones((2, 24), np.int32)
+    packed = alone[0] % 10, np.stack([1 + index_T // 10, np.where(index_T < 20, 1 + index_T // 10, 0)])
+
+    def logits(layout: tuple[np.ndarray, ...], mask_documents: bool) -> jax.Array:
+        forward = jax.jit(partial(transformer.apply, model=replace_paths(model, {"mask_documents": mask_documents})))
+        return forward(params, tokens_BT, positions_BT=layout[0], segments_BT=layout[1])[0]
+
+    expected, got, apart = logits(alone, True), logits(packed, False), logits(packed, True)
+    np.testing.assert_allclose(got[0], expected[0], atol=1e-6)
+    np.testing.assert_allclose(got[1, :20], expected[1, :20], atol=1e-6)
+    assert np.max(np.abs(apart[0, 10:] - got[0, 10:])) > 1e-3
+
+
+# Kernels of libraries, which are replaced by JAX's own attention here. Like them, the replacements cannot be batched,
+# save their inputs and outputs for the backward pass, and are given positions as first keys, windows or a mask.
 
 REAL_ATTENTION = jax.nn.dot_product_attention
 FOR_LIBRARIES = {name: case for name, case in CASES.items() if not {"softcap", "bias", "value_width"} & set(case)}
 
 
+def unbatchable(function: Callable[..., Any]) -> Callable[..., Any]:
+    call = jax.custom_batching.custom_vmap(function)
+
+    @call.def_vmap
+    def refuse(*_: object) -> Any:
+        raise AssertionError("a library's kernel cannot be batched")
+
+    return call
+
+
+class Mask(NamedTuple):
+    """The mask of tokamax."""
+
+    bool_mask: Any = None
+    k_start: Any = None
+    is_causal: bool = False
+
+
+def opaque_attention(q: jax.Array, k: jax.Array, v: jax.Array, limits: dict[str, Any], **named: Any) -> jax.Array:
+    """JAX's attention with the limitations of a library's kernel. `limits` are arrays with the rows as first axis."""
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, limits: dict[str, Any]) -> jax.Array:
+        mask = limits.get("mask")
+        if "k_start" in limits:
+            assert limits["k_start"].shape == (len(q), 1, q.shape[1])
+            mask = jnp.arange(q.shape[1])[None, None, None] >= limits["k_start"][..., None]
+        return REAL_ATTENTION(q, k, v, mask=mask, implementation="xla", **named)
+
+    def forward(*arrays: Any) -> Any:
+        mixed = unbatchable(attend)(*arrays)
+        return mixed, (arrays, mixed)
+
+    def backward(saved: Any, cotangent: jax.Array) -> Any:
+        (*qkv, limits), mixed = saved
+        assert mixed.shape == cotangent.shape
+        pull = unbatchable(lambda q, k, v, limits, g: jax.vjp(lambda *qkv: attend(*qkv, limits), q, k, v)[1](g))
+        return (*pull(*qkv, limits, cotangent), None)
+
+    call = jax.custom_vjp(unbatchable(attend))
+    call.defvjp(forward, backward)
+    return call(q, k, v, limits)
+
+
+def opaque_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: Any = None, **named: Any) -> jax.Array:
+    assert named.pop("implementation") == "cudnn" and named["is_causal"]
+    return opaque_attention(q, k, v, {} if mask is None else {"mask": mask}, **named)
+
+
+def opaque_tokamax(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: Mask, logits_scale: float) -> jax.Array:
+    limits = {"mask": mask.bool_mask, "k_start": mask.k_start}
+    limits = {name: limit for name, limit in limits.items() if limit is not None}
+    return opaque_attention(q, k, v, limits, scale=logits_scale, is_causal=mask.is_causal)
+
+
+def tokamax_on(device: Device, inputs: AttentionInputs) -> jax.Array:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flash_attention, "current_device", lambda: device)
+        return flash_attention.tokamax(inputs)
+
+
 @pytest.fixture
 def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes cuDNN and tokamax available on this device."""
-    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
-    monkeypatch.setitem(sys.modules, "tokamax", SimpleNamespace(dot_product_attention=by_xla))  # type: ignore[arg-type]
-    monkeypatch.setattr(flash_attention, "IMPLEMENTATIONS", {"cpu": ("xla",), "gpu": ("xla",)})
+    implementations = dict.fromkeys(("mosaic_gpu", "triton", "mosaic_tpu"), opaque_tokamax)
+    api = SimpleNamespace(IMPLEMENTATIONS=implementations, base=SimpleNamespace(Mask=Mask))
+    monkeypatch.setattr(jax.nn, "dot_product_attention", opaque_cudnn)
+    monkeypatch.setitem(sys.modules, "tokamax._src.ops.attention.api", api)  # type: ignore[arg-type]
+
+
+CPU, TPU, B200, H100, A100, V100 = (
+    Device("cpu"),
+    Device("tpu"),
+    Device("gpu", (10, 0)),
+    Device("gpu", (9, 0)),
+    Device("gpu", (8, 0)),
+    Device("gpu", (7, 0)),
+)
+LIBRARY_KERNELS = (cudnn, partial(tokamax_on, H100), partial(tokamax_on, TPU))
+over_library_kernels = pytest.mark.parametrize("attend", LIBRARY_KERNELS, ids=["cudnn", "tokamax_gpu", "tokamax_tpu"])
 
 
 @pytest.mark.usefixtures("libraries")
 @pytest.mark.parametrize("case", FOR_LIBRARIES)
 def test_library_kernels_get_the_right_mask_and_scale(case: str) -> None:
-    check_against_brute_force(attention_inputs(**FOR_LIBRARIES[case]), 2e-5, cudnn, flash_attention.tokamax)
+    task = attention_inputs(**FOR_LIBRARIES[case])
+    check_against_brute_force(task, 2e-5, *LIBRARY_KERNELS)
+
+
+@pytest.mark.usefixtures("libraries")
+@pytest.mark.parametrize("window", [None, 4])
+def test_kernels_need_no_documents_where_a_row_is_one(window: int | None) -> None:
+    task = attention_inputs(window=window, n_kv_heads=2)._replace(packed=False)
+    check_against_brute_force(
+        task, 2e-5, reference_attention, partial(blockwise, block=4), triangular, *LIBRARY_KERNELS
+    )
 
 
 @pytest.mark.usefixtures("libraries")
@@ -279,19 +425,34 @@ def test_library_kernels_match_on_a_mesh() -> None:
 
 
 @pytest.mark.usefixtures("libraries")
-@pytest.mark.parametrize("attend", [cudnn, flash_attention.tokamax])
-def test_library_kernels_reject_vmap(attend: Callable[[AttentionInputs], jax.Array]) -> None:
-    task = attention_inputs()
+@pytest.mark.parametrize("is_rematerialized", [False, True])
+@over_library_kernels
+def test_library_kernels_are_called_once_for_all_elements_of_a_vmap(
+    attend: Callable[[AttentionInputs], jax.Array], is_rematerialized: bool
+) -> None:
+    """Two nested vmaps around gradients of layers in a scan, on a mesh; keys, values or documents are not batched."""
+    task = attention_inputs(n_kv_heads=2, packed=True, window=5)
 
-    def steps(scale: jax.Array) -> jax.Array:
-        def step(q: jax.Array, _: None) -> tuple[jax.Array, None]:
-            return jax.grad(lambda q: attend(task._replace(q_BTHC=q)).sum())(scale * q), None
+    def layers(q: jax.Array, k: jax.Array, scale: jax.Array, segments: jax.Array) -> jax.Array:
+        inputs = task.block_inputs._replace(segments_BT=segments)
 
-        return jax.lax.scan(step, task.q_BTHC, None, length=2)[0]
+        def layer(q: jax.Array, _: None) -> tuple[jax.Array, None]:
+            mixed = attend(task._replace(q_BTHC=scale * q, k_BSKC=k, block_inputs=inputs))
+            return q + mixed.reshape(q.shape), None
 
-    assert jax.eval_shape(steps, jnp.ones(())).shape == task.q_BTHC.shape
-    with pytest.raises(UserError, match=r"cannot train several runs in one program \(vmap\); portable can"):
-        jax.eval_shape(jax.vmap(steps), jnp.ones(3))
+        layer = jax.checkpoint(layer) if is_rematerialized else layer
+        return jnp.sum(jnp.sin(jax.lax.scan(layer, q, None, length=2)[0]))
+
+    gradients = jax.value_and_grad(layers, argnums=(0, 1, 2))
+    scales_PR, one = jnp.asarray([[0.5, 1.0, 2.0], [1.5, 0.1, 1.0]]), jnp.ones_like(task.block_inputs.segments_BT)
+    segments_P = jnp.stack([task.block_inputs.segments_BT, one])
+    together = jax.vmap(jax.vmap(gradients, (None, None, 0, None)), (None, None, 0, 0))
+    with jax.set_mesh(make_mesh(small_config().mesh, jax.devices()[:1])):
+        found = jax.jit(together)(task.q_BTHC, task.k_BSKC, scales_PR, segments_P)
+        for p, r in np.ndindex(2, 3):
+            expected = jax.jit(gradients)(task.q_BTHC, task.k_BSKC, scales_PR[p, r], segments_P[p])
+            alone = jax.tree.map(lambda leaf, at=(p, r): leaf[at], found)
+            jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), alone, expected)
 
 
 def lowered_for(platform: str, attend: Callable[[AttentionInputs], jax.Array], task: AttentionInputs) -> str:
@@ -304,14 +465,69 @@ def lowered_for(platform: str, attend: Callable[[AttentionInputs], jax.Array], t
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-def test_cudnn_is_lowered_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def cudnn_version(monkeypatch: pytest.MonkeyPatch) -> None:
     inside = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     if not hasattr(inside, "check_cudnn_version"):
         pytest.skip("this JAX looks for cuDNN in another way, and finds none here")
     monkeypatch.setattr(inside, "check_cudnn_version", lambda: 91000)
-    text = lowered_for("cuda", cudnn, attention_inputs(14, n_kv_heads=2, packed=True, window=4, dtype=jnp.bfloat16))
-    assert len(re.findall(r"custom_call @\w*cudnn\$fmha\w*\b", text.replace('"', ""))) == 2, text
-    assert "Backward" in text and f"tensor<{ROWS}x4x14x14xf32>" not in text
+
+
+def arrays_of_pairs(text: str, length: int) -> set[str]:
+    """The types of the arrays in a lowered program that have the axes T x T."""
+    return set(re.findall(rf"tensor<[^>]*{length}x{length}x\w+>", text))
+
+
+@pytest.mark.usefixtures("cudnn_version")
+def test_cudnn_is_lowered_forward_and_backward() -> None:
+    task = attention_inputs(14, n_kv_heads=2, packed=True, window=4, dtype=jnp.bfloat16)
+    text = lowered_for("cuda", cudnn, task)
+    # The backward pass draws the mask again, and so repeats the forward pass.
+    assert re.findall(r"custom_call @\w*cudnn\$(fmha\w*)\b", text.replace('"', "")) == [
+        "fmhaScaleBiasSoftmax",
+        "fmhaScaleBiasSoftmax",
+        "fmhaScaleBiasSoftmaxBackward",
+    ]
+    assert f"tensor<{ROWS}x4x14x14xf32>" not in text
+
+
+def train_step_for_cuda(n_trials: int = 0, **changes: Any) -> str:
+    """The training step of gpt2_124m in bfloat16, lowered for CUDA."""
+    overrides = {"training.batch_size": 4, "training.grad_accum_steps": 1, "model.vocab_size": 61}
+    config = replace_paths(resolve(gpt2_124m.get_config()), overrides | changes)
+    static, hparams = partition(config)
+    state, batch = state_shapes(config), batch_shapes(config.training.batch_size, config.model.context_length)
+
+    def step(state: Any, batch: Any) -> Any:
+        return train_step(static, state, batch, hparams, jnp.zeros((), jnp.int32))
+
+    if n_trials:
+        step = jax.vmap(step)
+        state, batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((n_trials, *x.shape), x.dtype), (state, batch))
+    return jax.jit(step).trace(state, batch).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def without_scores(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: Mask, logits_scale: float) -> jax.Array:
+    """An arbitrary function of the inputs of tokamax, as its kernels are not needed to see what they are given."""
+    assert mask.bool_mask is None and mask.is_causal and mask.k_start.shape == (len(q), 1, q.shape[1])
+    return (q + k + v) * mask.k_start[:, 0, :, None, None].astype(q.dtype)
+
+
+@pytest.mark.usefixtures("cudnn_version")
+@pytest.mark.parametrize("n_trials", [0, 3])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_step_on_gpus_has_no_array_of_all_pairs_of_tokens(
+    is_packed: bool, n_trials: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (attention, flash_attention):
+        monkeypatch.setattr(module, "current_device", lambda: H100)
+    monkeypatch.setattr(flash_attention, "find_spec", lambda name: name)
+    api = SimpleNamespace(IMPLEMENTATIONS={"mosaic_gpu": without_scores}, base=SimpleNamespace(Mask=Mask))
+    monkeypatch.setitem(sys.modules, "tokamax._src.ops.attention.api", api)  # type: ignore[arg-type]
+    text = train_step_for_cuda(n_trials, **{"model.mask_documents": is_packed})
+    calls = re.findall(r"custom_call @\w*cudnn\$(fmha\w*)\b", text.replace('"', ""))
+    assert calls == ([] if is_packed else ["fmhaSoftmax", "fmhaSoftmaxBackward"])
+    assert not arrays_of_pairs(text, 1024)
 
 
 def test_tokamax_is_lowered_for_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,23 +535,17 @@ def test_tokamax_is_lowered_for_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
     base = "tokamax._src.ops.attention.pallas_mosaic_tpu"
     for module, name in ((base, "PallasMosaicTpuFlashAttention"), (f"{base}_vjp", "PallasMosaicTpuFlashAttentionVjp")):
         monkeypatch.setattr(getattr(importlib.import_module(module), name), "supported_on", lambda *_: True)
-    monkeypatch.setattr(flash_attention, "current_device", lambda: Device("tpu"))
+    monkeypatch.setattr(flash_attention, "current_device", lambda: TPU)
+    task = attention_inputs(256, n_kv_heads=2, dtype=jnp.bfloat16)
     with jax.numpy_rank_promotion("allow"):
-        text = lowered_for(
-            "tpu", flash_attention.tokamax, attention_inputs(256, n_kv_heads=2, packed=True, dtype=jnp.bfloat16)
-        )
-    assert text.count("tpu_custom_call") == 2
+        texts = [lowered_for("tpu", flash_attention.tokamax, task._replace(packed=packed)) for packed in (False, True)]
+    # With a mask, which is not kept, the backward pass repeats the forward pass.
+    assert [text.count("tpu_custom_call") for text in texts] == [2, 3]
+    assert not arrays_of_pairs(texts[0], 256)
 
 
 # Selection.
 
-CPU, TPU, H100, A100, V100 = (
-    Device("cpu"),
-    Device("tpu"),
-    Device("gpu", (9, 0)),
-    Device("gpu", (8, 0)),
-    Device("gpu", (7, 0)),
-)
 USUAL = AttentionSpec(
     H100, "bfloat16", 1024, 8, 2, 64, 64, softcap=False, bias=False, sinks=False, dropout=False, cached=False
 )
@@ -344,8 +554,11 @@ USUAL = AttentionSpec(
 @pytest.mark.parametrize(
     ("changes", "kernel"),
     [
-        ({}, "cudnn"),
+        ({}, "tokamax"),
+        ({"packed": False}, "cudnn"),
+        ({"device": B200}, "tokamax"),
         ({"device": A100}, "cudnn"),
+        ({"length": 1000}, "cudnn"),
         ({"device": A100, "head_width": 256, "value_width": 256}, "reference"),
         ({"head_width": 256, "value_width": 256}, "cudnn"),
         ({"head_width": 264, "value_width": 264}, "reference"),
@@ -391,6 +604,10 @@ def test_kernel_selection(changes: dict[str, Any], kernel: str, monkeypatch: pyt
 
 
 def test_kernel_choice_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash_attention, "find_spec", lambda name: name)
+    assert select_kernel("auto", USUAL) == KernelChoice(
+        "tokamax", "rows are packed, and cudnn would need a mask of all pairs of tokens"
+    )
     monkeypatch.setattr(flash_attention, "find_spec", lambda name: None)
     requests = [
         USUAL,

@@ -259,7 +259,7 @@ def lowered(model: ModelConfig) -> str:
 
     def loss(params: Any) -> jax.Array:
         inputs = context_of(read)._asdict()
-        del inputs["dropout_key"], inputs["layer"]
+        del inputs["dropout_key"], inputs["layer"], inputs["first_key_BT"]
         return scalar(transformer.apply(params, read.tokens_BT, model, **inputs)[0])
 
     return jax.jit(jax.value_and_grad(loss)).lower(params).as_text()

@@ -266,7 +266,7 @@ def change_code(folder: Path) -> None:
     file = folder / "code" / KV_CACHE
     before = file.read_text()
     # A token sees the one after it.
-    file.write_text(before.replace("attention_mask(inputs, order_T,", "attention_mask(inputs, order_T + 1,"))
+    file.write_text(before.replace("attention_mask(order_T, inputs", "attention_mask(order_T + 1, inputs"))
     assert file.read_text() != before
 
 

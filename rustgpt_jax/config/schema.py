@@ -157,8 +157,9 @@ class AttentionConfig:
     kernel: str = static_field(
         "auto",
         "Attention implementation; results differ by rounding only, and decoding with a cache always uses reference. "
-        "auto: cudnn for bfloat16 on NVIDIA GPUs, tokamax on TPUs, triangular on CPUs from 128 to 2047 tokens, "
-        "else as portable; portable: blockwise from 2048 tokens, else reference; reference: all scores in memory; "
+        "auto: cudnn for bfloat16 on NVIDIA GPUs, or, for packed documents from Hopper on, tokamax if it is installed "
+        "(cudnn would need a mask); tokamax on TPUs; triangular on CPUs from 128 to 2047 tokens; else as portable; "
+        "portable: blockwise from 2048 tokens, else reference; reference: all scores in memory; "
         "triangular: for each quarter of the row, only scores with tokens before its end; blockwise: scores of "
         "512 tokens at a time; cudnn, tokamax: flash attention (arXiv 2307.08691) of these libraries.",
         choices=("auto", "portable", "reference", "triangular", "blockwise", "cudnn", "tokamax"),
@@ -388,6 +389,11 @@ class ModelConfig:
         "Bound logits to plus and minus this value by tanh (arXiv 2408.00118). 0: no bound.",
         low=0.0,
         static_if_zero=True,
+    )
+    mask_documents: bool = static_field(
+        True,
+        "Whether tokens see only their own document where a sequence contains several. False: the sequence is one "
+        "document, as for GPT-2, and attention needs no mask but the causal one.",
     )
     extra: tuple[tuple[str, float], ...] = static_field(
         (), 'Static knobs of your own components as (name, number) pairs: (("decay", 0.9),).'

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
 
@@ -27,12 +28,28 @@ class BlockInputs(NamedTuple):
         segments_BT: Number of each token's document within its row, from 1. 0 is padding, which no other token sees.
         dropout_key: Key for dropout; None for no dropout.
         layer: Index of the layer, from 0; None if no component reads it.
+        first_key_BT: What `first_keys` returns, if it is computed already.
     """
 
     positions_BT: jax.Array
     segments_BT: jax.Array
     dropout_key: jax.Array | None = None
     layer: jax.Array | int | None = None
+    first_key_BT: jax.Array | None = None
+
+    def first_keys(self) -> jax.Array:
+        """Return first_key_BT, the index in the row of the first token of each token's document."""
+        if self.first_key_BT is not None:
+            return self.first_key_BT
+        is_start_BT = jnp.pad(self.segments_BT[:, 1:] != self.segments_BT[:, :-1], ((0, 0), (1, 0)))
+        index_T = jnp.arange(self.segments_BT.shape[1], dtype=jnp.int32)
+        return jax.lax.cummax(jnp.where(is_start_BT, index_T[None], 0), axis=1)
+
+    def as_one_document(self) -> "BlockInputs":
+        """Return the inputs with the tokens of a row, without padding, as one document."""
+        positions_T = jnp.arange(self.positions_BT.shape[1], dtype=self.positions_BT.dtype)
+        is_token_BT = (self.segments_BT > 0).astype(self.segments_BT.dtype)
+        return self._replace(positions_BT=jnp.broadcast_to(positions_T, is_token_BT.shape), segments_BT=is_token_BT)
 
     def fold_in(self, data: jax.Array | int) -> "BlockInputs":
         """Return the same inputs with an independent dropout key for layer number `data`."""

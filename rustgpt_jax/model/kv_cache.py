@@ -71,19 +71,31 @@ class AttentionContext(NamedTuple):
     mask_BTS: jax.Array
 
 
+def first_visible_key(order_T: jax.Array, first_key_BT: jax.Array | None, window: int | None) -> jax.Array:
+    """Return first_BT, the index of the first key that each query attends to; first_1T if `first_key_BT` is None.
+
+    Args:
+        order_T: Indices of the queries in the row.
+        first_key_BT: Index of the first token of each query's document; None if it is 0.
+        window: Number of tokens that a token attends to, itself included; None for all.
+    """
+    first_BT = jnp.zeros_like(order_T)[None] if first_key_BT is None else first_key_BT
+    return first_BT if window is None else jnp.maximum(first_BT, order_T[None] - (window - 1))
+
+
 def attention_mask(
-    queries: BlockInputs, order_T: jax.Array, keys: BlockInputs, order_S: jax.Array, window: int | None
+    order_T: jax.Array, first_key_BT: jax.Array | None, order_S: jax.Array, window: int | None
 ) -> jax.Array:
-    """Return mask_BTS, True for the keys that a query attends to, from order in the row, documents and positions."""
-    earlier_TS = order_T[:, None] >= order_S[None, :]
-    mask_BTS = earlier_TS[None] & (queries.segments_BT[:, :, None] == keys.segments_BT[:, None, :])
-    return mask_BTS if window is None else mask_BTS & _window_mask(queries, keys.positions_BT, window)
+    """Return mask_BTS, True for the keys that a query attends to, of indices `order_S` in the row."""
+    first_BT = first_visible_key(order_T, first_key_BT, window)
+    earlier_TS = order_S[None] <= order_T[:, None]
+    return earlier_TS[None] & (order_S[None, None] >= first_BT[:, :, None])
 
 
 def causal_mask(inputs: BlockInputs, window: int | None = None) -> jax.Array:
     """Return mask_BTS: tokens attend to themselves and earlier tokens of their document, within the last `window`."""
     order_T = jnp.arange(inputs.segments_BT.shape[1])
-    return attention_mask(inputs, order_T, inputs, order_T, window)
+    return attention_mask(order_T, inputs.first_keys(), order_T, window)
 
 
 def update_kv_cache(

@@ -176,6 +176,9 @@ def _hidden_states(
     slots: intermediates.GradSlots | None,
 ) -> tuple[jax.Array, Cache | None, LayerMetrics, intermediates.Intermediates]:
     stats: intermediates.Intermediates = {}
+    if cache is None:
+        inputs = inputs if model.mask_documents else inputs.as_one_document()
+        inputs = inputs._replace(first_key_BT=inputs.first_keys())
 
     def record(x_BTD: jax.Array, name: str) -> jax.Array:
         if slots is not None:

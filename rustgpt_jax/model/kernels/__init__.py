@@ -59,6 +59,7 @@ class AttentionSpec(NamedTuple):
         dropout: Whether attention weights are dropped.
         cached: Whether keys come from a cache.
         window: Number of tokens that a token attends to, itself included; None for all.
+        packed: Whether a row may contain several documents.
     """
 
     device: Device
@@ -74,6 +75,7 @@ class AttentionSpec(NamedTuple):
     dropout: bool
     cached: bool
     window: int | None = None
+    packed: bool = True
 
 
 class AttentionInputs(NamedTuple):
@@ -89,6 +91,7 @@ class AttentionInputs(NamedTuple):
         softcap: Soft-cap of the scaled scores; 0 for no cap.
         bias: Function of query and key positions, added to the capped scores.
         sinks_H: Logits of attention sinks.
+        packed: Whether a row may contain several documents.
     """
 
     q_BTHC: jax.Array
@@ -100,6 +103,11 @@ class AttentionInputs(NamedTuple):
     softcap: Any = 0.0
     bias: Bias | None = None
     sinks_H: jax.Array | None = None
+    packed: bool = True
+
+    def first_keys(self) -> jax.Array | None:
+        """Return first_key_BT, the index of the first token of each query's document; None if it is always 0."""
+        return self.block_inputs.first_keys() if self.packed else None
 
 
 class Kernel(NamedTuple):

@@ -28,6 +28,7 @@ from rustgpt_jax.model.kernels import (
 from rustgpt_jax.model.kernels.flash_attention import (
     cudnn,
     cudnn_unsupported_reason,
+    takes_first_keys,
     tokamax,
     tokamax_unsupported_reason,
 )
@@ -70,7 +71,8 @@ def softmax_weights(
         scores_BHTS = softcap(scores_BHTS, cap)
     if bias:
         scores_BHTS = scores_BHTS + bias(*positions)
-    scores_BHTS = jnp.where(mask_BTS[:, None], scores_BHTS, -jnp.inf)
+    # Unlike a choice between the scores and -inf, a sum does not keep the mask for the backward pass.
+    scores_BHTS = scores_BHTS + jnp.where(mask_BTS[:, None], 0, -jnp.inf).astype(scores_BHTS.dtype)
     if sinks_H is not None:
         sinks_BHT1 = jnp.broadcast_to(sinks_H[None, :, None, None], (*scores_BHTS.shape[:3], 1))
         scores_BHTS = jnp.concatenate([scores_BHTS, sinks_BHT1.astype(scores_BHTS.dtype)], axis=-1)
@@ -79,9 +81,10 @@ def softmax_weights(
 
 def reference_attention(inputs: AttentionInputs) -> jax.Array:
     """Compute attention with all scores in memory: the reference for other kernels."""
-    order_T = jnp.arange(inputs.q_BTHC.shape[1])
+    order_T, positions_BT = jnp.arange(inputs.q_BTHC.shape[1]), inputs.block_inputs.positions_BT
     k_BKSC, v_BKSC = jnp.swapaxes(inputs.k_BSKC, 1, 2), jnp.swapaxes(inputs.v_BSKC, 1, 2)
-    return _attend(inputs, inputs.q_BTHC, k_BKSC, v_BKSC, inputs.block_inputs, order_T, inputs.block_inputs, order_T)
+    mask_BTS = attention_mask(order_T, inputs.first_keys(), order_T, inputs.window)
+    return _attend(inputs, inputs.q_BTHC, k_BKSC, v_BKSC, (positions_BT, positions_BT), mask_BTS)
 
 
 def _attend(
@@ -89,16 +92,14 @@ def _attend(
     q_BTHC: jax.Array,
     k_BKSC: jax.Array,
     v_BKSC: jax.Array,
-    queries: BlockInputs,
-    order_T: jax.Array,
-    keys: BlockInputs,
-    order_S: jax.Array,
+    positions: tuple[jax.Array, jax.Array],
+    mask_BTS: jax.Array,
 ) -> jax.Array:
-    """Compute attention of some of the queries to some of the keys, given their order in the row."""
+    """Compute attention of some of the queries to some of the keys, given their positions and mask."""
     weights = partial(
         softmax_weights,
-        mask_BTS=attention_mask(queries, order_T, keys, order_S, inputs.window),
-        positions=(queries.positions_BT, keys.positions_BT),
+        mask_BTS=mask_BTS,
+        positions=positions,
         cap=inputs.softcap,
         bias=inputs.bias,
         sinks_H=inputs.sinks_H,
@@ -129,21 +130,23 @@ def blockwise(inputs: AttentionInputs, block: int = BLOCK) -> jax.Array:
         return jnp.moveaxis(padded.reshape(batch, n_blocks, block, *x_BT.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def attend_block(index: jax.Array, q_BTHC: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    def attend_block(
+        index: jax.Array, q_BTHC: jax.Array, positions_BT: jax.Array, first_key_BT: jax.Array | None
+    ) -> jax.Array:
         order_T = jnp.minimum(index * block + jnp.arange(block), length - 1)
         first = jnp.clip((index + 1) * block - n_keys, 0, length - n_keys)
 
         def visible(x_BS: jax.Array) -> jax.Array:
             return x_BS if n_keys == length else jax.lax.dynamic_slice_in_dim(x_BS, first, n_keys, axis=1)
 
-        queries = BlockInputs(positions_BT, segments_BT)
-        keys = BlockInputs(visible(inputs.block_inputs.positions_BT), visible(inputs.block_inputs.segments_BT))
+        positions = (positions_BT, visible(inputs.block_inputs.positions_BT))
         order_S = jnp.arange(length) if n_keys == length else first + jnp.arange(n_keys)
         k_BKSC, v_BKSC = jnp.swapaxes(visible(inputs.k_BSKC), 1, 2), jnp.swapaxes(visible(inputs.v_BSKC), 1, 2)
-        return _attend(inputs, q_BTHC, k_BKSC, v_BKSC, queries, order_T, keys, order_S)
+        mask_BTS = attention_mask(order_T, first_key_BT, order_S, inputs.window)
+        return _attend(inputs, q_BTHC, k_BKSC, v_BKSC, positions, mask_BTS)
 
-    queries = (inputs.q_BTHC, inputs.block_inputs.positions_BT, inputs.block_inputs.segments_BT)
-    mixed = jax.lax.map(lambda xs: attend_block(*xs), (jnp.arange(n_blocks), *map(split, queries)))
+    queries = (inputs.q_BTHC, inputs.block_inputs.positions_BT, inputs.first_keys())
+    mixed = jax.lax.map(lambda xs: attend_block(*xs), (jnp.arange(n_blocks), *jax.tree.map(split, queries)))
     return jnp.moveaxis(mixed, 0, 1).reshape(batch, n_blocks * block, *mixed.shape[3:])[:, :length]
 
 
@@ -158,19 +161,19 @@ def triangular(inputs: AttentionInputs, n_blocks: int = N_BLOCKS) -> jax.Array:
     """Compute attention for a few blocks of queries, each with only the keys that it can attend to."""
     length = inputs.q_BTHC.shape[1]
     k_BKSC, v_BKSC = jnp.swapaxes(inputs.k_BSKC, 1, 2), jnp.swapaxes(inputs.v_BSKC, 1, 2)
-    positions_BT, segments_BT = inputs.block_inputs.positions_BT, inputs.block_inputs.segments_BT
+    order_T, positions_BT, first_key_BT = jnp.arange(length), inputs.block_inputs.positions_BT, inputs.first_keys()
 
     def attend_block(start: int, stop: int) -> jax.Array:
         first = 0 if inputs.window is None else max(0, start + 1 - inputs.window)
+        part, keys = slice(start, stop), slice(first, stop)
+        first_BT = None if first_key_BT is None else first_key_BT[:, part]
         return _attend(
             inputs,
-            inputs.q_BTHC[:, start:stop],
-            k_BKSC[:, :, first:stop],
-            v_BKSC[:, :, first:stop],
-            BlockInputs(positions_BT[:, start:stop], segments_BT[:, start:stop]),
-            jnp.arange(start, stop),
-            BlockInputs(positions_BT[:, first:stop], segments_BT[:, first:stop]),
-            jnp.arange(first, stop),
+            inputs.q_BTHC[:, part],
+            k_BKSC[:, :, keys],
+            v_BKSC[:, :, keys],
+            (positions_BT[:, part], positions_BT[:, keys]),
+            attention_mask(order_T[part], first_BT, order_T[keys], inputs.window),
         )
 
     block = -(-length // n_blocks)
@@ -235,6 +238,8 @@ def select_kernel(name: str, spec: AttentionSpec) -> KernelChoice:
     reasons = []
     fastest, lengths = FASTEST.get(spec.device.platform or "", ("", range(0)))
     if name == "auto" and spec.length in lengths:
+        if takes_first_keys(spec) and tokamax_unsupported_reason(spec) is None:
+            return KernelChoice("tokamax", "rows are packed, and cudnn would need a mask of all pairs of tokens")
         if (reason := KERNELS[fastest].unsupported_reason(spec)) is None:
             return KernelChoice(fastest, f"this is a {spec.device.platform}")
         reasons.append(f"{fastest} cannot be used: {reason}")
@@ -356,6 +361,7 @@ def attention_spec(
         dropout=has_dropout,
         cached=is_cached,
         window=window,
+        packed=config.mask_documents,
     )
 
 
@@ -369,6 +375,7 @@ def attention_inputs(
     """Return a kernel's inputs for a block, from arrays q_BTHC, k_BSKC and v_BSKC."""
     q_BTHC, k_BSKC, v_BSKC = arrays
     scale = attention_scale(config, q_BTHC.shape[-1])
+    cap, bias = config.attention.logit_softcap, positional_bias(config)
     return AttentionInputs(
-        q_BTHC, k_BSKC, v_BSKC, inputs, window, scale, config.attention.logit_softcap, positional_bias(config), sinks_H
+        q_BTHC, k_BSKC, v_BSKC, inputs, window, scale, cap, bias, sinks_H, packed=config.mask_documents
     )

@@ -1,72 +1,97 @@
 """Flash attention kernels of third-party libraries, for GPUs and TPUs.
 
-They take an explicit mask, and support neither vmap nor automatic partitioning.
+They support neither vmap nor automatic partitioning, so both are added here. Where each row is one document, they are
+told that attention is causal, and need no mask.
 """
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 from jax.sharding import PartitionSpec
 
-from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.activation_sharding import partition_spec
-from rustgpt_jax.model.kernels import AttentionInputs, AttentionSpec, current_device
-from rustgpt_jax.model.kv_cache import causal_mask
+from rustgpt_jax.model.kernels import AttentionInputs, AttentionSpec, Device, current_device
+from rustgpt_jax.model.kv_cache import attention_mask, first_visible_key
 
-# A function of q_BTHC, k_BSKC, v_BSKC, mask_BTS that returns mixed_BTHC.
-Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+# A function of q_BTHC, k_BSKC, v_BSKC and, if rows are packed, first_key_BT, that returns mixed_BTHC.
+Attend = Callable[..., jax.Array]
 
 
-def call_sharded_kernel(name: str, attend: Attend, inputs: AttentionInputs) -> jax.Array:
-    """Call a library's kernel; on a mesh, each device calls it for its own rows and heads.
+def call_sharded_kernel(attend: Attend, inputs: AttentionInputs) -> jax.Array:
+    """Call a library's kernel; on a mesh, each device calls it for its own rows and heads."""
 
-    Raises:
-        UserError: The program is batched by `jax.vmap`.
-    """
-
-    def grouped(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-        mixed_BTHC = attend(q_BTHC, k_BSKC, v_BSKC, mask_BTS)
+    def grouped(q_BTHC: jax.Array, k_BSKC: jax.Array, *arrays: jax.Array) -> jax.Array:
+        mixed_BTHC = call_batchable_kernel(attend, q_BTHC, k_BSKC, *arrays)
         return mixed_BTHC.reshape(*mixed_BTHC.shape[:2], k_BSKC.shape[2], -1, mixed_BTHC.shape[-1])
 
-    arrays = (inputs.q_BTHC, inputs.k_BSKC, inputs.v_BSKC)
-    mask_BTS = _forbid_vmap(name, causal_mask(inputs.block_inputs, inputs.window), *arrays)
+    first_key_BT = inputs.first_keys()
+    arrays = (inputs.q_BTHC, inputs.k_BSKC, inputs.v_BSKC, *(() if first_key_BT is None else (first_key_BT,)))
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
-        return grouped(*arrays, mask_BTS)
+        return grouped(*arrays)
     rows, _, heads, _ = partition_spec("B.K.", inputs.k_BSKC.shape, dict(mesh.shape))
     spec = PartitionSpec(rows, None, heads)
-    in_specs = (spec, spec, spec, PartitionSpec(rows))
-    return jax.shard_map(grouped, in_specs=in_specs, out_specs=spec, check_vma=False)(*arrays, mask_BTS)
+    in_specs = (spec, spec, spec, PartitionSpec(rows))[: len(arrays)]
+    return jax.shard_map(grouped, in_specs=in_specs, out_specs=spec, check_vma=False)(*arrays)
 
 
-def _forbid_vmap(name: str, mask_BTS: jax.Array, *arrays: jax.Array) -> jax.Array:
-    """Return the mask, and raise UserError if the program is batched over it or any of the arrays.
+def call_batchable_kernel(attend: Attend, *arrays: jax.Array) -> jax.Array:
+    """Call a kernel that JAX cannot batch such that `jax.vmap` folds its axis into the rows, also in the backward pass.
 
-    JAX's batching rule for cuDNN would misread the batch axis of the mask as heads, and splash attention takes one
-    mask at a time.
+    `custom_vmap` cannot be differentiated, so the two passes are separate functions. Their only connection is the
+    arrays that the kernel saves, all of which have the rows as their first axis.
     """
 
-    @jax.custom_batching.custom_vmap
-    def guarded(mask_BTS: jax.Array, *arrays: jax.Array) -> jax.Array:
-        return mask_BTS
+    def differentiate(*arrays: jax.Array) -> tuple[jax.Array, Any]:
+        return jax.vjp(lambda *qkv: attend(*qkv, *arrays[3:]), *arrays[:3])
 
-    @guarded.def_vmap
-    def refuse(*_: object) -> tuple[jax.Array, bool]:
-        raise UserError(
-            f"config.model.attention.kernel: {name} cannot train several runs in one program (vmap); portable can."
-        )
+    def forward(*arrays: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        mixed_BTHC, pullback = differentiate(*arrays)
+        return mixed_BTHC, jax.tree.leaves(pullback)
 
-    return guarded(mask_BTS, *(jax.lax.stop_gradient(array) for array in arrays))
+    def backward(cotangent_BTHC: jax.Array, *saved: jax.Array) -> tuple[jax.Array, ...]:
+        shapes = [jax.ShapeDtypeStruct((len(cotangent_BTHC), *x.shape[1:]), x.dtype) for x in arrays]
+        _, pullback = jax.eval_shape(differentiate, *shapes)
+        return jax.tree.unflatten(jax.tree.structure(pullback), saved)(cotangent_BTHC)
+
+    def differentiated(saved: list[jax.Array], cotangent_BTHC: jax.Array) -> tuple[jax.Array | None, ...]:
+        gradients = _fold_vmap(backward)(cotangent_BTHC, *saved)
+        return (*gradients, *[None] * len(arrays[3:]))
+
+    call = jax.custom_vjp(lambda *arrays: _fold_vmap(attend)(*arrays))
+    call.defvjp(_fold_vmap(forward), differentiated)
+    return call(*arrays)
+
+
+def _fold_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of arrays of rows that `jax.vmap` calls once, with the rows of all elements of the batch."""
+    call = jax.custom_batching.custom_vmap(function)
+
+    @call.def_vmap
+    def call_with_all_rows(size: int, is_batched: list[bool], *arrays: jax.Array) -> tuple[Any, Any]:
+        def fold(x: jax.Array, is_batched: bool) -> jax.Array:
+            x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+            return x.reshape(-1 if x.size else 0, *x.shape[2:])
+
+        outputs = call(*map(fold, arrays, is_batched))
+        unfolded = jax.tree.map(lambda y: y.reshape(size, len(y) // size, *y.shape[1:]), outputs)
+        return unfolded, jax.tree.map(lambda _: True, outputs)
+
+    return call
 
 
 # Flash attention of cuDNN (arXiv 2307.08691), for NVIDIA GPUs in bfloat16.
 #
 # Documents are passed as a mask B x T x S in the dtype of the activations, without heads. cuDNN also computes the
-# gradient of the mask; both take 1/H of the memory of the scores. The backward pass accumulates in no fixed order
-# unless XLA is set to be deterministic (`--xla_gpu_deterministic_ops=true` in XLA_FLAGS).
+# gradient of the mask; both take 1/H of the memory of the scores. cuDNN would save the mask for the backward pass of
+# each layer, which therefore repeats the forward pass. The backward pass accumulates in no fixed order unless XLA is
+# set to be deterministic (`--xla_gpu_deterministic_ops=true` in XLA_FLAGS).
 
 AMPERE, HOPPER = (8, 0), (9, 0)
 
@@ -74,19 +99,22 @@ AMPERE, HOPPER = (8, 0), (9, 0)
 def cudnn(inputs: AttentionInputs) -> jax.Array:
     """Return mixed_BTKGC, computed by cuDNN."""
 
-    def attend(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-        # is_causal repeats part of the mask, so that cuDNN skips later tokens. A window cannot be given with a mask.
+    def attend(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, **limits: Any) -> jax.Array:
         return jax.nn.dot_product_attention(
-            q_BTHC,
-            k_BSKC,
-            v_BSKC,
-            mask=mask_BTS[:, None],
-            scale=inputs.scale,
-            is_causal=True,
-            implementation="cudnn",
+            q_BTHC, k_BSKC, v_BSKC, scale=inputs.scale, is_causal=True, implementation="cudnn", **limits
         )
 
-    return call_sharded_kernel("cudnn", attend, inputs)
+    @jax.checkpoint
+    def attend_packed(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, first_key_BT: jax.Array) -> jax.Array:
+        # A window cannot be given with a mask. is_causal repeats part of it, so that cuDNN skips later tokens.
+        order_T = jnp.arange(q_BTHC.shape[1])
+        mask_BTS = attention_mask(order_T, first_key_BT, order_T, inputs.window)
+        return attend(q_BTHC, k_BSKC, v_BSKC, mask=mask_BTS[:, None])
+
+    if inputs.packed:
+        return call_sharded_kernel(attend_packed, inputs)
+    window = None if inputs.window is None else (inputs.window - 1, 0)
+    return call_sharded_kernel(partial(attend, local_window_size=window), inputs)
 
 
 def cudnn_unsupported_reason(spec: AttentionSpec) -> str | None:
@@ -117,43 +145,64 @@ def _reasons_of_libraries(spec: AttentionSpec) -> dict[str, bool]:
     }
 
 
-# Flash attention of the library tokamax (`pip install 'rustgpt_jax[kernels]'`), mainly for TPUs.
+# Flash attention of the library tokamax (`pip install 'rustgpt_jax[kernels]'`).
 #
-# Its kernel for TPUs, splash attention, takes the mask of one row, so rows are computed sequentially, which costs
-# nothing on a TPU core.
+# On GPUs it takes the first key of each query, so packed documents need no mask; only its Triton kernel draws one in
+# the backward pass. Its kernel for TPUs, splash attention, takes the mask of one row, so rows are computed
+# sequentially there, which costs nothing on a TPU core.
 
-# tokamax's implementations of flash attention by platform, in order of preference.
-IMPLEMENTATIONS = {"tpu": ("mosaic",), "gpu": ("mosaic", "triton")}
 # Tokens in the smallest block of splash attention.
 LANES = 128
 
 
+def is_mosaic_gpu(device: Device) -> bool:
+    """Return whether tokamax has a Mosaic kernel for a GPU: for Hopper, and Blackwell of data centers."""
+    return device.capability is not None and HOPPER <= device.capability < (11, 0)
+
+
+def takes_first_keys(spec: AttentionSpec) -> bool:
+    """Return whether rows are packed and a kernel of tokamax takes the first key of each query instead of a mask."""
+    return spec.packed and is_mosaic_gpu(spec.device) and spec.head_width in range(8, 129, 8)
+
+
 def tokamax(inputs: AttentionInputs) -> jax.Array:
     """Return mixed_BTKGC, computed by tokamax."""
-    library = importlib.import_module("tokamax")
+    # The public function takes no first keys.
+    library = importlib.import_module("tokamax._src.ops.attention.api")
     if not flags.FLAGS.is_parsed():  # Otherwise tokamax would parse the command line of this program.
         flags.FLAGS.mark_as_parsed()
-    platform = current_device().platform
-    implementation = IMPLEMENTATIONS[str(platform)]
+    device = current_device()
+    is_gpu, is_only_causal = device.platform == "gpu", not inputs.packed and inputs.window is None
+    gpu_implementation = "mosaic_gpu" if is_mosaic_gpu(device) else "triton"
+    implementation = library.IMPLEMENTATIONS[gpu_implementation if is_gpu else "mosaic_tpu"]
 
-    def attend(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-        masks = mask_BTS[:, None]
-        return library.dot_product_attention(
-            q_BTHC, k_BSKC, v_BSKC, mask=masks, scale=inputs.scale, implementation=implementation
-        )
+    def attend(
+        q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, first_key_BT: jax.Array | None = None
+    ) -> jax.Array:
+        order_T = jnp.arange(q_BTHC.shape[1])
+        if is_only_causal:
+            mask = library.base.Mask(is_causal=True)
+        elif is_gpu:
+            first_BT = jnp.broadcast_to(first_visible_key(order_T, first_key_BT, inputs.window), q_BTHC.shape[:2])
+            mask = library.base.Mask(k_start=first_BT[:, None], is_causal=True)
+        else:
+            mask = library.base.Mask(attention_mask(order_T, first_key_BT, order_T, inputs.window)[:, None])
+        return implementation(q_BTHC, k_BSKC, v_BSKC, mask=mask, logits_scale=inputs.scale)
 
+    @jax.checkpoint
     def attend_row_by_row(*arrays: jax.Array) -> jax.Array:
         return jax.lax.map(lambda row: attend(*(x[None] for x in row))[0], arrays)
 
-    return call_sharded_kernel("tokamax", attend if platform == "gpu" else attend_row_by_row, inputs)
+    return call_sharded_kernel(attend if is_gpu or is_only_causal else attend_row_by_row, inputs)
 
 
 def tokamax_unsupported_reason(spec: AttentionSpec) -> str | None:
     """Return why tokamax does not support a spec; None if it does."""
-    platform = spec.device.platform
+    platform, capability = spec.device
     reasons = {
         f"it has flash attention for TPUs and NVIDIA GPUs, and this is a {platform}": platform is not None
-        and platform not in IMPLEMENTATIONS,
+        and platform not in ("tpu", "gpu"),
+        "it needs a GPU of compute capability 8.0 or more": capability is not None and capability < AMPERE,
         "it is not installed: pip install 'rustgpt_jax[kernels]'": platform is not None
         and find_spec("tokamax") is None,
         **_reasons_of_libraries(spec),
