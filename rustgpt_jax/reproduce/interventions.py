@@ -20,7 +20,6 @@ from rustgpt_jax.training.hooks import MUST_BE_FINITE
 from rustgpt_jax.training.train_step import (
     State,
     compiled_init_state,
-    make_vmappable,
     stack,
     train_step,
 )
@@ -153,7 +152,7 @@ def compute_curves(
         return jax.lax.scan(step, state, batches_S)[1]
 
     return [
-        jax.vmap(partial(train, make_vmappable(static), state))(hparams_P)
+        jax.vmap(partial(train, static, state))(hparams_P)
         for static, (state, hparams_P) in zip(statics, lanes, strict=True)
     ]
 

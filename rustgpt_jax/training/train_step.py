@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rustgpt_jax.config.schema import Hyperparams, ModelConfig, StaticConfig, combine, is_enabled, replace_paths
+from rustgpt_jax.config.schema import Hyperparams, ModelConfig, StaticConfig, combine, is_enabled
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.evaluation.loss import LossSums, cross_entropy_sums, loss_sums, split_microbatches, total_loss
 from rustgpt_jax.model import transformer
@@ -361,13 +361,6 @@ class StepArgs(NamedTuple):
     first_step: Any
 
 
-def make_vmappable(static: StaticConfig) -> StaticConfig:
-    """Return a static config that supports `vmap`, with portable attention: library kernels cannot be batched."""
-    if static.model.attention.kernel != "auto":
-        return static
-    return replace_paths(static, {"model.attention.kernel": "portable"})
-
-
 def population_steps(mode: str, static: StaticConfig, states_P: State, args_P: StepArgs) -> tuple[State, Metrics]:
     """Take steps of every run of a population. Metrics have shape (P, slots).
 
@@ -381,10 +374,10 @@ def population_steps(mode: str, static: StaticConfig, states_P: State, args_P: S
     """
     if mode == "exact":
         return jax.lax.map(lambda run: train_steps(static, run[0], *run[1]), (states_P, args_P))
-    count, vmappable = jnp.max(args_P.count), make_vmappable(static)
+    count = jnp.max(args_P.count)
 
     def steps(state: State, args: StepArgs) -> tuple[State, Metrics]:
-        after, metrics = train_steps(vmappable, state, args.batches, count, args.hparams, args.first_step)
+        after, metrics = train_steps(static, state, args.batches, count, args.hparams, args.first_step)
         return jax.tree.map(partial(jnp.where, args.count > 0), after, state), metrics
 
     return jax.vmap(steps)(states_P, args_P)
