@@ -20,7 +20,7 @@ from rustgpt_jax.config.schema import Config, partition
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.training import checkpointing
-from rustgpt_jax.training.checkpointing import Checkpoints, CorruptCheckpoint, layout
+from rustgpt_jax.training.checkpointing import Checkpoints, CorruptCheckpoint, tree_spec
 from rustgpt_jax.training.optimizers import OPTIMIZERS, make_optimizer
 from rustgpt_jax.training.train_step import State, compiled_init_state, init_loss_stats
 
@@ -84,9 +84,9 @@ def test_layout_matches_a_real_state() -> None:
     config = small_config(**{"optimizer.name": "muon", "model.d_model": 8})
     static, hparams = partition(config)
     like = jax.eval_shape(lambda: compiled_init_state(static, hparams))
-    assert layout(like) == layout(state_of("muon"))
-    assert layout(like)["params/embedding/table"] == "float32[61, 8]"
-    assert layout(like)["step"] == "int32[]"
+    assert tree_spec(like) == tree_spec(state_of("muon"))
+    assert tree_spec(like)["params/embedding/table"] == "float32[61, 8]"
+    assert tree_spec(like)["step"] == "int32[]"
 
 
 def test_save_is_not_affected_by_later_donation(tmp_path: Path) -> None:

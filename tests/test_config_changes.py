@@ -10,14 +10,14 @@ import pytest
 from rich.console import Console
 from test_loop import Interruption, assert_same_bits, contents, metrics, stored_state, tiny, train
 
-from rustgpt_jax.config.schema import Config, EarlierConfig, may_change, stages
+from rustgpt_jax.config.schema import Config, EarlierConfig, can_change_on_resume, stages
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.reproduce.compare_metrics import compare_checkpoints, compare_records, compare_samples
 from rustgpt_jax.reproduce.recorded_run import RecordedRun
 from rustgpt_jax.reproduce.replay import replay_one_step
 from rustgpt_jax.reproduce.run_diff import diff_configs
 from rustgpt_jax.training import run_training
-from rustgpt_jax.training.config_checks import Change, resolve_change
+from rustgpt_jax.training.config_checks import ResumePlan, plan_resume
 from rustgpt_jax.training.load_model import load_model
 from rustgpt_jax.workdir.event_log import EventLog
 from rustgpt_jax.workdir.run_dir import RunDir, create_run_dir, load_config, load_earlier
@@ -149,8 +149,8 @@ def test_config_change_without_steps_keeps_earlier_configs(finished: Path, tmp_p
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     first = load_config(run)
 
-    def lengthened(steps: int) -> Change:
-        change = resolve_change(run, tiny(**{"schedule.name": "cosine", "training.steps": steps}), extends=True)
+    def lengthened(steps: int) -> ResumePlan:
+        change = plan_resume(run, tiny(**{"schedule.name": "cosine", "training.steps": steps}), extends=True)
         create_run_dir(run, change.config, {}, change.earlier)
         return change
 
@@ -159,7 +159,7 @@ def test_config_change_without_steps_keeps_earlier_configs(finished: Path, tmp_p
     stage, last = stages(load_config(run), load_earlier(run))
     assert (stage.end_step, stage.last_step, last.end_step) == (first.training.steps, 10, 24)
     # The same command changes nothing.
-    assert lengthened(24) == Change(load_config(run), load_earlier(run))
+    assert lengthened(24) == ResumePlan(load_config(run), load_earlier(run))
     for step in RunDir(run).saved_steps[1:]:
         shutil.rmtree(run / "checkpoints" / str(step))
     (left,) = RunDir(run).saved_steps
@@ -192,7 +192,7 @@ def test_impossible_config_change_is_an_error_and_changes_nothing(
 ) -> None:
     before = contents(finished)
     with pytest.raises(UserError, match=sentence) as refusal:
-        resolve_change(finished, tiny(**{"schedule.name": "cosine"}, **changes), extends)
+        plan_resume(finished, tiny(**{"schedule.name": "cosine"}, **changes), extends)
     assert "delete" not in str(refusal.value)
     assert contents(finished) == before
 
@@ -212,8 +212,8 @@ def test_losses_on_other_batches_do_not_count_for_the_best_checkpoint(finished: 
 
 def test_extend_requires_a_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--extend: .*none has no run to extend"):
-        resolve_change(tmp_path / "none", tiny(), extends=True)
-    assert resolve_change(tmp_path / "none", tiny()).earlier == ()
+        plan_resume(tmp_path / "none", tiny(), extends=True)
+    assert plan_resume(tmp_path / "none", tiny()).earlier == ()
 
 
 @pytest.mark.slow
@@ -226,7 +226,7 @@ def test_wsd_run_can_be_extended_before_its_decay(tmp_path: Path) -> None:
     longer = tiny(**stable, **LONGER)
     assert_same_bits(stored_state(longer, tmp_path / "run"), stored_state(longer, tmp_path / "straight"))
     with pytest.raises(UserError, match="the wsd schedule of 30 steps differs from that of 16 from step 13 on"):
-        resolve_change(tmp_path / "run", tiny(**stable, **{"training.steps": 30}))
+        plan_resume(tmp_path / "run", tiny(**stable, **{"training.steps": 30}))
 
 
 @pytest.mark.parametrize("earlier", ["null", "5", "[null]", '[{"until": "1"}]', '[{"until": -1}]', '[{"until": 3}]'])
@@ -249,5 +249,9 @@ def test_stages_are_split_at_config_changes() -> None:
 
 
 def test_only_knobs_that_do_not_affect_the_state_may_change() -> None:
-    assert may_change("logging.log_every") and may_change("stages.b.training.steps") and may_change("sampling.seed")
-    assert not any(map(may_change, ("seed", "stages", "data.seq_len", "stages.b.optimizer.learning_rate")))
+    assert (
+        can_change_on_resume("logging.log_every")
+        and can_change_on_resume("stages.b.training.steps")
+        and can_change_on_resume("sampling.seed")
+    )
+    assert not any(map(can_change_on_resume, ("seed", "stages", "data.seq_len", "stages.b.optimizer.learning_rate")))

@@ -44,7 +44,7 @@ def test_calls_make_no_implicit_transfers(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 def test_metrics_are_read_one_call_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    advanced, events = Trainer.on_steps_done, list[tuple[str, int]]()
+    advanced, events = Trainer.on_steps_dispatched, list[tuple[str, int]]()
 
     def noted(run: Trainer, count: int, read_metrics: Callable[[], Metrics], seconds: float) -> None:
         first = run.step
@@ -56,7 +56,7 @@ def test_metrics_are_read_one_call_late(tmp_path: Path, monkeypatch: pytest.Monk
 
         advanced(run, count, read, seconds)
 
-    monkeypatch.setattr(Trainer, "on_steps_done", noted)
+    monkeypatch.setattr(Trainer, "on_steps_dispatched", noted)
     train(tmp_path / "run", **STEPS)
     calls = [step for what, step in events if what == "begun"]
     assert len(calls) >= 4

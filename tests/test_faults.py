@@ -375,7 +375,7 @@ def test_copied_checkpoint_is_not_used_for_another_step(run: Path, straight: Pat
 def test_deleted_run_files_end_training_with_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, moment: int
 ) -> None:
-    run, advanced = tmp_path / "run", Trainer.on_steps_done
+    run, advanced = tmp_path / "run", Trainer.on_steps_dispatched
 
     def deleted(self: Trainer, count: int, *arguments: Any) -> None:
         advanced(self, count, *arguments)
@@ -383,7 +383,7 @@ def test_deleted_run_files_end_training_with_an_error(
             self.checkpoints.wait()
             (run / name).rename(tmp_path / "gone")
 
-    monkeypatch.setattr(Trainer, "on_steps_done", deleted)
+    monkeypatch.setattr(Trainer, "on_steps_dispatched", deleted)
     with pytest.raises(UserError, match=f"{run}.*(was deleted|cannot be written: ).* Training stopped at step"):
         train(tiny(), run)
 

@@ -232,10 +232,10 @@ def test_invalid_rungs_are_errors_before_anything_is_written(
     monkeypatch.setattr(commands, "use_cpu_devices", lambda _: None)
     monkeypatch.setattr(commands, "enable_compilation_cache", lambda: None)
     tree, search = tiny_tree(**changes), successive_halving(seeds(2), rungs)
-    command = commands.Command(INFO, SweepOptions(), dry_run=False)
+    args = commands.SweepArgs(INFO, SweepOptions(), dry_run=False)
     with pytest.raises(UserError, match=message):
         commands.run_sweep(
-            tree, search, make_trials(tree, seeds(2)), {}, tmp_path / "sweep", command, Console(file=StringIO())
+            tree, search, make_trials(tree, seeds(2)), {}, tmp_path / "sweep", args, Console(file=StringIO())
         )
     assert not (tmp_path / "sweep").exists()
 
@@ -520,8 +520,8 @@ def test_dry_run_of_a_search_prints_its_number_of_trials(tmp_path: Path, monkeyp
         is_halving = isinstance(spec, SuccessiveHalving)
         trials = make_trials(tiny_tree(), spec.trials) if is_halving else sample_feasible_points(tiny_tree(), spec)
         console = Console(file=StringIO(), width=200)
-        command = commands.Command(INFO, SweepOptions(), dry_run=True)
-        assert commands.run_sweep(tiny_tree(), spec, trials, {}, tmp_path / "sweep", command, console) == 0
+        args = commands.SweepArgs(INFO, SweepOptions(), dry_run=True)
+        assert commands.run_sweep(tiny_tree(), spec, trials, {}, tmp_path / "sweep", args, console) == 0
         text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
         assert message in text and "Nothing was run." in text
         assert ("if none of them is pruned" in text) == is_halving

@@ -16,7 +16,7 @@ from scipy import stats
 from rustgpt_jax.sweeps.report.stats import (
     Comparison,
     Interval,
-    Shares,
+    VarianceDecomposition,
     compare_paired,
     compare_with_best,
     compute_lr_sensitivity,
@@ -363,7 +363,7 @@ def test_undetermined_shares_are_nan() -> None:
 
 def test_equal_losses_have_zero_shares() -> None:
     found = decompose_variance({"a": [0, 0, 1, 1] * 2, "b": [0, 1, 0, 1] * 2}, [0.1] * 8)
-    assert found == Shares({"a": 0.0, "b": 0.0}, {}, 1.0)
+    assert found == VarianceDecomposition({"a": 0.0, "b": 0.0}, {}, 1.0)
 
 
 def test_columns_of_another_length_are_an_error() -> None:

@@ -435,7 +435,7 @@ def to_lab(color: str) -> np.ndarray:
     "values", [(1e-3, 1.1e-3), (1e-4, 1e-3, 1.1e-3, 1e-1), (0.0, 1e-3, 1.0001e-3, 1e-2, 2e-2, 0.5, 0.9, 0.91)]
 )
 def test_close_values_have_distinguishable_colors(values: tuple[float, ...]) -> None:
-    colors = [KnobColors("learning rate", make_scale(values)).variable(value) for value in values]
+    colors = [KnobColors("learning rate", make_scale(values)).css_variable(value) for value in values]
     for theme in re.findall(r":root\{(.*?)\}", make_css()):
         known = dict(re.findall(r"--([\w-]+):(#\w+);", theme))
         labs = [to_lab(known[color]) for color in colors]

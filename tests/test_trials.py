@@ -166,7 +166,7 @@ def test_feasible_points_cover_all_valid_options() -> None:
     assert heads["model.d_model"].quantile(0.5) % heads["model.attention.n_heads"].quantile(0.5) == 0
     odd = {"model.attention.n_heads": choice(2, 3, 7), "model.d_model": choice(16, 20, 24)}
     with pytest.raises(UserError):
-        make_trial(TREE, tpe(4, odd).middle)
+        make_trial(TREE, tpe(4, odd).median_point)
     for space, left_out in ((heads, set()), (odd, {7})):
         found = sample_feasible_points(TREE, tpe(4, space, seeds=(5,)))
         assert len({each.id for each in found}) > 1

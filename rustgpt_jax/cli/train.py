@@ -81,11 +81,11 @@ def _submit(args: argparse.Namespace, folder: Path, config: Any) -> int:
     """Submit the run to Slurm."""
     from rustgpt_jax.config.schema import uses_epochs
     from rustgpt_jax.sweeps.slurm import make_job_script, submit
-    from rustgpt_jax.training.config_checks import resolve_change, validate_components
+    from rustgpt_jax.training.config_checks import plan_resume, validate_components
 
     # The job converts epochs into steps.
     if not uses_epochs(config):
-        resolve_change(folder, config, args.extend)
+        plan_resume(folder, config, args.extend)
     validate_components(config)
     flags = [flag for flag in args.flags if not flag.startswith(("--launcher=", "--slurm="))]
     overrides = [f"--config.{path}={text}" for path, text in args.overrides]
@@ -142,10 +142,10 @@ def run_sweep(args: argparse.Namespace) -> int:
 
     settings = SweepOptions(args.launcher, args.mode, args.width, args.workers, dict(args.slurm))
     info = SweepInfo(args.config, function.__name__, origins)
-    command = sweeps.Command(info, settings, args.dry_run, args.allow_oversubscription)
+    sweep_args = sweeps.SweepArgs(info, settings, args.dry_run, args.allow_oversubscription)
     name = "_".join([Path(args.config).stem, *function.__name__.split("_", 1)[1:]])
     return sweeps.run_sweep(
-        values, spec, trials, fixed, Path(args.run or Path("runs") / name), command, PlainTextConsole()
+        values, spec, trials, fixed, Path(args.run or Path("runs") / name), sweep_args, PlainTextConsole()
     )
 
 

@@ -1011,7 +1011,7 @@ def unflatten(values: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def may_change(path: str) -> bool:
+def can_change_on_resume(path: str) -> bool:
     """Return whether a knob may change when a run continues: what is recorded, the mesh, and the number of steps."""
     knob = path.split(".", 2)[-1] if path.startswith("stages.") else path
     return knob.startswith(("logging.", "sampling.", "mesh.")) or knob in (

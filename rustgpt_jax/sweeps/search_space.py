@@ -256,7 +256,7 @@ class TPE:
         return self.n_trials * max(1, len(self.seeds))
 
     @property
-    def middle(self) -> Overrides:
+    def median_point(self) -> Overrides:
         """The median of each distribution."""
         return {path: distribution.quantile(0.5) for path, distribution in self.space}
 

@@ -93,27 +93,27 @@ class _JobMonitor:
         # While the controller is down, its jobs continue.
         if queue is None:
             return
-        unfinished = []
+        retried = []
         for chunk, jobs in list(self.jobs.items()):
             states = {job: queue.get(job, FORGOTTEN) for job in jobs}
             if set(states.values()) <= ENDED_JOBS:
                 del self.jobs[chunk]
                 # The only trials that an ended job leaves unfinished are locked by other workers.
                 failed = {job: state for job, state in states.items() if state != "COMPLETED"}
-                if failed and self._unsettled(chunk) and self._should_retry(chunk, *failed.popitem()):
-                    unfinished.append(chunk)
-        self._submit(unfinished)
+                if failed and self._unfinished(chunk) and self._should_retry(chunk, *failed.popitem()):
+                    retried.append(chunk)
+        self._submit(retried)
 
-    def _unsettled(self, chunk: Chunk) -> list[str]:
+    def _unfinished(self, chunk: Chunk) -> list[str]:
         """Return the trials that have neither reached the end of their chunk nor failed since this launch began."""
         states = self._ledger.states()
 
-        def is_over(trial: str) -> bool:
+        def is_finished(trial: str) -> bool:
             if states[trial]["event"] == "failed":
                 return states[trial] != self._states_before[trial]
             return is_done_until(states[trial], chunk.until)
 
-        return [trial for trial in chunk.trials if not is_over(trial)]
+        return [trial for trial in chunk.trials if not is_finished(trial)]
 
     def _should_retry(self, chunk: Chunk, job: str, state: str) -> bool:
         """Return whether to resubmit a chunk; if not, record its trials as failed."""
@@ -131,7 +131,7 @@ class _JobMonitor:
             f"{where}"
         )
         details = {"error": error, "traceback": text}
-        self._ledger.append_all([(trial, "failed", details) for trial in self._unsettled(chunk)])
+        self._ledger.append_all([(trial, "failed", details) for trial in self._unfinished(chunk)])
         return False
 
     def _submit(self, chunks: Sequence[Chunk]) -> None:

@@ -144,9 +144,9 @@ class Sweep:
                 self._announced.add(text)
                 self.message(text)
         run_chunks = lookup(LAUNCHERS, self._options.launcher, "--launcher")
-        while not self.stop and (unsettled := self.unsettled(trials, until)):
-            run_chunks(self._launch, [chunk for plan in plans for chunk in plan.chunks(unsettled, until)])
-            if not self.stop and self.unsettled(trials, until) == unsettled:
+        while not self.stop and (unfinished := self.unfinished(trials, until)):
+            run_chunks(self._launch, [chunk for plan in plans for chunk in plan.chunks(unfinished, until)])
+            if not self.stop and self.unfinished(trials, until) == unfinished:
                 time.sleep(POLL_SECONDS)
 
     def _plan(self, trials: Sequence[Trial]) -> list[Plan]:
@@ -160,7 +160,7 @@ class Sweep:
         classes = group_by_shape(trials, self.assets)
         return [make_plan(shape_class, self._machine, options.mode, options.width) for shape_class in classes]
 
-    def unsettled(self, trials: Sequence[Trial], until: int | None = None) -> list[str]:
+    def unfinished(self, trials: Sequence[Trial], until: int | None = None) -> list[str]:
         """Return the trials that have not reached the step `until` or their end, and have not failed in this launch."""
         states, failed = self.ledger.states(), self.failed()
         return [

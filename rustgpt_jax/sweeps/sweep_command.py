@@ -96,7 +96,7 @@ def _classes_table(plans: Sequence[Plan]) -> Table:
 
 
 @dataclass(frozen=True)
-class Command:
+class SweepArgs:
     """The arguments of the `sweep` command."""
 
     info: SweepInfo
@@ -106,7 +106,7 @@ class Command:
 
 
 def run_sweep(
-    tree: Any, spec: Spec, trials: Sequence[Trial], fixed: Overrides, path: Path, command: Command, console: Console
+    tree: Any, spec: Spec, trials: Sequence[Trial], fixed: Overrides, path: Path, args: SweepArgs, console: Console
 ) -> int:
     """Run a sweep in a folder and write its report.
 
@@ -116,13 +116,13 @@ def run_sweep(
         trials: The trials known in advance; for a TPE search, examples to validate the config with.
         fixed: The values of knobs set on the command line, which are not searched.
         path: The folder.
-        command: The arguments of the command.
+        args: The arguments of the command.
         console: The console for the preview, the progress and the report.
 
     Returns:
         The exit status: 1 if a trial failed, or the exit status for the signal that stopped the sweep.
     """
-    options, is_tpe = command.options, isinstance(spec, TPE)
+    options, is_tpe = args.options, isinstance(spec, TPE)
     check_options(options)
     use_cpu_devices(count_cores())
     enable_compilation_cache()
@@ -130,17 +130,17 @@ def run_sweep(
         search.check_validation(trials)
     if isinstance(spec, SuccessiveHalving):
         search.check_rungs(spec, trials)
-    if not (command.dry_run or command.allow_oversubscription or options.launcher == "slurm"):
+    if not (args.dry_run or args.allow_oversubscription or options.launcher == "slurm"):
         _check_each(trials, _check_memory, is_tpe)
     with show_progress(console, "characters read and encoded") as progress, show_spinner(console, "reading the data"):
         assets = AssetCache(progress=progress)
         if is_tpe:
             search.check_components(trials)
         _check_each(trials, lambda trial: check_trials([trial], assets), is_tpe)
-    if command.dry_run:
+    if args.dry_run:
         print_preview(trials, assets, detect_machine(), options.mode, options.width, console, spec)
         return 0
-    with open_sweep(path, command.info, options, assets, console) as sweep:
+    with open_sweep(path, args.info, options, assets, console) as sweep:
         match spec:
             case SuccessiveHalving():
                 search.run_successive_halving(sweep, spec, trials)

@@ -119,8 +119,8 @@ def _check_fixed(overrides: Iterable[str], fixed: Iterable[str]) -> None:
 def sample_feasible_points(tree: Any, search: TPE, fixed: Mapping[str, Any] = NO_OVERRIDES) -> list[Trial]:
     """Return valid points of a search that cover each option of each choice, for validating a config.
 
-    The first is the middle of the space if it is valid. Options without a valid point are omitted, just as a search
-    skips invalid points.
+    The first is the median point of the space if it is valid. Options without a valid point are omitted, just as a
+    search skips invalid points.
 
     Raises:
         UserError: A knob or one of its values is invalid in any config, or no point is valid.
@@ -131,7 +131,7 @@ def sample_feasible_points(tree: Any, search: TPE, fixed: Mapping[str, Any] = NO
         for value in distribution.options if isinstance(distribution, Categorical) else examples:
             check_value(path, value)
     get_assets = functools.cache(_make_asset_cache)
-    points = [search.middle, *sample(N_PROBES, dict(search.space))]
+    points = [search.median_point, *sample(N_PROBES, dict(search.space))]
     options = [
         {path: option} for path, choice in search.space if isinstance(choice, Categorical) for option in choice.options
     ]
@@ -144,8 +144,8 @@ def sample_feasible_points(tree: Any, search: TPE, fixed: Mapping[str, Any] = NO
         return None
 
     found = list(filter(None, map(find_valid, options)))
-    # If no point is valid, raise the error of the middle one.
-    first = find_valid({}) or next(iter(found), None) or make_trial(tree, search.middle, fixed, get_assets)
+    # If no point is valid, raise the error of the median point.
+    first = find_valid({}) or next(iter(found), None) or make_trial(tree, search.median_point, fixed, get_assets)
     return [first, *(trial for trial in found if trial.id != first.id)]
 
 

@@ -114,7 +114,7 @@ class Worker:
             self._ledger.append_all([(trial, "began", {"step": run.step, **details}) for trial, run in group.items()])
             if chunk.mode == "solo":
                 run_training_loop(members, SingleRunExecutor(members[0]), self._is_stop_requested)
-            elif not all(run.is_over for run in members):
+            elif not all(run.is_finished for run in members):
                 run_training_loop(
                     members, PopulationExecutor(chunk.mode, members, chunk.width), self._is_stop_requested
                 )
@@ -132,8 +132,8 @@ class Worker:
 def _get_outcome(run: Trainer) -> tuple[str, dict[str, int]]:
     if run.diverged_at is not None:
         return "diverged", {"step": run.diverged_at}
-    is_finished = run.is_over and run.step >= run.inputs.total_steps
-    return "finished" if is_finished else "stopped", {"step": run.step}
+    is_complete = run.is_finished and run.step >= run.inputs.total_steps
+    return "finished" if is_complete else "stopped", {"step": run.step}
 
 
 def main(sweep: str, code: str) -> None:

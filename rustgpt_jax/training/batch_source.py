@@ -103,8 +103,8 @@ CACHED_STREAMS = 4
 class BatchSource(Protocol):
     """The batches of a stage of a run, starting at a given step."""
 
-    def take(self, count: int, n_slots: int) -> Batch:
-        """Return the batches of the next `count` steps, stacked and padded to `n_slots`."""
+    def next_batches(self, count: int, pad_to: int) -> Batch:
+        """Return the batches of the next `count` steps, stacked and padded to `pad_to`."""
 
     def close(self) -> None:
         """Release resources."""
@@ -127,9 +127,9 @@ class FileBatchSource:
         rows = plan.local_rows(data.stage.config.training.batch_size, data.seq_len)
         self._batches = data.training_batches(rows).iterate(step)
 
-    def take(self, count: int, n_slots: int) -> Batch:
-        """Return the batches of `BatchSource.take`, in host memory."""
-        return Batch(*_stack([next(self._batches) for _ in range(count)], n_slots))
+    def next_batches(self, count: int, pad_to: int) -> Batch:
+        """Return the batches of `BatchSource.next_batches`, in host memory."""
+        return Batch(*_stack([next(self._batches) for _ in range(count)], pad_to))
 
     def close(self) -> None:
         """Stop the thread."""
@@ -143,10 +143,10 @@ class DeviceBatchSource:
         self._batches, self._step, self._seq_len = data.training_batches(), step, data.seq_len
         self._plan, self._stream = plan, stream
 
-    def take(self, count: int, n_slots: int) -> Batch:
-        """Return the batches of `BatchSource.take`, on the devices."""
+    def next_batches(self, count: int, pad_to: int) -> Batch:
+        """Return the batches of `BatchSource.next_batches`, on the devices."""
         steps = range(self._step, self._step + count)
-        offsets = SequenceOffsets(*_stack([self._batches.locate(step) for step in steps], n_slots))
+        offsets = SequenceOffsets(*_stack([self._batches.locate(step) for step in steps], pad_to))
         self._step += count
         offsets = self._plan.replicate(jax.tree.map(np.int32, offsets))
         shape = (*offsets.starts_B.shape, self._seq_len)
@@ -165,7 +165,7 @@ def _load_device_stream(store: Path, plan: ShardingPlan, device: jax.Device) -> 
     return plan.replicate(make_device_stream(open_store(store).split("train")))
 
 
-def _stack(parts: list[tuple[np.ndarray, ...]], n_slots: int) -> list[np.ndarray]:
-    """Stack the arrays of some steps, padded to `n_slots` with those of the last step, which are never used."""
-    parts = parts + [parts[-1]] * (n_slots - len(parts))
+def _stack(parts: list[tuple[np.ndarray, ...]], pad_to: int) -> list[np.ndarray]:
+    """Stack the arrays of some steps, padded to `pad_to` with those of the last step, which are never used."""
+    parts = parts + [parts[-1]] * (pad_to - len(parts))
     return [np.stack(leaves) for leaves in zip(*parts, strict=True)]

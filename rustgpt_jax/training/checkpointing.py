@@ -136,7 +136,7 @@ class Checkpoints:
                     "config_hash": config_hash(self._config),
                     "config": to_dict(self._config),
                     "is_scheduled": is_scheduled,
-                    "layout": layout(state),
+                    "layout": tree_spec(state),
                     "fingerprints": fingerprint_tree(state),
                 }
                 args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(metadata))
@@ -281,7 +281,7 @@ class Checkpoints:
         with _agree_on_corruption():
             _verify_checksums(self._folder / str(step))
             metadata = read_metadata(self._folder, step)
-        self._check(metadata, layout(like), f"{self._folder}/{step}")
+        self._check(metadata, tree_spec(like), f"{self._folder}/{step}")
         # The device that an array was saved from may not exist here.
         default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(
@@ -447,6 +447,6 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def layout(tree: Any) -> dict[str, str]:
+def tree_spec(tree: Any) -> dict[str, str]:
     """Return the dtype and shape of each array of a tree: {'params/embedding/table': 'float32[65, 128]'}."""
     return {path: f"{leaf.dtype}{json.dumps(leaf.shape)}" for path, leaf in flatten_paths(tree).items()}

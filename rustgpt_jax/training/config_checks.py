@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from rustgpt_jax.config.schema import STEPS, Config, EarlierConfig, affects_result, may_change, stages
+from rustgpt_jax.config.schema import STEPS, Config, EarlierConfig, affects_result, can_change_on_resume, stages
 from rustgpt_jax.data.datasets import CORPORA
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import interfaces
@@ -66,15 +66,15 @@ def _check_function(table: Mapping[str, Any], name: str, knob: str, *arguments: 
 # rerun applies the same changes at the same steps.
 
 
-class Change(NamedTuple):
-    """The config to continue a run with, the earlier configs, and messages about the change."""
+class ResumePlan(NamedTuple):
+    """How a run continues: its config, its earlier configs, and messages about changes."""
 
     config: Config
     earlier: tuple[EarlierConfig, ...] = ()
     messages: tuple[str, ...] = ()
 
 
-def resolve_change(path: Path, config: Config, extends: bool = False) -> Change:
+def plan_resume(path: Path, config: Config, extends: bool = False) -> ResumePlan:
     """Return how a run continues with a config. Nothing is written.
 
     Args:
@@ -89,10 +89,10 @@ def resolve_change(path: Path, config: Config, extends: bool = False) -> Change:
     if not run.config_file.exists():
         if extends:
             raise UserError(f"--extend: {path} has no run to extend.")
-        return Change(config)
+        return ResumePlan(config)
     stored, earlier = load_config(path), load_earlier(path)
     changed = {knob: values for knob, values in diff_configs(stored, config).items() if affects_result(knob)}
-    fixed = {knob: values for knob, values in changed.items() if not may_change(knob)}
+    fixed = {knob: values for knob, values in changed.items() if not can_change_on_resume(knob)}
     if fixed:
         shown = "; ".join(
             f"{knob} is {there!r} in the run and {here!r} in this config" for knob, (there, here) in fixed.items()
@@ -104,7 +104,7 @@ def resolve_change(path: Path, config: Config, extends: bool = False) -> Change:
     extends = extends and bool(changed or not was_extended)
     messages = _check_steps(path, stored, config, changed, n_done, extends)
     if not changed or stages(config)[-1].end_step == n_done:
-        return Change(stored if changed else config, earlier)
+        return ResumePlan(stored if changed else config, earlier)
     # Steps after the last checkpoint are trained again. A config that no step was trained with stays in the list.
     earlier = tuple(each._replace(until=min(each.until, n_done)) for each in earlier)
     values = "; ".join(f"{knob} is {here!r} instead of {there!r}" for knob, (there, here) in changed.items())
@@ -113,7 +113,9 @@ def resolve_change(path: Path, config: Config, extends: bool = False) -> Change:
             "Validation losses before that step are from other batches, so they do not count for the best checkpoint."
         )
         messages = (*messages, message)
-    return Change(config, (*earlier, EarlierConfig(n_done, stored)), (f"From step {n_done} on, {values}.", *messages))
+    return ResumePlan(
+        config, (*earlier, EarlierConfig(n_done, stored)), (f"From step {n_done} on, {values}.", *messages)
+    )
 
 
 def _check_steps(

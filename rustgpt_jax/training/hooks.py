@@ -67,8 +67,8 @@ class ProgressSink(Protocol):
 
 
 @dataclass
-class StepEvent:
-    """The argument of the hooks, which are called one after another.
+class HookContext:
+    """The argument of the hooks of one step, which are called one after another.
 
     Attributes:
         step: The number of steps done.
@@ -90,7 +90,7 @@ class StepEvent:
 class Hook(Protocol):
     """A function that is called after a step with an evaluation or checkpoint, and at the end of a stage or run."""
 
-    def __call__(self, event: StepEvent) -> bool:
+    def __call__(self, context: HookContext) -> bool:
         """Run the hook. Returns False to skip the hooks after it."""
 
 
@@ -121,9 +121,9 @@ class LogMetrics:
         # None if it is unknown when the device began the call.
         self._clock: float | None = time.perf_counter()
 
-    def __call__(self, event: StepEvent) -> bool:
+    def __call__(self, context: HookContext) -> bool:
         """Write all pending metrics. Returns False if a step is not finite."""
-        del event
+        del context
         self.flush()
         return self.nonfinite_step is None
 
@@ -199,15 +199,15 @@ class Evaluate:
         """Return whether to evaluate after a step."""
         return step % self.data.stage.config.logging.eval_every == 0 or step == self.data.stage.end_step
 
-    def __call__(self, event: StepEvent) -> bool:
+    def __call__(self, context: HookContext) -> bool:
         """Evaluate if it is due. Returns False if the evaluation was stopped, in which case nothing was written."""
-        if not (self.is_due(event.step) or event.has_pending_evaluation):
+        if not (self.is_due(context.step) or context.has_pending_evaluation):
             return True
         try:
-            event.is_best = self.evaluate(event.state, event.step, event.is_stop_requested)
+            context.is_best = self.evaluate(context.state, context.step, context.is_stop_requested)
         except EvaluationStopped:
-            event.is_evaluation_stopped = True
-        return not event.is_evaluation_stopped
+            context.is_evaluation_stopped = True
+        return not context.is_evaluation_stopped
 
     def evaluate(self, state: State, step: int, is_stop_requested: Callable[[], bool]) -> bool:
         """Evaluate a state and write samples. Returns whether its loss is the lowest of the stage so far.
@@ -282,9 +282,9 @@ class SaveCheckpoint:
         """Return whether a checkpoint is scheduled after a step."""
         return step % self.data.stage.config.logging.checkpoint_every == 0 or step == self.data.stage.end_step
 
-    def __call__(self, event: StepEvent) -> bool:
+    def __call__(self, context: HookContext) -> bool:
         """Start saving the state if it is due."""
-        is_scheduled = self.is_due(event.step) or event.is_best
-        if is_scheduled or event.step == self.last_step:
-            self.checkpoints.save(event.state, event.step, event.is_best, is_scheduled)
+        is_scheduled = self.is_due(context.step) or context.is_best
+        if is_scheduled or context.step == self.last_step:
+            self.checkpoints.save(context.state, context.step, context.is_best, is_scheduled)
         return True

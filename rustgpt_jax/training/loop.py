@@ -62,34 +62,34 @@ def run_training_loop(
             _run_hooks(trainer, executor.get_state(index), is_stop_requested)
     while True:
         before_call()
-        unfinished = {index: trainer for index, trainer in enumerate(trainers) if not trainer.is_over}
+        unfinished = {index: trainer for index, trainer in enumerate(trainers) if not trainer.is_finished}
         if is_stop_requested() or not unfinished:
             break
         # Advance the runs that need the same program as the first one.
         static = next(iter(unfinished.values())).program.static
         active = {index: trainer for index, trainer in unfinished.items() if trainer.program.static == static}
-        n_steps = min(trainer.steps_to_event() for trainer in active.values())
+        n_steps = min(trainer.steps_to_next_hook() for trainer in active.values())
         began = time.perf_counter()
         read_metrics = executor.run_steps(active, n_steps)
         seconds = time.perf_counter() - began
         for index, trainer in active.items():
-            trainer.on_steps_done(n_steps, partial(read_metrics, index), seconds)
+            trainer.on_steps_dispatched(n_steps, partial(read_metrics, index), seconds)
         for index, trainer in active.items():
-            if trainer.has_event:
+            if trainer.is_hook_due:
                 _run_hooks(trainer, executor.get_state(index), is_stop_requested)
             if trainer.needs_rewind:
                 executor.set_state(index, trainer.rewind())
     for index, trainer in enumerate(trainers):
-        if not trainer.is_over:
+        if not trainer.is_finished:
             trainer.stop(executor.get_state(index))
 
 
 def _run_hooks(trainer: "Trainer", state: State, is_stop_requested: Callable[[], bool]) -> None:
-    event = trainer.new_event(state, is_stop_requested)
+    context = trainer.make_hook_context(state, is_stop_requested)
     for hook in trainer.hooks:
-        if not hook(event):
+        if not hook(context):
             break
-    trainer.on_event_done(event)
+    trainer.on_hooks_done(context)
 
 
 class SingleRunExecutor:

@@ -67,8 +67,8 @@ class RunInputs:
         """The total number of steps of all stages."""
         return self.stages[-1].stage.end_step
 
-    def find_last_incomparable_step(self, data: StageData) -> int:
-        """Return the last step before a stage whose validation loss was measured on other batches."""
+    def last_step_with_other_eval_batches(self, data: StageData) -> int:
+        """Return the last step before a stage whose validation losses were measured on other batches, or 0."""
         earlier = [each.stage for each in self.stages[: self.stages.index(data)]]
         n_batches = data.stage.config.logging.eval_batches
         return max((stage.last_step for stage in earlier if stage.config.logging.eval_batches != n_batches), default=0)

@@ -27,7 +27,7 @@ from rustgpt_jax.sharding.sharding_plan import check_host_offload, describe_mesh
 from rustgpt_jax.tokenizers import Tokenizer
 from rustgpt_jax.tracking.console import Progress, StartupTimer, format_count, format_duration, show_progress
 from rustgpt_jax.tracking.plots import draw_loss_curves
-from rustgpt_jax.training.config_checks import resolve_change, validate_components
+from rustgpt_jax.training.config_checks import plan_resume, validate_components
 from rustgpt_jax.training.loop import SingleRunExecutor, run_training_loop
 from rustgpt_jax.training.memory_estimate import check_training_memory
 from rustgpt_jax.training.run_inputs import prepare_inputs, prepare_tokenizer
@@ -112,7 +112,7 @@ def train(
     # Read the code now: it may be edited while the data are prepared.
     record_code()
     resolved, tokenizer = _resolve_epochs(config, RunDir(path).tokenizer_file, console)
-    config, earlier, messages = resolve_change(path, resolved.config, extends)
+    config, earlier, messages = plan_resume(path, resolved.config, extends)
     origins = {**origins, **resolved.origins}
     for message in (*resolved.messages, *messages):
         console.print(message, markup=False, highlight=False, soft_wrap=True)
@@ -168,7 +168,7 @@ def _run_to_end(
     began = time.perf_counter()
     with StopRequest() as stop, Progress(console, total_steps) as progress, _translate_io_errors(run):
         run.begin(progress)
-        if run.is_over:
+        if run.is_finished:
             progress.message(f"{path} is complete: {total_steps} steps. There is nothing to do.")
             return 0
         for message in (_headline(run, path), *_compile_time_warnings(run), *_attention_messages(run)):
@@ -191,7 +191,7 @@ def _run_to_end(
         run.finish()
     if run.diverged_at is not None:
         return EXIT_USER_ERROR
-    if not run.is_over:
+    if not run.is_finished:
         remedy = "The same command continues from there."
         console.print(f"Stopped by {stop.signal_name} at step {run.step}, saved. {remedy}", highlight=False)
         return stop.exit_status

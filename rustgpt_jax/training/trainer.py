@@ -22,12 +22,12 @@ from rustgpt_jax.training.batch_source import BatchSource, make_batch_source
 from rustgpt_jax.training.checkpointing import Checkpoints, CorruptCheckpoint
 from rustgpt_jax.training.hooks import (
     Evaluate,
+    HookContext,
     LogMetrics,
     NonFiniteStep,
     PendingMetrics,
     ProgressSink,
     SaveCheckpoint,
-    StepEvent,
 )
 from rustgpt_jax.training.memory_estimate import state_shapes
 from rustgpt_jax.training.run_inputs import RunInputs, StageProgram
@@ -142,7 +142,7 @@ class Trainer:
     # Position.
 
     @property
-    def is_over(self) -> bool:
+    def is_finished(self) -> bool:
         """True if training has reached its end or diverged."""
         is_at_end = self.step >= self.end_step and not self.has_pending_evaluation
         return is_at_end or self.diverged_at is not None
@@ -218,7 +218,7 @@ class Trainer:
         is_unfinished = {event["step"]: not event["is_done"] for event in events}.get(self.step, False)
         # Only process 0 has the event log of the run.
         self._stopped_evaluation = None if all_agree(not is_unfinished) else self.step
-        if self.is_over:
+        if self.is_finished:
             return
         excluded = record_launch(self.folder, self.step, mode, width, self.plan.n_devices, self.plan.sizes)
         if excluded:
@@ -292,13 +292,13 @@ class Trainer:
             self._writer.close()
             self._writer = None
 
-    def steps_to_event(self) -> int:
-        """Return the maximum number of steps of the next call, which ends at the next event or break step."""
+    def steps_to_next_hook(self) -> int:
+        """Return the maximum number of steps of the next call, which ends where a hook is due or at a break step."""
         stage = self.stage.stage
         logging = stage.config.logging
-        events = [(self.step // every + 1) * every for every in (logging.eval_every, logging.checkpoint_every)]
-        events += [step for step in self.break_steps if step > self.step]
-        most = min(stage.config.training.steps_per_jit_call, min(stage.last_step, self.end_step, *events) - self.step)
+        due = [(self.step // every + 1) * every for every in (logging.eval_every, logging.checkpoint_every)]
+        due += [step for step in self.break_steps if step > self.step]
+        most = min(stage.config.training.steps_per_jit_call, min(stage.last_step, self.end_step, *due) - self.step)
         # The number of steps per call does not change results. It is one until the duration of a step is known.
         seconds = self._pace.update(self._seconds_per_step.get(self.program.static, math.inf))
         return min(most, max(1, int(MAX_CALL_SECONDS / max(seconds, 1e-9))))
@@ -307,10 +307,10 @@ class Trainer:
         """Return this process's rows of the batches of the next `count` steps, stacked."""
         if self._batch_source is None:
             self._batch_source = make_batch_source(self.stage, self.plan, self.step + self._skipped)
-        return self._batch_source.take(count, self.stage.stage.config.training.steps_per_jit_call)
+        return self._batch_source.next_batches(count, self.stage.stage.config.training.steps_per_jit_call)
 
-    def on_steps_done(self, n_steps: int, read_metrics: Callable[[], Metrics], seconds: float) -> None:
-        """Advance the position after a call was started.
+    def on_steps_dispatched(self, n_steps: int, read_metrics: Callable[[], Metrics], seconds: float) -> None:
+        """Advance the step counter after the compiled steps have been dispatched.
 
         Args:
             n_steps: The number of steps of the call.
@@ -321,21 +321,21 @@ class Trainer:
         self.step += n_steps
 
     @property
-    def has_event(self) -> bool:
+    def is_hook_due(self) -> bool:
         """True if a hook is due after the last step."""
         log, evaluate, save = self.hooks
         is_at_end = self.step in (log.data.stage.last_step, self.end_step)
         return evaluate.is_due(self.step) or save.is_due(self.step) or is_at_end
 
-    def new_event(self, state: State, is_stop_requested: Callable[[], bool]) -> StepEvent:
+    def make_hook_context(self, state: State, is_stop_requested: Callable[[], bool]) -> HookContext:
         """Return the argument for the hooks after the last step."""
-        return StepEvent(self.step, state, is_stop_requested, self.has_pending_evaluation)
+        return HookContext(self.step, state, is_stop_requested, self.has_pending_evaluation)
 
-    def on_event_done(self, event: StepEvent) -> None:
+    def on_hooks_done(self, context: HookContext) -> None:
         """Record that all hooks were called, or that an evaluation was stopped and has to be repeated."""
         data = self.hooks[0].data
-        if event.is_evaluation_stopped:
-            if not event.has_pending_evaluation:
+        if context.is_evaluation_stopped:
+            if not context.has_pending_evaluation:
                 self._events.append("evaluation", step=self.step, is_done=False)
                 self._stopped_evaluation = self.step
             return
@@ -346,7 +346,7 @@ class Trainer:
         if self.step == data.stage.last_step:
             self._close_source()
             self._hooks = self._hooks if self.step >= self.end_step else None
-        if event.has_pending_evaluation:
+        if context.has_pending_evaluation:
             # After the checkpoint is marked as the best.
             self._events.append("evaluation", step=self.step, is_done=True)
             self._stopped_evaluation = None
@@ -386,7 +386,7 @@ class Trainer:
         """The hooks of the stage of the last step, in the order in which they are called."""
         if self._hooks is None:
             assert self._writer is not None, "begin() opens the metrics file"
-            data, incomparable_until = self.stage, self.inputs.find_last_incomparable_step(self.stage)
+            data, incomparable_until = self.stage, self.inputs.last_step_with_other_eval_batches(self.stage)
             log = LogMetrics(data, self._writer, self._progress, self.plan, self._seconds_per_step)
             evaluate = Evaluate(data, self.folder, self.inputs.tokenizer, log, incomparable_until)
             self._hooks = log, evaluate, SaveCheckpoint(data, self.checkpoints, self.end_step)

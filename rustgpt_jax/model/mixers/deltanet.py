@@ -11,7 +11,7 @@ from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.interfaces import BlockInputs
 from rustgpt_jax.model.layers import NORMS, Linear
 from rustgpt_jax.model.matmul import to_float32
-from rustgpt_jax.model.mixers.short_conv import ShortConvolution, document_numbers
+from rustgpt_jax.model.mixers.short_conv import ShortConvolution, document_ids
 from rustgpt_jax.registry import lookup
 
 # Tokens that are processed together; affects speed, and results only by rounding.
@@ -147,7 +147,7 @@ class GatedDeltaNet(nn.Module):
             v_BTHE,
             beta_BTH,
             g_BTH,
-            document_numbers(inputs),
+            document_ids(inputs),
             _initial_state(config, batch) if cache is None else cache.state_BHCE,
         )
         norm = lookup(NORMS, config.norm, "config.model.norm")(config, name="output_norm")

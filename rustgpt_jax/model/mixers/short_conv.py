@@ -19,7 +19,7 @@ def document_starts(inputs: BlockInputs) -> jax.Array:
     return jnp.pad((now != before) & (now > 0), ((0, 0), (1, 0)))
 
 
-def document_numbers(inputs: BlockInputs) -> jax.Array:
+def document_ids(inputs: BlockInputs) -> jax.Array:
     """Return document_BT, the index of each token's document in its row; padding gets that of the tokens before it."""
     return jnp.cumsum(document_starts(inputs), axis=1)
 
@@ -48,7 +48,7 @@ class ShortConvolution(nn.Module):
         kernel_WR = self.param("kernel", normal_init(width**-0.5), (width, self.channels))
         earlier = self.init_history(self.config, batch, self.channels) if history is None else history
         all_BSR = jnp.concatenate([earlier.astype(x_BTR.dtype), x_BTR], axis=1)
-        document_BT = document_numbers(inputs)
+        document_BT = document_ids(inputs)
         document_BS = jnp.pad(document_BT, ((0, 0), (width - 1, 0)))
 
         def weighted(row: int) -> jax.Array:

@@ -31,7 +31,7 @@ from rustgpt_jax.sweeps.report.stats import (
     FALSE_CLAIMS,
     Comparison,
     Interval,
-    Shares,
+    VarianceDecomposition,
     compare_with_best,
     compute_lr_sensitivity,
     compute_mean_interval,
@@ -87,7 +87,7 @@ def rank_settings(results: Results) -> tuple[RankedSetting, ...]:
     )
 
 
-def compute_variance_shares(results: Results) -> Shares:
+def compute_variance_shares(results: Results) -> VarianceDecomposition:
     """Return the shares of the swept knobs, their interactions and noise in the variance of the final loss."""
 
     def encode(path: str, value: Any) -> Any:
@@ -99,7 +99,9 @@ def compute_variance_shares(results: Results) -> Shares:
 
 
 @lru_cache(maxsize=8)
-def _decompose(paths: tuple[str, ...], columns: tuple[tuple[Any, ...], ...], losses: tuple[float, ...]) -> Shares:
+def _decompose(
+    paths: tuple[str, ...], columns: tuple[tuple[Any, ...], ...], losses: tuple[float, ...]
+) -> VarianceDecomposition:
     return decompose_variance(dict(zip(paths, columns, strict=True)), losses, without_interactions=[SEED])
 
 

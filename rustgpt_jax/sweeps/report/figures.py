@@ -100,7 +100,7 @@ def plot_loss_curves(results: Results) -> ReportFigure | None:
         width = 1.7 if len(curves) <= 12 else 1.2 if len(curves) <= 60 else 0.8
         for trial in sorted(results.trials, key=lambda trial: trial.id in best):
             if trial.id in curves:
-                color = get_css_color(colors.variable(trial.knobs[knob]) if colors and knob else "hue0")
+                color = get_css_color(colors.css_variable(trial.knobs[knob]) if colors and knob else "hue0")
                 _plot_curve(
                     axes, trial, downsample(curves[trial.id], max_points), color, width + 0.9 * (trial.id in best)
                 )
@@ -227,7 +227,7 @@ def _color_groups(results: Results, path: str, groups: Sequence[list[TrialResult
         return [get_css_color(f"hue{index}") for index in range(len(groups))]
     colors = _make_knob_colors(results, knob)
     colors.add_legend(figure)
-    return [get_css_color(colors.variable(group[0].knobs[knob])) for group in groups]
+    return [get_css_color(colors.css_variable(group[0].knobs[knob])) for group in groups]
 
 
 def _collect_losses(trials: Iterable[TrialResult], path: str) -> dict[float, list[float]]:
@@ -515,10 +515,14 @@ def plot_parallel_coordinates(results: Results) -> ReportFigure | None:
     losses = make_scale(trial.final_loss for trial in results.finished)
     scales = [_get_scale(results, path) for path in knobs]
     columns = [
-        _spread([scale.share(trial.knobs[path]) for trial in trials]) for path, scale in zip(knobs, scales, strict=True)
+        _spread([scale.axis_fraction(trial.knobs[path]) for trial in trials])
+        for path, scale in zip(knobs, scales, strict=True)
     ]
     columns.append(
-        [DIVERGED_AT if trial.final_loss is None else _inset(losses.share(trial.final_loss)) for trial in trials]
+        [
+            DIVERGED_AT if trial.final_loss is None else _inset(losses.axis_fraction(trial.final_loss))
+            for trial in trials
+        ]
     )
     figure, (axes,) = subplots(WIDE, 440)
     axes.set(xlim=(-0.3, len(knobs) + 0.3), ylim=(0, 1.1 if results.counts.get(DIVERGED) else 1))
@@ -578,10 +582,10 @@ def _label_parallel_axes(axes: Axes, results: Results, knobs: dict[str, Scale], 
     background = {"facecolor": get_css_color("paper"), "linewidth": 0, "pad": 1.0, "alpha": 0.8}
     for place, scale in enumerate(knobs.values()):
         for value in scale.tick_values(min_gap=0.05):
-            height = _inset(scale.share(value))
+            height = _inset(scale.axis_fraction(value))
             _annotate(axes, format_value(value), (place, height), (-8, 0), ha="right", xycoords="data", bbox=background)
     for loss in {losses.values[0], losses.values[-1]}:
-        _annotate(axes, format_loss(loss), (last, _inset(losses.share(loss))), (8, 0), xycoords="data")
+        _annotate(axes, format_loss(loss), (last, _inset(losses.axis_fraction(loss))), (8, 0), xycoords="data")
     if results.counts.get(DIVERGED):
         _annotate(axes, "diverged", (last, DIVERGED_AT), (8, 0), xycoords="data", color=get_css_color("warn"))
 

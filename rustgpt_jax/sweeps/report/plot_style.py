@@ -183,7 +183,7 @@ class Scale:
         """Return the data coordinate of a value: a number itself, anything else its index."""
         return float(value) if self.is_numeric else float(self.index(value))
 
-    def share(self, value: Any) -> float:
+    def axis_fraction(self, value: Any) -> float:
         """Return the position of a value on the axis, from 0 to 1."""
         return float(self._norm(self.coordinate(value))) if len(self.values) > 1 else 0.5
 
@@ -204,7 +204,7 @@ class Scale:
             return [float(f"{value:.2g}") for value in self._norm.inverse(np.linspace(0, 1, 5))]
         kept: list[Any] = []
         for value in self.values:
-            if not kept or self.share(value) - self.share(kept[-1]) >= min_gap:
+            if not kept or self.axis_fraction(value) - self.axis_fraction(kept[-1]) >= min_gap:
                 kept.append(value)
         return kept
 
@@ -253,7 +253,7 @@ class KnobColors:
     title: str
     scale: Scale
 
-    def variable(self, value: Any) -> str:
+    def css_variable(self, value: Any) -> str:
         """Return the CSS variable of a value: a separate hue, or a shade if the values are numbers.
 
         Shades follow the rank of the values, not their distance, so that close values remain distinguishable.
@@ -268,7 +268,7 @@ class KnobColors:
         values, n_values = self.scale.values, len(self.scale.values)
         if self.scale.is_numeric and n_values > N_HUES:
             values = tuple(values[round(index)] for index in np.linspace(0, n_values - 1, N_HUES - 2))
-        entries = [(self.variable(value), format_value(value)) for value in values]
+        entries = [(self.css_variable(value), format_value(value)) for value in values]
         if len(entries) > N_HUES:
             entries[N_HUES - 1 :] = [(entries[-1][0], f"{len(entries) - N_HUES + 1} others")]
         add_legend(figure, self.title, entries)

@@ -46,8 +46,8 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Shares:
-    """Shares of the loss variance, from 0 to 1; the known ones and `rest` sum to 1.
+class VarianceDecomposition:
+    """Fractions of the loss variance, from 0 to 1; the known ones and `rest` sum to 1.
 
     Attributes:
         knobs: The main effect of each knob; NaN if it has a single value or a different one in each trial.
@@ -203,7 +203,7 @@ def compute_lr_sensitivity(losses_by_rate: Mapping[float, float], initial_loss: 
 
 def decompose_variance(
     knob_values: Mapping[str, Sequence[Any]], losses: Sequence[float], without_interactions: Collection[str] = ()
-) -> Shares:
+) -> VarianceDecomposition:
     """Decompose the variance of the losses into knobs, pairs of knobs, and noise.
 
     Fits a least-squares analysis of variance of the whole design with all main effects and, if there are enough trials,
@@ -228,9 +228,9 @@ def decompose_variance(
         del bases[max(bases, key=lambda knob: bases[knob].up_to(1).shape[1])]
     nothing = dict.fromkeys(columns, math.nan)
     if not bases:
-        return Shares(nothing, {}, math.nan)
+        return VarianceDecomposition(nothing, {}, math.nan)
     if np.ptp(finite) == 0:
-        return Shares(nothing | dict.fromkeys(bases, 0.0), {}, 1.0)
+        return VarianceDecomposition(nothing | dict.fromkeys(bases, 0.0), {}, 1.0)
 
     degree = next((d for d in range(MAX_DEGREE, 1, -1) if _count_columns(bases.values(), d) <= (n - 1) / 2), 1)
     mains = {knob: basis.up_to(degree) for knob, basis in bases.items()}
@@ -244,7 +244,7 @@ def decompose_variance(
     total = float(np.sum(centered**2)) + error
     shares = {name: part / total for name, part in _divide_variance(centered, mains, pairs, error).items()}
     scale = max(sum(shares.values()), 1.0)
-    return Shares(
+    return VarianceDecomposition(
         nothing | {knob: shares[knob] / scale for knob in mains},
         {pair: shares[pair] / scale for pair in pairs if pair in shares},
         max(1.0 - sum(shares.values()), 0.0),
