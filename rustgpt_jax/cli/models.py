@@ -37,7 +37,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    """Continue texts or answer questions."""
+    """Continue text or answer questions."""
     trained = _load(args)
     from rustgpt_jax.inference.text_generator import select_weight_layout, stream_text
     from rustgpt_jax.tracking.console import replace_control_characters

@@ -244,7 +244,7 @@ class MLAConfig:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Mixture of experts, the feed-forward moe."""
+    """Settings of mixture-of-experts layers (`feedforwards` entry "moe")."""
 
     n_experts: int = static_field(8, "Number of experts in a layer.", low=1)
     experts_per_token: int = static_field(2, "Number of experts that each token is routed to.", low=1)
@@ -457,12 +457,12 @@ class ModelConfig:
 
     @property
     def mixer_config(self) -> "ModelConfig":
-        """Config of the mixer of a block, with the dtype of mixers."""
+        """A block's mixer config, with the dtype of mixers."""
         return dataclasses.replace(self, dtype=self.precision.mixer_dtype or self.dtype)
 
     @property
     def feedforward_config(self) -> "ModelConfig":
-        """Config of the feed-forward of a block, with the dtype of feed-forwards."""
+        """A block's feed-forward config, with the dtype of feed-forwards."""
         return dataclasses.replace(self, dtype=self.precision.feedforward_dtype or self.dtype)
 
     @property
@@ -492,7 +492,7 @@ class ModelConfig:
 
     @property
     def rotated_channels(self) -> int:
-        """Channels of a head that RoPE rotates."""
+        """Number of channels per head that RoPE rotates."""
         return int(self.head_width * self.rope.fraction)
 
     def get_extra(self, name: str) -> float:
@@ -837,7 +837,7 @@ def for_inference(model: ModelConfig) -> ModelConfig:
 
 
 def fields_by_path(cls: type, prefix: str = "") -> dict[str, dataclasses.Field[Any]]:
-    """Return the dataclass fields of a config class, or of one of its groups, by dotted path."""
+    """Return the dataclass fields of a config (or group) class by dotted path."""
     fields: dict[str, dataclasses.Field[Any]] = {}
     for field in dataclasses.fields(cls):
         if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
@@ -870,7 +870,7 @@ def get_path(config: Any, path: str) -> Any:
 
 
 def flatten(config: Any) -> dict[str, Any]:
-    """Return every knob of a config, or of one of its groups, except stages, by dotted path in order of declaration."""
+    """Return the value of every knob of a config (or group) except stages, by dotted path in order of declaration."""
     return {path: get_path(config, path) for path in fields_by_path(type(config)) if path != "stages"}
 
 
@@ -960,7 +960,7 @@ def with_steps(config: Config, steps: Mapping[str, int]) -> Config:
 
 
 def replace_paths(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
-    """Return a copy of a config, or of one of its groups, with the values at some dotted paths replaced, unchecked."""
+    """Return a copy of a config (or group) with the values at the given dotted paths replaced, without checks."""
     for path, value in values.items():
         *groups, name = path.split(".")
         nodes: list[Any] = [config]
@@ -973,7 +973,11 @@ def replace_paths(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
 
 
 def may_differ_by_stage(path: str) -> bool:
-    """Return whether a stage may set a knob: data, steps and traced knobs, but nothing that shapes the state."""
+    """Return whether a stage may override a knob.
+
+    Data, step counts and traced knobs except the seed may be overridden; knobs that determine the shape of the state
+    may not.
+    """
     return path.startswith("data.") or path in ("schedule.name", EPOCHS) or (is_traced(path) and path != "seed")
 
 
@@ -981,7 +985,7 @@ def may_differ_by_stage(path: str) -> bool:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Return a config as dicts, lists and scalars, ready for JSON. `resolve` reads it back."""
+    """Return a config as JSON-compatible dicts, lists and scalars. `resolve` reads it back."""
     plain = dataclasses.asdict(config)
     plain["stages"] = [{"name": stage.name, **unflatten(dict(stage.overrides))} for stage in config.stages]
     return json.loads(json.dumps(plain))
@@ -1012,7 +1016,10 @@ def unflatten(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def can_change_on_resume(path: str) -> bool:
-    """Return whether a knob may change when a run continues: what is recorded, the mesh, and the number of steps."""
+    """Return whether a knob may change when a run is resumed.
+
+    Knobs of logging, sampling, the mesh, and the number of steps may.
+    """
     knob = path.split(".", 2)[-1] if path.startswith("stages.") else path
     return knob.startswith(("logging.", "sampling.", "mesh.")) or knob in (
         "training.steps",
@@ -1026,7 +1033,7 @@ def affects_result(path: str) -> bool:
 
 
 def config_hash(config: Config) -> str:
-    """Return the hash of a config without its mesh: 16 hex digits of the SHA-256 of its canonical JSON."""
+    """Hash a config without its mesh: the first 16 hex digits of the SHA-256 of its canonical JSON."""
     plain = to_dict(config)
     del plain["mesh"]
     canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
@@ -1034,7 +1041,7 @@ def config_hash(config: Config) -> str:
 
 
 def diff(first: Config, second: Config) -> dict[str, tuple[Any, Any]]:
-    """Return the pair of values of each knob in which two configs differ, by dotted path."""
+    """Return a dict from the dotted path of each knob that differs between two configs to its two values."""
     left, right = flatten(first), flatten(second)
     changed = {path: (left[path], right[path]) for path in FIELDS if left[path] != right[path]}
     if first.stages != second.stages:

@@ -237,7 +237,7 @@ def validate_value(path: str, value: Any, where: str, item_type: Any = None) -> 
 
 
 def _check_text(text: str, where: str) -> None:
-    """Check that a text contains no lone surrogate, which neither a tokenizer nor a file can encode.
+    """Check that a string contains no lone surrogates, which cannot be tokenized or written to a file.
 
     Raises:
         UserError: It contains one.

@@ -180,7 +180,7 @@ def run_checks(components: Sequence[Component], only: Sequence[str], console: Co
 
 
 def make_table(outcomes: Sequence[Outcome]) -> Table:
-    """Return a table of the checks of one component, or a summary of several components with their failed checks."""
+    """Return a table of the checks of one component, or a summary of several components that lists failed checks."""
     components = list(dict.fromkeys(outcome.component for outcome in outcomes))
     if len(components) == 1:
         table = Table("check", "", "measured, or what is wrong", title=components[0].title, title_justify="left")

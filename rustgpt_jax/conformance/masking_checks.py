@@ -182,9 +182,10 @@ def _assert_documents_alone(model: ModelConfig, found: Influence, case: Case) ->
 
 
 def rows(component: Component) -> str:
-    """Check that a row's outputs do not depend on the batch size, and a prefix's outputs not on the row length.
+    """Check that outputs depend neither on the batch size nor on the tokens that follow in a longer row.
 
-    Covers both dtypes, training and evaluation, with and without a cache; the small scope only float32 evaluation.
+    Covers both dtypes, training and evaluation, with and without a cache; the small scope covers only float32
+    evaluation.
     """
     model, scope = model_for_long_rows(component), component.scope
     is_exhaustive = scope is Scope.EXHAUSTIVE
@@ -402,7 +403,11 @@ def _assert_ragged_prompts(model: ModelConfig) -> float:
 
 
 def _assert_prompts(model: ModelConfig, lengths: tuple[int, ...]) -> float:
-    """Check prompts of each length with some tokens after them, from an empty cache, then pieces of all lengths."""
+    """Check that outputs with a cache equal those without, and return the largest difference.
+
+    Each prompt starts from an empty cache and is followed by one token and by a short piece. Then one sequence is fed
+    in pieces of the largest length up to position FAR, and in pieces of several lengths after it.
+    """
     params = random_params(model)
     packed = single_document_rows(model, 2, SLOTS)
     expected = run_forward(params, packed, model)

@@ -290,7 +290,7 @@ def tokenizer_round_trip(component: Component) -> str:
 
 
 def tokenizer_determinism(component: Component) -> str:
-    """Check that the same texts give the same tokenizer, and that a loaded tokenizer equals the saved one."""
+    """Check that training twice gives the same tokenizer, and that a loaded tokenizer equals the saved one."""
     config = TokenizerConfig(component.name, VOCAB_SIZE)
     first, second = train_tokenizer(config, TEXTS), train_tokenizer(config, TEXTS)
     if first.serialized != second.serialized:

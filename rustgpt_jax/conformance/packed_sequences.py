@@ -222,7 +222,7 @@ def _run_probes(
 
 
 def _probe_positions(length: int, limit: int) -> np.ndarray:
-    """Return the positions to probe: all, or in long rows those on both sides of borders and the last ones."""
+    """Return the positions to probe: all, or for long rows some next to multiples of STRIDE and the last two."""
     if length <= limit:
         return np.arange(length)
     borders = np.arange(STRIDE, length, STRIDE)

@@ -204,7 +204,7 @@ def _is_in_associative_scan(equation: Any) -> bool:
 
 
 def format_line(equation: Any) -> str:
-    """Return the source location of an equation outside the libraries, as in 'mixers.py, line 12, in __call__'."""
+    """Return where user code creates a jaxpr equation, such as 'mixers.py, line 12, in __call__'."""
     traceback = equation.source_info.traceback
     for frame in traceback.frames if traceback else ():
         if not any(library in frame.file_name for library in LIBRARIES):

@@ -49,7 +49,7 @@ def _check_text(document: Document) -> Document:
 
 
 def _encode_blocks(text: str) -> Iterator[bytes]:
-    """Yield a text in UTF-8 in blocks, so that a long text is not held in memory twice."""
+    """Yield text as blocks of UTF-8, so that long text is not held in memory twice."""
     for start in range(0, len(text), BLOCK_CHARACTERS):
         yield text[start : start + BLOCK_CHARACTERS].encode()
 
@@ -388,7 +388,7 @@ MAX_DIGESTS = 1000
 
 
 def hash_files(config: DataConfig) -> dict[str, str]:
-    """Return the SHA-256 of each file of a corpus by name, cut to 16 hex digits; empty for corpora without files.
+    """Return a dict from each corpus file's name to its SHA-256, truncated to 16 hex digits; empty without files.
 
     With more than MAX_DIGESTS files, the files of a folder are combined into one digest. Raises UserError if a file
     cannot be read.

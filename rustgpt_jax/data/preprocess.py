@@ -1,4 +1,4 @@
-"""The tokenizer of a run, the token stores of its stages, and a cache of both for the trials of a sweep."""
+"""The tokenizer and token stores of a run, and a cache that the trials of a sweep share."""
 
 import dataclasses
 import hashlib
@@ -50,11 +50,11 @@ class StageData:
 
     @property
     def is_dialogue(self) -> bool:
-        """True if prompts are questions to answer, rather than texts to continue."""
+        """True if prompts are questions to answer rather than text to continue."""
         return self.store.manifest.n_dialogues > 0
 
     def training_batches(self, rows: np.ndarray | None = None) -> Batches:
-        """Return the training batches of the stage, indexed by step of the run; `rows` selects some rows of each."""
+        """Return the training batches of the stage, indexed by step of the run; `rows` selects rows of each batch."""
         config, stream = self.stage.config, self.store.split("train")
         return Batches(stream, self.seq_len, config.training.batch_size, config.seed, self.stage.first_step, rows)
 
@@ -146,7 +146,7 @@ class ResolvedEpochs(NamedTuple):
 
 
 def resolve_epochs(config: Config, prepare: Callable[[Stage], StageData]) -> ResolvedEpochs:
-    """Replace the number of epochs of each stage by the smallest sufficient number of steps.
+    """Replace each stage's number of epochs by the smallest sufficient number of steps.
 
     Args:
         config: The config, returned unchanged if no stage has a number of epochs.
@@ -271,7 +271,7 @@ class AssetCache:
             return resolve_epochs(config, lambda stage: self._stage_data(stage, config))
 
     def prepare(self, config: Config) -> tuple[Config, Tokenizer, list[StageData]]:
-        """Return the config with all sizes, the tokenizer and the data of a trial.
+        """Return a trial's config (with the vocabulary size filled in), its tokenizer, and the data of each stage.
 
         Raises:
             UserError: The text is shorter than one batch.

@@ -220,7 +220,7 @@ class _ShardWriter:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of manifest.json. `source` and `tokenizer` are SHA-256 of the documents and of the tokenizer."""
+    """The content of manifest.json. `source` and `tokenizer` are the SHA-256 hashes of the documents and tokenizer."""
 
     format_version: int
     source: str
@@ -503,7 +503,7 @@ class _Part(NamedTuple):
 
 
 def _split_long(source: Iterable[tuple[str, Document]], tokenizer: Tokenizer) -> Iterator[_Part]:
-    """Yield documents, with long plain texts in pieces, so that only one piece and its tokens are in memory."""
+    """Yield documents, with long plain text in pieces, so that only one piece and its tokens are in memory."""
     for split, document in source:
         if document.is_dialogue or len(document.text) <= BATCH_CHARACTERS or tokenizer.chat_format is not None:
             yield _Part(split, document, is_first=True)

@@ -210,7 +210,7 @@ def stream_tokens(
     which is processed again from position 0.
 
     Yields:
-        After each call, the tokens of each row so far, without the stop token, and why it ended, or None.
+        After each call, the tokens of each row so far, without the stop token, and why it stopped, or None.
 
     Raises:
         UserError: A prompt is empty or leaves no room in the model's context.

@@ -137,7 +137,7 @@ class TextGenerator(NamedTuple):
     is_dialogue: bool
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return the tokens of a question for a model of dialogues, or of a text to continue."""
+        """Return the tokens of a question, for a model trained on conversations, or of text to continue."""
         return self.encode_messages([Message("user" if self.is_dialogue else "text", text)])
 
     def encode_messages(self, messages: Sequence[Message]) -> list[int]:
@@ -145,7 +145,7 @@ class TextGenerator(NamedTuple):
         return encode_prompt(self.tokenizer, messages)
 
     def decode(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-        """Return the text of the tokens generated after a prompt: a reply, or the continuation of a text."""
+        """Return the text of the tokens generated after a prompt: a reply or a continuation."""
         return (
             decode(self.tokenizer, tokens) if self.is_dialogue else decode_continuation(self.tokenizer, prompt, tokens)
         )
@@ -157,7 +157,7 @@ class TextGenerator(NamedTuple):
 
     @property
     def stop_ids(self) -> list[int]:
-        """Tokens that end a text or a reply."""
+        """Tokens that end a continuation or a reply."""
         return self.tokenizer.stop_ids
 
 

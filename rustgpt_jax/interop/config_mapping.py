@@ -687,8 +687,8 @@ def _yarn(reader: HFConfigReader, given: dict[str, Any]) -> dict[str, Any]:
 def _longrope(reader: HFConfigReader, given: dict[str, Any]) -> tuple[dict[str, Any], Knobs]:
     """Return the longrope keys with the defaults of transformers, and the context length that they apply to.
 
-    `transformers` switches frequencies for texts longer than the original context. Here a model uses the same
-    frequencies for all texts: those for texts within the original context.
+    `transformers` switches frequencies for text longer than the original context. Here a model always uses the
+    frequencies for text within the original context.
     """
     original, longest = given["original_max_position_embeddings"], reader.positive_int("max_position_embeddings")
     values = {"factor": max(1.0, longest / original)} | given

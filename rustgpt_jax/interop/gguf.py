@@ -65,8 +65,8 @@ class GGUFVocabulary:
         pre: llama.cpp's name of the pre-tokenizer.
         merges: Merges of a 'gpt2' tokenizer, in order of priority.
         scores: Token scores of a 'llama' tokenizer; higher scores are merged first.
-        adds_space: Whether a space is prepended to texts.
-        adds_bos: Whether the token bos_id is prepended to texts.
+        adds_space: Whether a space is prepended to the text.
+        adds_bos: Whether the token bos_id is prepended to the text.
     """
 
     model: str
@@ -223,7 +223,7 @@ def _convert_sentencepiece(settings: Mapping[str, Any], adds_bos: bool, bos_id: 
 
 
 def _prepends_space(settings: Mapping[str, Any]) -> bool:
-    """Return whether a space is prepended to texts. Raises UserError if spaces are not handled as in SentencePiece."""
+    """Return whether the tokenizer prepends a space. Raises UserError if it treats spaces unlike SentencePiece."""
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never", "split": False}
     normalizer, pre_tokenizer = settings["normalizer"], settings["pre_tokenizer"]
@@ -482,7 +482,7 @@ def _add_tensor_info(writer: Any, tensor: TensorPlan, kind: Any, gguf: Any) -> N
 def _values(
     tensor: TensorPlan, leaves: Mapping[str, Any], model: ModelConfig, architecture: GGUFArchitecture
 ) -> np.ndarray:
-    """Return a tensor in llama.cpp's layout, in which linear layers are (outputs, inputs)."""
+    """Return a tensor in the layout of llama.cpp, whose linear layers have shape (outputs, inputs)."""
     values = tensor.to_stored(
         [np.asarray(leaves[part.path])[part.indices].astype(np.float32) for part in tensor.slices]
     )

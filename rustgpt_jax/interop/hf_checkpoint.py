@@ -219,7 +219,7 @@ def export_model(
     shard_bytes: int = SHARD_BYTES,
     finish: Callable[[Path], None] | None = None,
 ) -> Architecture:
-    """Write a model as a folder that `transformers` loads, one tensor at a time, and return its architecture.
+    """Write a model, one tensor at a time, to a folder that `transformers` can load, and return its architecture.
 
     Args:
         params: The parameters, as arrays or as tensors of `open_parameters`, which are read when needed.

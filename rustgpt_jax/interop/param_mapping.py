@@ -122,7 +122,7 @@ def slices_by_param(plan: Iterable[TensorPlan]) -> dict[str, list[TensorSlice]]:
 
 
 def _rule_key(path: str, model: ModelConfig, rules: TensorRules) -> tuple[str, tuple[int, ...]]:
-    """Return the key of a parameter's rule (its path without the stack) and the layers that it is stacked over.
+    """Return the key of a parameter's rule (its path without the `blocks/N` prefix) and the layers it is stacked over.
 
     For rules of a specific mixer, the key has the mixer's name in place of 'mixer'.
     """

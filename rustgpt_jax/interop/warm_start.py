@@ -39,8 +39,8 @@ class WarmStartReport(NamedTuple):
     Attributes:
         loaded: Parameters that are loaded from the source.
         partially_loaded: The loaded layers of stacked parameters of which only some layers match.
-        initialized: Parameters, or some of their layers, that are initialized from the seed.
-        unused: Parameters of the source, or some of their layers, that are not loaded.
+        initialized: Parameters, or a subset of their layers, that are initialized from the seed.
+        unused: Parameters of the source, or a subset of their layers, that are not loaded.
     """
 
     loaded: list[str]
@@ -50,7 +50,7 @@ class WarmStartReport(NamedTuple):
 
 
 class WarmStart(NamedTuple):
-    """The config of a run initialized from another run, and the origin of each of its values."""
+    """The config of a run initialized from another run, and where each value comes from."""
 
     config: Config
     origins: dict[str, str]

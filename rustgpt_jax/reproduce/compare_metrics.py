@@ -1,4 +1,4 @@
-"""Compare the recorded metrics, generated texts and checkpoints of two runs."""
+"""Compare the recorded metrics, samples and checkpoints of two runs."""
 
 import json
 import math
@@ -160,10 +160,10 @@ def values_match(left: Any, right: Any, tolerance: float = 0.0) -> bool:
 
 
 def compare_samples(first: Path, second: Path, last_step: int) -> tuple[int, FirstDifference | None]:
-    """Compare the texts that two runs generated up to a step.
+    """Compare the samples that two runs generated up to a step.
 
     Returns:
-        The number of texts if all are equal, and the first difference or None.
+        The number of samples if all are equal, and the first difference or None.
 
     Raises:
         UserError: A file is damaged.

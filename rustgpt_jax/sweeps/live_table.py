@@ -1,4 +1,4 @@
-"""Progress of a sweep: a live table on a terminal, a line per ended trial elsewhere.
+"""Progress of a sweep: a live table on a terminal; otherwise, one line per finished trial.
 
 The table is built from the sweep's folder alone, so it does not depend on where the trials run.
 """
@@ -43,7 +43,7 @@ class LiveTable:
         self._live = Live(console=console, get_renderable=self.table, refresh_per_second=4) if is_live else None
 
     def add(self, trials: Sequence[Trial]) -> None:
-        """Add trials. Those that have already ended are not reported."""
+        """Add trials. Those that have already finished are not reported."""
         with self._lock:
             new = {trial.id: trial for trial in trials if trial.id not in self._trials}
             self._trials |= new
@@ -76,7 +76,7 @@ class LiveTable:
             self._poll()
 
     def _poll(self) -> None:
-        """Read the progress of each trial, and report those that have ended since the last call."""
+        """Read the progress of each trial, and report those that have finished since the last call."""
         with self._lock:
             for name, event in self._states().items():
                 # A failed trial may be started again.

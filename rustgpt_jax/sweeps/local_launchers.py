@@ -84,7 +84,7 @@ def run_in_subprocesses(launch: Launch, chunks: Sequence[Chunk]) -> None:
 def _run_in_threads(
     launch: Launch, run: Callable[[Place, Iterator[Chunk]], None], places: Sequence[Place], chunks: Sequence[Chunk]
 ) -> None:
-    """Distribute chunks among threads, one for each place, and raise the first error once all have ended."""
+    """Distribute chunks among threads, one for each place. Raises the first error after all threads finish."""
     queue = deque(chunks)
 
     def take_chunks() -> Iterator[Chunk]:

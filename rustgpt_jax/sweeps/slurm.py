@@ -35,7 +35,7 @@ MAX_ARRAY_SIZE = 1000
 
 
 def run_on_slurm(launch: Launch, chunks: Sequence[Chunk]) -> None:
-    """Submit the chunks that have no job yet, and wait until all jobs have ended.
+    """Submit chunks that have no job yet, and wait until all jobs finish.
 
     A chunk whose job was cancelled or failed is resubmitted; after MAX_DEATHS such jobs in a row without progress, its
     trials fail. After a stop, the jobs continue on the cluster, and the same command monitors them again.
@@ -88,7 +88,7 @@ class _JobMonitor:
         self._submit([chunk for chunk in chunks if not set(chunk.trials) <= alive.keys()])
 
     def poll(self) -> None:
-        """Remove chunks whose jobs have ended, and resubmit those that are not done."""
+        """Remove chunks whose jobs have finished, and resubmit those that are not done."""
         queue = _read_queue()
         # While the controller is down, its jobs continue.
         if queue is None:

@@ -57,7 +57,7 @@ class SweepOptions:
 
 @dataclass(frozen=True)
 class SweepInfo:
-    """The definition of a sweep: its config file, the name of its function, and the origins of its config values."""
+    """The definition of a sweep: its config file, the function that defines it, and where config values come from."""
 
     config_file: str
     sweep: str

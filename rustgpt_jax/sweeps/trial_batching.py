@@ -32,7 +32,7 @@ ClassKey = tuple[tuple[StaticConfig, int, MeshConfig], ...]
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of a trial: memory of its state and of the intermediates of a step, and FLOPs per step and in total."""
+    """Cost of a trial: memory for its state and for intermediates, FLOPs per step and in total, and tokens."""
 
     parameters: int
     state_bytes: int
@@ -98,7 +98,7 @@ class Plan:
         return 2 * self.width * cost.state_bytes + steps_at_once * cost.working_bytes
 
     def chunks(self, wanted: Iterable[str], until: int | None = None) -> list[Chunk]:
-        """Divide all trials of the class into chunks, and return the chunks without the trials that are not wanted."""
+        """Divide all trials of the class into chunks, and return the chunks with only the wanted trials."""
         ids, wanted = [trial.id for trial in self.shape_class.trials], set(wanted)
         parts = (ids[first : first + self.width] for first in range(0, len(ids), self.width))
         kept = (tuple(name for name in part if name in wanted) for part in parts)

@@ -24,7 +24,7 @@ MAX_MEMORY_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a dialogue, with a role in ROLES, or a plain text, with the role 'text'."""
+    """A message in a conversation, with a role in ROLES, or plain text, with role 'text'."""
 
     role: str
     text: str
@@ -63,8 +63,8 @@ class ChatFormat:
     """The special tokens and chat template of an imported model.
 
     Attributes:
-        end_token: The token that ends a text.
-        stop_tokens: Tokens that end a text or a reply, including `end_token`.
+        end_token: The end-of-text token.
+        stop_tokens: Tokens that end a continuation or a reply, including `end_token`.
         chat_template: The Jinja template of dialogues; None if the model has none.
         special_tokens_map: Special tokens by the names that the template uses, such as bos_token.
 
@@ -140,7 +140,7 @@ def find_turn_end_token(chat_format: ChatFormat, special_tokens: Sequence[str]) 
 
 
 class _Renderer:
-    """A renderer of templates in a child process, which is started on demand and restarted if it has ended."""
+    """A renderer of templates in a child process, which is started on demand and restarted if it has exited."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None

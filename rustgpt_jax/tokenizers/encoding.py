@@ -38,7 +38,7 @@ EncodedDocument = tuple[np.ndarray, np.ndarray]
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Encode a text to continue, or a dialogue up to the beginning of the assistant's reply.
+    """Encode text to continue, or a conversation up to the beginning of the assistant's reply.
 
     Raises:
         UserError: The model has no chat template, or its template rejects the dialogue.
@@ -209,7 +209,7 @@ def _encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray
 
 
 def split_text(text: str, split_chars: str | None, size: int | None = None) -> Iterator[str]:
-    """Split a text into consecutive pieces whose concatenated encodings equal the encoding of the whole text.
+    """Split text into consecutive pieces whose concatenated encodings equal the encoding of the whole.
 
     Args:
         text: The text.

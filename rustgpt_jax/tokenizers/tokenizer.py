@@ -64,7 +64,7 @@ class Tokenizer:
 
     @cached_property
     def split_chars(self) -> str | None:
-        """For tokenizers trained here, the characters before which a text may be split; None for anywhere."""
+        """For tokenizers trained here, the characters before which text may be split; None for anywhere."""
         model = json.loads(self.backend.to_str())["model"]
         if model["type"] != "BPE":
             return WORD_SPLIT_CHARS
@@ -89,13 +89,13 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> list[int]:
-        """The ids of the tokens that end a text or a reply."""
+        """The ids of the tokens that end a continuation or a reply."""
         stop_tokens = (END, USER, SYSTEM) if self.chat_format is None else self.chat_format.stop_tokens
         return [special_token_id(self, token) for token in stop_tokens]
 
     @cached_property
     def prefix_and_suffix_ids(self) -> tuple[list[int], list[int]]:
-        """The ids before and after a text: END, or those added by an imported tokenizer's post-processor."""
+        """The ids to add before and after text: END, or those of an imported tokenizer's post-processor."""
         if self.chat_format is None:
             return [self.end_id], []
         for probe in ("a", "0", ".", " ", "\N{LOWER ONE EIGHTH BLOCK}"):
@@ -135,7 +135,7 @@ def special_token_id(tokenizer: Tokenizer, token: str) -> int:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Encode a text, without END or any other special token."""
+    """Encode text without END or any other special token."""
     with translate_library_errors():
         return tokenizer.backend.encode(text, add_special_tokens=False).ids
 

@@ -78,7 +78,7 @@ class PlainTextConsole(Console):
 
 
 def print_line(console: Console, text: str) -> None:
-    """Print a text literally, without wrapping or highlighting."""
+    """Print text literally, without wrapping or highlighting."""
     console.print(Text(replace_control_characters(text)), soft_wrap=True)
 
 
@@ -97,7 +97,7 @@ class Progress:
     """Shows the progress of training. Use it in a `with` statement.
 
     Args:
-        console: The console: on a terminal, progress is shown as a bar, elsewhere as a line every few seconds.
+        console: The console: on a terminal, progress is shown as a bar; otherwise, as a line every few seconds.
         total_steps: The number of steps of the run.
         clock: A function that returns the time in seconds, since any fixed time.
     """
@@ -158,7 +158,7 @@ class Progress:
             self.message(self._evaluation)
 
     def message(self, text: str) -> None:
-        """Print a text above the progress bar, without interpreting markup."""
+        """Print text above the progress bar without interpreting markup."""
         print_line(self._console, text)
 
     def _seconds_left(self) -> float | None:
@@ -225,7 +225,7 @@ def _parts(status: _Status, seconds_left: float | None, total_steps: int) -> dic
 
 @contextmanager
 def show_spinner(console: Console, what: str) -> Iterator[None]:
-    """Show a spinner and a text while the `with` block runs, if the output is a terminal."""
+    """Show a spinner with text while the `with` block runs, if the output is a terminal."""
     with console.status(Text(what)) if console.is_terminal else nullcontext():
         yield
 
@@ -274,7 +274,7 @@ class StartupTimer:
         self._last = now
 
     def finish(self, name: str) -> str | None:
-        """End the last lap and return '3.1s: Python and packages 1.2s, the data 0.4s', or None after the first call."""
+        """End the last lap. Returns a summary such as '3.1s: the data 0.4s, ...', or None if already finished."""
         if self._is_finished:
             return None
         self._is_finished = True

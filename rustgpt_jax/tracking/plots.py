@@ -60,7 +60,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Label:
-    """The label at the right end of a curve: a text at its last value, and a remark below it."""
+    """The label at the right end of a curve: text next to its last value, and a remark below."""
 
     value: float
     text: str

@@ -104,14 +104,14 @@ class BatchSource(Protocol):
     """The batches of a stage of a run, starting at a given step."""
 
     def next_batches(self, count: int, pad_to: int) -> Batch:
-        """Return the batches of the next `count` steps, stacked and padded to `pad_to`."""
+        """Return the batches of the next `count` steps, stacked and padded to `pad_to` steps."""
 
     def close(self) -> None:
         """Release resources."""
 
 
 def make_batch_source(data: StageData, plan: ShardingPlan, step: int) -> BatchSource:
-    """Return the source of this process's rows of the batches of a stage, starting at a given step."""
+    """Return a batch source for one stage that yields this process's rows, starting at a given step."""
     stream = data.store.split("train")
     device = default_device() if plan.mesh is None else plan.mesh.local_devices[0]
     fits = n_bytes(stream) <= MAX_MEMORY_SHARE * free_device_memory(device) and stream.n_tokens < MAX_TOKENS
@@ -128,7 +128,7 @@ class FileBatchSource:
         self._batches = data.training_batches(rows).iterate(step)
 
     def next_batches(self, count: int, pad_to: int) -> Batch:
-        """Return the batches of `BatchSource.next_batches`, in host memory."""
+        """Return the batches in host memory."""
         return Batch(*_stack([next(self._batches) for _ in range(count)], pad_to))
 
     def close(self) -> None:
@@ -144,7 +144,7 @@ class DeviceBatchSource:
         self._plan, self._stream = plan, stream
 
     def next_batches(self, count: int, pad_to: int) -> Batch:
-        """Return the batches of `BatchSource.next_batches`, on the devices."""
+        """Return the batches on the devices."""
         steps = range(self._step, self._step + count)
         offsets = SequenceOffsets(*_stack([self._batches.locate(step) for step in steps], pad_to))
         self._step += count
@@ -166,6 +166,6 @@ def _load_device_stream(store: Path, plan: ShardingPlan, device: jax.Device) -> 
 
 
 def _stack(parts: list[tuple[np.ndarray, ...]], pad_to: int) -> list[np.ndarray]:
-    """Stack the arrays of some steps, padded to `pad_to` with those of the last step, which are never used."""
+    """Stack arrays by step, and repeat those of the last step, which are never used, up to `pad_to` steps."""
     parts = parts + [parts[-1]] * (pad_to - len(parts))
     return [np.stack(leaves) for leaves in zip(*parts, strict=True)]

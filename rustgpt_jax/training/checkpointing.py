@@ -170,7 +170,7 @@ class Checkpoints:
             _write_checksums(temporary)
 
     def _has_metadata(self, step: int) -> bool:
-        """Return whether the folder of a step has the metadata of a checkpoint of that step."""
+        """Return whether a step's folder contains checkpoint metadata for that step."""
         with suppress(CorruptCheckpoint):
             read_metadata(self._folder, step)
             return step in self.steps()
@@ -448,5 +448,5 @@ def _sha256(file: Path) -> str:
 
 
 def tree_spec(tree: Any) -> dict[str, str]:
-    """Return the dtype and shape of each array of a tree: {'params/embedding/table': 'float32[65, 128]'}."""
+    """Return the dtype and shape of each array in a tree: {'params/embedding/table': 'float32[65, 128]'}."""
     return {path: f"{leaf.dtype}{json.dumps(leaf.shape)}" for path, leaf in flatten_paths(tree).items()}

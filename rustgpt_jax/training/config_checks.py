@@ -156,7 +156,7 @@ def _started_stages(config: Config, n_done: int) -> list[tuple[str, int]]:
 
 
 def _multipliers(config: Config, n_steps: int) -> np.ndarray:
-    """Return the learning-rate multipliers of the first `n_steps` steps of a run, or of all if there are fewer."""
+    """Return the learning-rate multipliers of the first `n_steps` steps, or of all steps if there are fewer."""
     parts = [np.zeros(0, np.float32)]
     for stage in stages(config):
         count = min(stage.end_step, n_steps) - stage.first_step

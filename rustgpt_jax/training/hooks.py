@@ -50,7 +50,7 @@ class NonFiniteStep(NamedTuple):
 
 
 class EvaluationStopped(Exception):
-    """An evaluation was left because of a request to stop."""
+    """Raised when a stop request interrupts an evaluation."""
 
 
 class ProgressSink(Protocol):

@@ -158,7 +158,7 @@ class PopulationExecutor:
         return lambda index: jax.tree.map(lambda column: column[index], read())
 
     def get_state(self, index: int) -> State:
-        """Return the state of a run, sliced out of those of the population."""
+        """Return the state of one run, sliced from the stacked states."""
         return _get_member(self._states_P, np.int32(index))
 
     def set_state(self, index: int, state: State) -> None:

@@ -250,5 +250,5 @@ def _autotune_dump(run: RunDir) -> Path:
 
 
 def _version_line() -> str:
-    """Return the first line of saved results. XLA rejects results of another version."""
+    """Return the header line of a saved autotuning cache. XLA rejects caches from other versions."""
     return f"# jaxlib {metadata.version('jaxlib')}\n"

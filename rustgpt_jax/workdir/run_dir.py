@@ -194,7 +194,7 @@ def load_config(path: Path) -> Config:
 
 
 def load_earlier(path: Path) -> tuple[EarlierConfig, ...]:
-    """Load the earlier configs of a run and the steps at which they ended.
+    """Load a run's earlier configs and the step at which each was replaced.
 
     Raises:
         UserError: The file is damaged.

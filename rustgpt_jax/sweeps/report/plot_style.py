@@ -227,7 +227,7 @@ class Scale:
 
 
 def make_scale(values: Iterable[Any]) -> Scale:
-    """Return the scale that fits the values of a knob, which may repeat."""
+    """Return an axis scale suited to a knob's values, which may contain duplicates."""
     distinct = {to_key(value): value for value in values}.values()
     if not all(is_number(value) for value in distinct):
         return Scale(tuple(distinct), "category")
@@ -264,7 +264,7 @@ class KnobColors:
         return get_shade("knob", index / max(len(self.scale.values) - 1, 1))
 
     def add_legend(self, figure: Figure) -> None:
-        """Add a legend of the values, or of some of them if there are many."""
+        """Add a legend of the values, or of a subset if there are many."""
         values, n_values = self.scale.values, len(self.scale.values)
         if self.scale.is_numeric and n_values > N_HUES:
             values = tuple(values[round(index)] for index in np.linspace(0, n_values - 1, N_HUES - 2))
@@ -338,7 +338,7 @@ def mark_trial(artists: Iterable["Artist"], trial: str) -> None:
 
 
 def to_svg(figure: Figure, prefix: str, description: str) -> str:
-    """Return a figure as an SVG element for a page with other SVG elements.
+    """Return a figure as an inline SVG element that can share a page with others.
 
     Text stays text in the page's font, colors become CSS variables, and trial marks become `data-trial` attributes.
 

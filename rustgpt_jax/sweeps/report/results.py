@@ -285,7 +285,7 @@ def _find_defaults(records: Sequence[_Record]) -> dict[str, Any]:
 
 
 def _select_metric(swept: Iterable[str], records: Iterable[_Record]) -> str:
-    """Return the metric to compare; losses per token are not comparable between tokenizers or texts."""
+    """Return the metric to compare; losses per token are not comparable between tokenizers or corpora."""
     groups = {path.split(".")[2 if path.startswith("stages.") else 0] for path in swept}
     wanted = BITS_PER_BYTE if groups & {"tokenizer", "data"} else VALID_LOSS
     finished = [record for record in records if record.status == FINISHED]

@@ -295,7 +295,7 @@ def _make_interactions(bases: Mapping[str, _Basis], most_columns: int) -> dict[t
 def _divide_variance(
     losses: np.ndarray, mains: Mapping[Any, np.ndarray], pairs: Mapping[Any, np.ndarray], error: float
 ) -> dict[Any, float]:
-    """Return the sum of squares of each group of columns, minus the share expected from noise of variance `error`.
+    """Return each column group's sum of squares, minus the amount expected from noise with variance `error`.
 
     The sum of squares of a group is what only that group explains: the loss of fit when it is removed. Variance
     explained jointly is divided in proportion to what each group explains alone, pairs only beyond all main effects.
