@@ -43,6 +43,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "tensor 4": ({}, {"tensor": 4}),
     "fsdp 2 x tensor 2": ({"training.grad_accum_steps": 2}, {"fsdp": 2, "tensor": 2}),
     "expert 4": (MOE, {"expert": 4}),
+    "dropless expert 2 x tensor 2": (MOE | {"model.moe.capacity_factor": 0.0}, {"expert": 2, "tensor": 2}),
     "context 4": ({"model.attention.n_kv_heads": 2}, {"context": 4}),
 }
 

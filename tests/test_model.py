@@ -673,7 +673,7 @@ def test_flops_match_the_closed_form(case: str) -> None:
         kind, hidden, gated = feedforward_of(model, layer)
         feedforward = model.d_model * (2 + gated) * hidden
         if kind == "moe":
-            feedforward = model.moe.n_experts * (feedforward + model.d_model)
+            feedforward = model.moe.experts_per_token * feedforward + model.moe.n_experts * model.d_model
         expected += 2 * (model.d_model * (2 * queries + 2 * keys) + 2 * LENGTH * queries + feedforward)
     assert flops.forward_flops_per_token(model, LENGTH) == expected
     assert flops.training_flops_per_token(model, LENGTH) == 3 * expected

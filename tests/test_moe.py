@@ -1,6 +1,8 @@
 """Mixture of experts against a loop over tokens, its capacity, and its metrics and losses."""
 
+import dataclasses
 import math
+import re
 from functools import partial
 from typing import Any
 
@@ -12,8 +14,13 @@ from conftest import small_config
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.model import flops, moe
 from rustgpt_jax.model.interfaces import BlockInputs
+from rustgpt_jax.model.kernels import Device
 from rustgpt_jax.model.mlps import FEEDFORWARDS
+from rustgpt_jax.model.moe import route
+from rustgpt_jax.planning.estimate import count_matmul_flops
+from rustgpt_jax.planning.hlo import parse_hlo
 
 pytestmark = pytest.mark.usefixtures("quick_codegen")
 
@@ -140,11 +147,109 @@ def test_balanced_load_balance_loss_is_experts_per_token() -> None:
     assert "auxiliary_loss" not in layer_metrics
 
 
-def test_capacity_reduces_flops() -> None:
-    def flops(model: ModelConfig) -> float:
-        return feed.lower(parameters(), inputs(), model).cost_analysis()["flops"]
+# Grouped products.
 
-    assert flops(model_config(**{"moe.capacity_factor": 1.0})) < 0.7 * flops(model_config())
+KERNELS = ("blocked", "ragged_dot")
+TRIALS = 3
+
+
+def process_all(params: Any, x_BTD: jax.Array, model: ModelConfig) -> jax.Array:
+    """Return the output of the layer when every expert processes every token."""
+    hidden_BTXF = jax.nn.silu(jnp.einsum("BTD,XDF->BTXF", x_BTD, params["gate"]))
+    hidden_BTXF = hidden_BTXF * jnp.einsum("BTD,XDF->BTXF", x_BTD, params["up"])
+    weight_BTX = route(x_BTD @ params["router"], model).weight_BTX
+    return jnp.einsum("BTXF,XFD,BTX->BTD", hidden_BTXF, params["down"], weight_BTX)
+
+
+def gradients(apply: Any, model: ModelConfig) -> Any:
+    """Return a function of parameters and inputs that returns an output, and gradients with respect to both."""
+
+    def loss(params: Any, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y_BTD = apply(params, x_BTD, model)
+        return jnp.sum(jnp.sin(3 * y_BTD)), y_BTD
+
+    return jax.value_and_grad(loss, (0, 1), has_aux=True)
+
+
+def process_sorted(params: Any, x_BTD: jax.Array, model: ModelConfig) -> jax.Array:
+    """Return the output of the layer."""
+    segments_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
+    return FEEDFORWARDS["moe"](model).apply({"params": params}, x_BTD, BlockInputs(segments_BT, segments_BT))[0]
+
+
+@pytest.mark.parametrize(("kernel", "shape"), [("blocked", (1, 1)), ("blocked", (2, 300)), ("ragged_dot", (2, 300))])
+def test_sorted_tokens_match_all_experts_in_float64(kernel: str, shape: tuple[int, int]) -> None:
+    with jax.enable_x64(True):
+        model = dataclasses.replace(
+            model_config(**{"moe.kernel": kernel, "moe.norm_topk_prob": False}), dtype="float64"
+        )
+        params = {name: leaf.astype(np.float64) for name, leaf in parameters().items()}
+        # Some experts of the last shape have more than a block of tokens, and one has none.
+        params["router"][:, 3] = -9 * np.abs(params["router"][:, 3]).max()
+        x_BTD = np.abs(np.random.default_rng(2).standard_normal((*shape, WIDTH)))
+        (_, y_BTD), found = jax.jit(gradients(process_sorted, model))(params, x_BTD)
+        (_, expected_BTD), expected = jax.jit(gradients(process_all, model))(params, x_BTD)
+    assert y_BTD.dtype == np.float64
+    np.testing.assert_allclose(y_BTD, expected_BTD, rtol=1e-9, atol=1e-11)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-10), found, expected)
+    assert not found[0]["gate"][3].any() and found[0]["gate"][:3].any()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_trials_under_vmap_are_groups_of_one_product(kernel: str) -> None:
+    model = model_config(**{"moe.kernel": kernel})
+    trials = [parameters(seed) for seed in range(TRIALS)]
+    params_P = jax.tree.map(lambda *leaves: np.stack(leaves), *trials)
+    compute = gradients(process_sorted, model)
+    together = jax.vmap(compute, in_axes=(0, None))
+    found = jax.jit(together)(params_P, inputs())
+    for trial, params in enumerate(trials):
+        alone = jax.jit(compute)(params, inputs())
+        one = jax.tree.map(lambda leaf, trial=trial: leaf[trial], found)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), one, alone)
+    loops_or_products = {"blocked": ("scan", 2 * 3), "ragged_dot": ("ragged_dot_general", 3 * 3)}
+    name, count = loops_or_products[kernel]
+    program = jax.make_jaxpr(together)(params_P, inputs())
+    used = [equation for equation, _ in flops.equations(program.jaxpr) if equation.primitive.name == name]
+    assert len(used) == count
+    for equation in used:
+        assert all(leaf.aval.shape[0] != TRIALS for leaf in (*equation.invars, *equation.outvars) if leaf.aval.shape)
+
+
+def traced_gradients(model: ModelConfig, shape: tuple[int, int]) -> Any:
+    shapes = {"router": (64, 16), "gate": (16, 64, 96), "up": (16, 64, 96), "down": (16, 96, 64)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    compute = gradients(process_sorted, model)
+    return jax.jit(compute).trace(params, jax.ShapeDtypeStruct((*shape, 64), model.dtype))
+
+
+def test_cost_is_that_of_the_used_experts_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe, "current_device", lambda: Device("gpu", (9, 0)))
+    changes = {"d_model": 64, "moe.n_experts": 16, "moe.d_expert": 96, "dtype": "bfloat16", "save_residuals": False}
+    traced = traced_gradients(model_config(**changes), (16, 4096))
+    n_tokens = 16 * 4096
+    used = 2 * n_tokens * (3 * 2 * 64 * 96 + 64 * 16)
+    assert used < flops.matmul_flops(traced.jaxpr.jaxpr) / 3 < 1.3 * used
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "ragged_dot" not in text and "custom_call" not in text
+    # At most a row for each token and expert of it, and the rows of padding.
+    sizes = [math.prod(map(int, found.split("x")[:-1])) for found in re.findall(r"tensor<((?:\d+x)+)\w+>", text)]
+    assert n_tokens * 2 * 96 < max(sizes) < 1.3 * n_tokens * 2 * 96 < n_tokens * 16 * 96
+
+
+def test_cost_is_that_of_the_used_experts_in_compiled_programs() -> None:
+    changes = {"d_model": 64, "moe.n_experts": 16, "moe.d_expert": 96}
+    traced = traced_gradients(model_config(**changes), (4, 256))
+    found = count_matmul_flops(parse_hlo(traced.lower().compile().as_text() or ""))
+    all_experts = 3 * 3 * 2 * (4 * 256) * 64 * 16 * 96
+    assert found < all_experts / 5
+
+
+def test_tpus_use_ragged_dot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe, "current_device", lambda: Device("tpu"))
+    model = model_config(**{"d_model": 64, "moe.n_experts": 16, "moe.d_expert": 96})
+    text = traced_gradients(model, (4, 256)).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count('chlo.ragged_dot"') == 9 and "while" not in text
 
 
 def test_balance_loss_trains_only_the_router() -> None:

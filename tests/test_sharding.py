@@ -42,11 +42,12 @@ EXPECTED = {
     # The rows of each microbatch are resharded.
     "fsdp 2 x tensor 2": {"all-gather fsdp", "all-reduce", "all-to-all data", "collective-permute"},
     "expert 4": {"all-to-all expert", "all-reduce"},
+    "dropless expert 2 x tensor 2": {"all-gather expert", "all-reduce"},
     "context 4": {"all-gather context", "all-reduce"},
 }
 
 
-LONG_CASES = {"data 8", "fsdp 8", "tensor 4", "context 4", "expert 4"}
+LONG_CASES = {"data 8", "fsdp 8", "tensor 4", "context 4", "expert 4", "dropless expert 2 x tensor 2"}
 CASES = [pytest.param(case, marks=[pytest.mark.long] if case in LONG_CASES else []) for case in EXPECTED]
 
 

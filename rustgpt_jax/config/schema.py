@@ -261,6 +261,13 @@ class MoEConfig:
         "dropless.",
         low=0.0,
     )
+    kernel: str = static_field(
+        "auto",
+        "Matrix products of dropless experts. blocked: blocks of tokens of one expert, one after another; ragged_dot: "
+        "jax.lax.ragged_dot, for which XLA multiplies every token by every expert on CPUs and, unless flags select a "
+        "kernel, on GPUs. auto: ragged_dot on TPUs, otherwise blocked.",
+        choices=("auto", "blocked", "ragged_dot"),
+    )
     norm_topk_prob: bool = static_field(
         True,
         "Divide the routing weights of a token by their sum, so that they add up to 1 (Mixtral). False: use "
@@ -817,8 +824,8 @@ def is_enabled(value: Any) -> bool:
 def for_inference(model: ModelConfig) -> ModelConfig:
     """Return a model config for inference.
 
-    Knobs that only training reads are 0, so that models that differ only in these share a program, and the attention
-    kernel is chosen for the current device instead of the one that trained the model.
+    Knobs that only training reads are 0, so that models that differ only in these share a program, and kernels are
+    chosen for the current device instead of the one that trained the model.
     """
     return replace_paths(
         model,
@@ -828,6 +835,7 @@ def for_inference(model: ModelConfig) -> ModelConfig:
             "moe.load_balance_loss_weight": 0.0,
             "moe.router_z_loss": 0.0,
             "attention.kernel": "auto",
+            "moe.kernel": "auto",
             "save_residuals": False,
         },
     )

@@ -64,6 +64,7 @@ LARGE: dict[str, Any] = {
     "rope.long_factors": (2.0,) * 64,
     "d_ff": 2048,
     "moe.d_expert": 2048,
+    "moe.kernel": "blocked",
     "mla.kv_lora_rank": 512,
     "mla.qk_rope_head_dim": 64,
     "recurrent.width": 1024,

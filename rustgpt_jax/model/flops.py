@@ -35,11 +35,13 @@ def total_bytes(tree: Shapes) -> int:
 def forward_flops_per_token(model: ModelConfig, seq_len: int, loops_once: bool = False) -> float:
     """Return the matmul FLOPs of a forward pass over a sequence, divided by its tokens.
 
-    Attention scores of later tokens, which the causal mask hides, are computed and therefore counted.
-    `loops_once` is as in `matmul_flops`.
+    Attention scores of later tokens, which the causal mask hides, are computed and therefore counted. The padding of
+    `model.moe.kernel` blocked is counted only if the config names that kernel. `loops_once` is as in `matmul_flops`.
     """
     # Library kernels hide their products, and resolving save_residuals would initialize the device.
     model = replace_paths(model, {"attention.kernel": "reference", "save_residuals": False})
+    if model.moe.kernel == "auto":
+        model = replace_paths(model, {"moe.kernel": "ragged_dot"})
     tokens = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
     jaxpr = jax.make_jaxpr(lambda params, tokens_BT: transformer.apply(params, tokens_BT, model)[0])(
         parameter_shapes(model), tokens
@@ -78,8 +80,15 @@ def inner_programs(equation: Any) -> list[core.Jaxpr]:
 
 
 def _equation_flops(equation: Any) -> float:
-    if equation.primitive.name != "dot_general":
+    shared: tuple[int, ...] = ()
+    if equation.primitive.name == "dot_general":
+        dimensions = equation.params["dimension_numbers"]
+    elif equation.primitive.name == "ragged_dot_general":
+        ragged = equation.params["ragged_dot_dimension_numbers"]
+        dimensions, shared = ragged.dot_dimension_numbers, ragged.rhs_group_dimensions
+    else:
         return 0.0
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    left, product = equation.invars[0].aval, equation.outvars[0].aval
-    return 2.0 * math.prod(product.shape) * math.prod(left.shape[axis] for axis in contracted)
+    (_, contracted), (_, batch) = dimensions
+    left, right = (variable.aval.shape for variable in equation.invars[:2])
+    outer = [size for axis, size in enumerate(right) if axis not in (*contracted, *batch, *shared)]
+    return 2.0 * math.prod(left) * math.prod(outer)

@@ -1,15 +1,19 @@
 """Mixture of experts: a router sends each token to a few of many feed-forward layers."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from rustgpt_jax.config.schema import ModelConfig, is_enabled
-from rustgpt_jax.model.activation_sharding import shard_activations
+from rustgpt_jax.model.activation_sharding import partition_spec, shard_activations
 from rustgpt_jax.model.interfaces import AUX_LOSS, BlockInputs, LayerMetrics
+from rustgpt_jax.model.kernels import current_device
 from rustgpt_jax.model.layers import default_glu_width, normal_init
 from rustgpt_jax.model.matmul import ACTIVATIONS, apply_activation, to_float32
 
@@ -20,12 +24,14 @@ class Routing(NamedTuple):
     Attributes:
         weight_BTX: Weight of each expert in the output; 0 for experts that the token is not routed to.
         is_routed_BTX: Whether a token is routed to an expert.
+        expert_BTE: The experts of each token, the most probable first.
         probability_BTX: Softmax of the router's logits.
         router_logits_BTX: Logits of the router.
     """
 
     weight_BTX: jax.Array
     is_routed_BTX: jax.Array
+    expert_BTE: jax.Array
     probability_BTX: jax.Array
     router_logits_BTX: jax.Array
 
@@ -33,11 +39,12 @@ class Routing(NamedTuple):
 class MixtureOfExperts(nn.Module):
     """Weighted sum of the gated feed-forward layers that a router selects for each token (arXiv 2401.04088).
 
-    With `capacity_factor` 0, no token is dropped: every expert processes every token, and the outputs of experts that
-    were not selected get weight 0. This costs n_experts / experts_per_token times the FLOPs of the selected ones, and
-    makes tokens independent of each other. With a capacity, each expert processes the first tokens of a row that are
-    routed to it, up to its capacity (arXiv 2006.16668): this is cheaper, but whether a token is dropped depends on the
-    tokens before it, even those of other documents.
+    With `capacity_factor` 0, no token is dropped: the tokens are sorted by expert, and each expert processes all of its
+    own (arXiv 2211.15841). Tokens are independent of each other, and the cost is that of the selected experts, except
+    that `blocked` products process up to a block of padding per expert. On a mesh, each device sorts its own tokens and
+    gathers all experts of a layer. With a capacity, each expert processes the first tokens of a row that are routed to
+    it, up to its capacity (arXiv 2006.16668): experts stay where they are, but whether a token is dropped depends on
+    the tokens before it, even those of other documents.
     """
 
     config: ModelConfig
@@ -64,12 +71,52 @@ class MixtureOfExperts(nn.Module):
         if config.moe.capacity_factor:
             y_BTD, is_processed_BTX = self._apply_with_capacity(x_BTD, routing, inputs, gate_XDF, up_XDF, down_XFD)
         else:
-            activation = ACTIVATIONS[config.moe.expert_activation]
-            hidden_BTXF = apply_activation(activation, jnp.einsum("BTD,XDF->BTXF", x_BTD, gate_XDF), config)
-            hidden_BTXF = hidden_BTXF * jnp.einsum("BTD,XDF->BTXF", x_BTD, up_XDF)
-            weighted_BTXF = hidden_BTXF * routing.weight_BTX[..., None].astype(hidden_BTXF.dtype)
-            y_BTD, is_processed_BTX = jnp.einsum("BTXF,XFD->BTD", weighted_BTXF, down_XFD), routing.is_routed_BTX
+            y_BTD = self._apply_dropless(x_BTD, routing, gate_XDF, up_XDF, down_XFD)
+            is_processed_BTX = routing.is_routed_BTX
         return y_BTD, layer_metrics(routing, is_processed_BTX, inputs, config)
+
+    def _apply_dropless(
+        self, x_BTD: jax.Array, routing: Routing, gate_XDF: jax.Array, up_XDF: jax.Array, down_XFD: jax.Array
+    ) -> jax.Array:
+        """Return the output. On a mesh, each device computes it for its own tokens and hidden channels."""
+        arrays = x_BTD, routing.weight_BTX, routing.expert_BTE, gate_XDF, up_XDF, down_XFD
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.manual_axes:
+            return self._process_tokens(*arrays)
+        tokens = PartitionSpec(*partition_spec("BT", x_BTD.shape[:2], dict(mesh.shape)))
+        hidden = partition_spec("F", gate_XDF.shape[2:], dict(mesh.shape))[0]
+
+        def process_local_tokens(*arrays: jax.Array) -> jax.Array:
+            y_BTD = self._process_tokens(*arrays)
+            return y_BTD if hidden is None else jax.lax.psum(y_BTD, hidden)
+
+        weights = PartitionSpec(None, None, hidden), PartitionSpec(None, None, hidden), PartitionSpec(None, hidden)
+        return jax.shard_map(
+            process_local_tokens, in_specs=(tokens, tokens, tokens, *weights), out_specs=tokens, check_vma=False
+        )(*arrays)
+
+    def _process_tokens(
+        self,
+        x_BTD: jax.Array,
+        weight_BTX: jax.Array,
+        expert_BTE: jax.Array,
+        gate_XDF: jax.Array,
+        up_XDF: jax.Array,
+        down_XFD: jax.Array,
+    ) -> jax.Array:
+        """Return the output. N counts tokens, E the experts of a token, R the rows of tokens sorted by expert."""
+        moe = self.config.moe
+        expert_NE = expert_BTE.reshape(-1, moe.experts_per_token)
+        block_size = choose_block_size(moe.kernel, expert_NE.size, moe.n_experts)
+        token_R, row_NE, sizes_X = sort_by_expert(expert_NE, moe.n_experts, block_size or 1)
+        weight_NE = jnp.take_along_axis(weight_BTX.reshape(-1, moe.n_experts), expert_NE, axis=1)
+        weight_R = jnp.zeros(len(token_R), weight_NE.dtype).at[row_NE].set(weight_NE, unique_indices=True)
+        matmul = partial(grouped_matmul, sizes_X=sizes_X, block_size=block_size)
+
+        x_RD = gather_rows(x_BTD.reshape(-1, x_BTD.shape[-1]), token_R, row_NE)
+        hidden_RF = apply_activation(ACTIVATIONS[moe.expert_activation], matmul(x_RD, gate_XDF), self.config)
+        hidden_RF = hidden_RF * matmul(x_RD, up_XDF) * weight_R[:, None].astype(hidden_RF.dtype)
+        return sum_rows(matmul(hidden_RF, down_XFD), token_R, row_NE).reshape(x_BTD.shape)
 
     def _apply_with_capacity(
         self,
@@ -105,6 +152,177 @@ class MixtureOfExperts(nn.Module):
         return jax.vmap(_combine)(y_BXPD, token_BXP, routing.weight_BTX), is_processed_BTX
 
 
+def sort_by_expert(expert_NE: jax.Array, n_experts: int, block_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sort tokens by expert, in their order. The rows of each expert fill whole blocks.
+
+    Returns:
+        token_R: The token in each row; N in rows of padding, which follow the tokens of each expert.
+        row_NE: The row of each token and expert.
+        sizes_X: Number of rows of each expert, R in total.
+    """
+    n_tokens, n_rows = len(expert_NE), count_blocks(expert_NE.size, n_experts, block_size) * block_size
+    is_routed_NX = jnp.any(jax.nn.one_hot(expert_NE, n_experts, dtype=bool), axis=1)
+    order_NX = jnp.cumsum(is_routed_NX, axis=0, dtype=jnp.int32)
+    sizes_X = -(-order_NX[-1] // block_size) * block_size
+    ends_X = jnp.cumsum(sizes_X)
+    row_NE = jnp.take_along_axis(order_NX + (ends_X - sizes_X - 1)[None, :], expert_NE, axis=1)
+    token_R = jnp.full(n_rows, n_tokens).at[row_NE].set(jnp.arange(n_tokens)[:, None], unique_indices=True)
+    return token_R, row_NE, sizes_X.at[-1].add(n_rows - ends_X[-1])
+
+
+# Gathering the rows of tokens, and summing the rows of each token, are transposes of each other. JAX would transpose a
+# gather to a scatter, which is slower, and adds in no fixed order on GPUs.
+
+
+@jax.custom_vjp
+def gather_rows(x_ND: jax.Array, token_R: jax.Array, row_NE: jax.Array) -> jax.Array:
+    """Return x_RD, the token of each row; 0 in rows of padding."""
+    del row_NE
+    return x_ND.at[token_R].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def sum_rows(y_RD: jax.Array, token_R: jax.Array, row_NE: jax.Array) -> jax.Array:
+    """Return y_ND, the sum of the rows of each token."""
+    del token_R
+    return jnp.sum(y_RD[row_NE], axis=1)
+
+
+gather_rows.defvjp(
+    lambda x_ND, *index: (gather_rows(x_ND, *index), index),
+    lambda index, grad_RD: (sum_rows(grad_RD, *index), None, None),
+)
+sum_rows.defvjp(
+    lambda y_RD, *index: (sum_rows(y_RD, *index), index),
+    lambda index, grad_ND: (gather_rows(grad_ND, *index), None, None),
+)
+
+
+# Grouped matrix products: rows sorted by group, each multiplied by the matrix of its group.
+#
+# XLA computes jax.lax.ragged_dot by multiplying every row by every matrix, with zeros for rows of other groups, except
+# on TPUs and, by flags, some GPUs. The alternative here multiplies blocks of rows of one group, one after another.
+
+# A block takes as long as this many more rows, since the matrix of its group is copied to a buffer. On accelerators the
+# ratio of FLOPs to memory bandwidth is higher than on CPUs.
+ROWS_PER_COPY = {"cpu": 16}
+ROWS_PER_COPY_ON_ACCELERATORS = 384
+BLOCK_SIZES = tuple(2**power for power in range(13))
+
+
+def choose_block_size(kernel: str, n_rows: int, n_groups: int) -> int | None:
+    """Return the rows of a block with which the default device is fastest; None for jax.lax.ragged_dot."""
+    platform = str(current_device().platform)
+    if kernel == "ragged_dot" or (kernel == "auto" and platform == "tpu"):
+        return None
+    rows_per_copy = ROWS_PER_COPY.get(platform, ROWS_PER_COPY_ON_ACCELERATORS)
+    return min(BLOCK_SIZES, key=lambda size: count_blocks(n_rows, n_groups, size) * (size + rows_per_copy))
+
+
+def count_blocks(n_rows: int, n_groups: int, block_size: int) -> int:
+    """Return the number of blocks that is enough for any sizes of the groups."""
+    n_used = min(n_groups, n_rows)
+    return n_used + (n_rows - n_used) // block_size
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul(x_RD: jax.Array, w_XDF: jax.Array, sizes_X: jax.Array, block_size: int | None) -> jax.Array:
+    """Return y_RF, the product of each row with the matrix of its group.
+
+    With `vmap`, the groups of all programs become groups of one product.
+
+    Args:
+        x_RD: Rows, sorted by group.
+        w_XDF: The matrix of each group.
+        sizes_X: Rows of each group, R in total; multiples of `block_size`.
+        block_size: Rows of a block; None for jax.lax.ragged_dot.
+    """
+    product = _ragged_dot if block_size is None else partial(_multiply_blocks, block_size)
+    return _fold_vmap(product)(x_RD, w_XDF, sizes_X)
+
+
+def _grouped_matmul_fwd(
+    x_RD: jax.Array, w_XDF: jax.Array, sizes_X: jax.Array, block_size: int | None
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return grouped_matmul(x_RD, w_XDF, sizes_X, block_size), (x_RD, w_XDF, sizes_X)
+
+
+def _grouped_matmul_bwd(
+    block_size: int | None, residuals: tuple[jax.Array, ...], grad_RF: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    gradients = _ragged_dot_gradients if block_size is None else partial(_block_gradients, block_size)
+    grad_RD, grad_XDF = _fold_vmap(gradients)(*residuals, grad_RF)
+    return grad_RD, grad_XDF, None
+
+
+grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
+
+
+def _fold_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with a batching rule that folds the new axis into the first axis of all arrays."""
+    folded = jax.custom_batching.custom_vmap(function)
+
+    @folded.def_vmap
+    def fold(axis_size: int, is_batched: Any, *arrays: jax.Array) -> tuple[Any, Any]:
+        full = (
+            x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+            for x, batched in zip(arrays, is_batched, strict=True)
+        )
+        result = _fold_vmap(function)(*(x.reshape(-1, *x.shape[2:]) for x in full))
+        result = jax.tree.map(lambda y: y.reshape(axis_size, -1, *y.shape[1:]), result)
+        return result, jax.tree.map(lambda _: True, result)
+
+    return folded
+
+
+def _ragged_dot(x_RD: jax.Array, w_XDF: jax.Array, sizes_X: jax.Array) -> jax.Array:
+    return jax.lax.ragged_dot(x_RD, w_XDF, sizes_X)
+
+
+def _ragged_dot_gradients(
+    x_RD: jax.Array, w_XDF: jax.Array, sizes_X: jax.Array, grad_RF: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    (grad_RD,) = jax.linear_transpose(lambda x_RD: jax.lax.ragged_dot(x_RD, w_XDF, sizes_X), x_RD)(grad_RF)
+    (grad_XDF,) = jax.linear_transpose(lambda w_XDF: jax.lax.ragged_dot(x_RD, w_XDF, sizes_X), w_XDF)(grad_RF)
+    return grad_RD, grad_XDF
+
+
+def _multiply_blocks(block_size: int, x_RD: jax.Array, w_XDF: jax.Array, sizes_X: jax.Array) -> jax.Array:
+    blocks = _split(block_size, x_RD), _group_of_block(block_size, len(x_RD), sizes_X)
+    y_blocks = jax.lax.map(lambda block: block[0] @ _take(w_XDF, block[1]), blocks)
+    return y_blocks.reshape(len(x_RD), -1)
+
+
+def _block_gradients(
+    block_size: int, x_RD: jax.Array, w_XDF: jax.Array, sizes_X: jax.Array, grad_RF: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    def step(grad_XDF: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        x, grad, group = block
+        grad_DF = jnp.einsum("RD,RF->DF", x, grad, preferred_element_type=grad_XDF.dtype)
+        return grad_XDF.at[group].add(grad_DF, mode="promise_in_bounds"), grad @ _take(w_XDF, group).T
+
+    blocks = _split(block_size, x_RD), _split(block_size, grad_RF), _group_of_block(block_size, len(x_RD), sizes_X)
+    zeros_XDF = jnp.zeros(w_XDF.shape, jnp.promote_types(w_XDF.dtype, jnp.float32))
+    grad_XDF, grad_blocks = jax.lax.scan(step, zeros_XDF, blocks)
+    return grad_blocks.reshape(x_RD.shape), grad_XDF.astype(w_XDF.dtype)
+
+
+def _split(block_size: int, x: jax.Array) -> jax.Array:
+    return x.reshape(-1, block_size, x.shape[-1])
+
+
+def _group_of_block(block_size: int, n_rows: int, sizes_X: jax.Array) -> jax.Array:
+    first_rows = jnp.arange(0, n_rows, block_size)
+    return jnp.searchsorted(jnp.cumsum(sizes_X), first_rows, side="right", method="compare_all")
+
+
+def _take(w_XDF: jax.Array, group: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(w_XDF, group, keepdims=False)
+
+
+# Experts with a capacity, and the router.
+
+
 def _tokens_in_slots(slot_TX: jax.Array, n_slots: int) -> jax.Array:
     """Return the index of the token in each slot of each expert; T in empty slots."""
     length, n_experts = slot_TX.shape
@@ -126,15 +344,16 @@ def route(router_logits_BTX: jax.Array, config: ModelConfig) -> Routing:
     """Route each token to the experts with its highest logits, weighted by their softmax over all experts."""
     probability_BTX = jax.nn.softmax(router_logits_BTX, axis=-1)
     is_routed_BTX = jnp.zeros(probability_BTX.shape, bool)
+    experts = []
     # `top_k` would make the compiler gather a batch that is sharded over devices.
     for _ in range(config.moe.experts_per_token):
         remaining_BTX = jnp.where(is_routed_BTX, -1, jax.lax.stop_gradient(probability_BTX))
-        highest_BT = jnp.argmax(remaining_BTX, axis=-1)
-        is_routed_BTX = is_routed_BTX | jax.nn.one_hot(highest_BT, config.moe.n_experts, dtype=bool)
+        experts.append(jnp.argmax(remaining_BTX, axis=-1))
+        is_routed_BTX = is_routed_BTX | jax.nn.one_hot(experts[-1], config.moe.n_experts, dtype=bool)
     weight_BTX = jnp.where(is_routed_BTX, probability_BTX, 0)
     if config.moe.norm_topk_prob:
         weight_BTX = weight_BTX / jnp.sum(weight_BTX, axis=-1, keepdims=True)
-    return Routing(weight_BTX, is_routed_BTX, probability_BTX, router_logits_BTX)
+    return Routing(weight_BTX, is_routed_BTX, jnp.stack(experts, axis=-1), probability_BTX, router_logits_BTX)
 
 
 def layer_metrics(

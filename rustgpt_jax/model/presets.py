@@ -21,7 +21,7 @@ SIZES = {
 # Settings that change logits only by rounding or not at all, and `extra`, which no component of this package reads.
 NOT_IN_LOGITS = {
     *("dropout", "init_std", "moe.load_balance_loss_weight", "moe.router_z_loss", "scan_layers", "remat"),
-    *("attention.kernel", "save_residuals", "extra", "dtype"),
+    *("attention.kernel", "moe.kernel", "save_residuals", "extra", "dtype"),
     *(f"precision.{name}" for name in ("mixer_dtype", "feedforward_dtype", "logits_dtype", "matmul_dtype")),
 }
 

@@ -9,6 +9,7 @@ for accelerators are avoided:
   one whose result is only sliced counts as a reduce-scatter (see `find_collectives`).
 - Fused attention kernels exist only for accelerators. The step uses blockwise attention, which also never stores all
   scores.
+- XLA:CPU has no kernel for jax.lax.ragged_dot. Dropless experts use blocked products, in blocks for CPUs.
 - Saving residuals for gradients (`model.save_residuals`) is faster only with XLA:CPU, so it is turned off.
 """
 
@@ -193,9 +194,9 @@ def compile_step(config: Config, seq_len: int, plan: ShardingPlan, for_cpu: bool
 
 
 def _imitate_accelerator(config: Config) -> Config:
-    """Replace bfloat16 by float16, custom gradients by JAX's, and the attention kernel by a portable one."""
+    """Replace bfloat16 by float16, custom gradients by JAX's, and kernels by portable ones."""
     values: dict[str, Any] = {path: "float16" for path in DTYPES if get_path(config, path) == "bfloat16"}
-    values["model.save_residuals"] = False
+    values["model.save_residuals"], values["model.moe.kernel"] = False, "blocked"
     if config.model.attention.kernel != "reference":
         values["model.attention.kernel"] = "portable" if is_enabled(config.model.dropout) else "blockwise"
     return replace_paths(config, values)
