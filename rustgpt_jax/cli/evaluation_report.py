@@ -1,4 +1,4 @@
-"""Output of the verb `evaluate`: loss, perplexity and bits per byte of a run, and its accuracy on dialogues."""
+"""Output of the verb `evaluate`: loss, perplexity, bits per byte, and accuracy on dialogues."""
 
 from rich.console import Console
 from rich.table import Table

@@ -68,7 +68,7 @@ def resolve(tree: Tree, overrides: Mapping[str, Any] = MappingProxyType({})) -> 
 
 
 def _check_epochs(config: Config, overrides: Iterable[str]) -> None:
-    """Check that no override sets steps where epochs are set, and that the epochs of the run apply to some stage."""
+    """Check that no override sets steps where epochs are set, and that the run's epochs apply to at least one stage."""
     values = {f"config.stages.{stage.name}": dict(stage.overrides) for stage in config.stages}
     has_own = [bool({schema.STEPS, schema.EPOCHS} & {*own}) for own in values.values()]
     values["config"] = {schema.STEPS: config.training.steps, schema.EPOCHS: config.training.epochs}
@@ -100,7 +100,7 @@ def flatten_tree(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _flatten_stages(listed: Any) -> dict[str, dict[str, Any]]:
-    """Return the values of each stage by dotted path, by the name of the stage."""
+    """Return a dict from each stage's name to its values by dotted path."""
     result: dict[str, dict[str, Any]] = {}
     if not isinstance(listed, (tuple, list)) or not all(
         isinstance(stage, TREES) and "name" in stage for stage in listed

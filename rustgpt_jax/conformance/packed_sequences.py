@@ -128,7 +128,7 @@ def activations(model: ModelConfig, batch: int, length: int, seed: int = 0) -> n
 
 @cache
 def document_layout(length: int, row: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the positions and segments of a row of one to five documents of uneven lengths.
+    """Return the positions and segments for a row with one to five documents of uneven lengths.
 
     Some rows end in padding. In every other row one border is at a multiple of STRIDE tokens, unless that would remove
     a document.

@@ -58,7 +58,7 @@ def _encode_blocks(text: str) -> Iterator[bytes]:
 
 
 def hash_document(document: Document) -> bytes:
-    """Return the SHA-256 of a document's roles and texts. It does not depend on the name."""
+    """Return the SHA-256 of a document's roles and text. It does not depend on the name."""
     digest = hashlib.sha256()
     for message in document.messages:
         digest.update(f"{message.role} {sum(map(len, _encode_blocks(message.text)))}\n".encode())
@@ -116,7 +116,7 @@ def load_training_documents(config: DataConfig, n_characters: int | None = None)
 
 
 def parse_file(name: str, file: BinaryIO) -> Iterator[Document]:
-    """Iterate over the documents of an open file, whose format is given by the suffix of its name.
+    """Iterate over the documents of an open file, whose format is given by its suffix.
 
     A .json file contains a list of strings; .jsonl and .ndjson one text or dialogue per line ({"text": ...} or
     {"messages": [...]}); .csv and .tsv one text per row in the column `text`, delimited by commas, semicolons, tabs or

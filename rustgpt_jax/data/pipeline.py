@@ -167,7 +167,7 @@ class Batches:
         return grain.MapDataset.range(len(self._reader)).seed(self._seed).shuffle()
 
     def _shuffle(self, numbers_B: np.ndarray, epochs_B: np.ndarray) -> np.ndarray:
-        """Return the indices of sequences, given their numbers in the concatenated orders of all epochs."""
+        """Return the indices of sequences, given their positions in the concatenated epoch orders."""
         length = len(self._reader)
         if length > MAX_PERMUTED:
             return np.array([self._shuffled[number] for number in numbers_B.tolist()])

@@ -59,7 +59,7 @@ class StageData:
         return Batches(stream, self.seq_len, config.training.batch_size, config.seed, self.stage.first_step, rows)
 
     def validation_batches(self, rows: np.ndarray | None = None) -> Iterator[Batch]:
-        """Iterate over the batches of an evaluation; `rows` selects some rows of each."""
+        """Iterate over the batches of an evaluation; `rows` selects rows of each batch."""
         config, stream = self.stage.config, self.store.split("valid")
         limit = config.logging.eval_batches
         return iterate_eval_batches(stream, self.seq_len, config.training.batch_size, limit, rows)
@@ -119,7 +119,7 @@ def prepare_stage(
     progress: Progress | None = None,
     store: Store | None = None,
 ) -> StageData:
-    """Return a stage with the given store, or else with one that is found or built under `cache`.
+    """Return a stage with the given store, or with one found or built under `cache`.
 
     Raises:
         UserError: The corpus cannot be read, or has too few tokens for a batch.

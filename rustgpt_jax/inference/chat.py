@@ -32,7 +32,7 @@ SETTINGS = tuple(field.name for field in dataclasses.fields(SamplingConfig))
 
 @dataclass(frozen=True)
 class Conversation:
-    """The messages so far, oldest first: questions and replies, or plain texts with their continuations."""
+    """The messages so far, oldest first: questions and replies, or plain text and its continuations."""
 
     messages: tuple[Message, ...] = ()
 

@@ -137,7 +137,7 @@ class TextGenerator(NamedTuple):
     is_dialogue: bool
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return the tokens of a question, for a model trained on conversations, or of text to continue."""
+        """Return the tokens of a question, for a model trained on dialogues, or of text to continue."""
         return self.encode_messages([Message("user" if self.is_dialogue else "text", text)])
 
     def encode_messages(self, messages: Sequence[Message]) -> list[int]:

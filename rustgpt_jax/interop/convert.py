@@ -1,4 +1,4 @@
-"""Conversion of Hugging Face folders to runs and of runs to Hugging Face folders, with a comparison of the logits."""
+"""Conversion between Hugging Face folders and runs, with a comparison of their logits."""
 
 import contextlib
 import json
@@ -164,7 +164,7 @@ def import_run(source: Path, path: Path, tree: Any, origins: Mapping[str, str], 
 
 
 def export_run(path: Path, folder: Path, which: str, dtype: str | None, log: Log) -> None:
-    """Write a run as a folder that `transformers` loads: config, tensors, tokenizer and chat template.
+    """Write a run to a folder that `transformers` can load: config, tensors, tokenizer and chat template.
 
     Args:
         path: The run.

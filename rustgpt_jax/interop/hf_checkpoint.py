@@ -138,7 +138,7 @@ def import_parameters(source: Path, file: Path, model: ModelConfig, architecture
 def _match_tensors(
     source: Path, stored: Stored, model: ModelConfig, architecture: Architecture
 ) -> dict[str, TensorPlan]:
-    """Return the plan of the model's tensors with this folder's names for them. Raises UserError unless they match."""
+    """Return the plan of the model's tensors, with their names in this folder. Raises UserError unless they match."""
     layouts = [plan_tensors(rules, model) for rules in _layouts(architecture)]
     plan = max(layouts, key=lambda layout: len(layout.keys() & stored.keys()))
     for name, tensor in plan.items():

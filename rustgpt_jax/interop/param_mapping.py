@@ -137,7 +137,7 @@ def _rule_key(path: str, model: ModelConfig, rules: TensorRules) -> tuple[str, t
 def _slice_indices(
     rule: TensorRule, layers: tuple[int, ...], shape: tuple[int, ...]
 ) -> list[tuple[Index, dict[str, int]]]:
-    """Return the index of each slice of a parameter, with the values of {layer} and {expert} in its tensor's name."""
+    """Return the index of each slice of a parameter, with the {layer} and {expert} in its tensor's name."""
     if not layers:
         return [((), {})]
     if "{expert}" not in rule.name:

@@ -1,4 +1,4 @@
-"""Warm starts: runs whose parameters are those of another run where they match, and are initialized where not."""
+"""Warm starts: runs that begin with the matching parameters of another run and initialize the others."""
 
 import dataclasses
 import json
@@ -160,7 +160,7 @@ def _resolve_source(source: str) -> tuple[Path, str]:
 
 
 class Layer(NamedTuple):
-    """A parameter of one layer or of the whole model: its array, and its position in the stack `name`."""
+    """A parameter of one layer or the whole model: its array, and its position in the stack `name`."""
 
     name: str
     position: int | None

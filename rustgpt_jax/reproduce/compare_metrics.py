@@ -206,7 +206,7 @@ def describe_missing_record(run: RunDir, stage: Stage, step: int) -> str:
 
 
 class ArrayComparison(NamedTuple):
-    """The comparison of the last checkpoints that two runs have in common; no arrays if there are none.
+    """A comparison of the last common checkpoints of two runs; it has no arrays if there are none.
 
     Attributes:
         step: The step of the checkpoints.

@@ -125,7 +125,7 @@ def _param_tensors(kind: str, tree: transformer.Params, layers: list[range]) -> 
 
 
 def _param_order(name: str, order: dict[str, int]) -> float:
-    """Return the index of the hook point that uses a parameter: the one with the longest prefix of its name."""
+    """Return the index of the hook point that uses a parameter: the one with the longest matching prefix."""
     module, *parts = name.split("/")
     if module in HOOK_POINT_OF:
         return order[HOOK_POINT_OF[module]] - 0.5
@@ -164,7 +164,7 @@ class StepInternals(NamedTuple):
 
 
 class Rewind(NamedTuple):
-    """A rewind of a run: the failed step, the step that it returned to, and the state's counters after the rewind."""
+    """A rewind of a run: the failed step, the step it returned to, and the state's counters afterwards."""
 
     step: int
     to: int
@@ -356,7 +356,7 @@ class RecordedRun:
         return state, every
 
     def _apply_rewind(self, state: State) -> State:
-        """Set the counters of a state to those after the last rewind, if that rewind was to the step of the state."""
+        """Set a state's counters to those after the last rewind if that rewind returned to its step."""
         last = self._last_rewind(int(state.step))
         if last is None or last.to < int(state.step):
             return state

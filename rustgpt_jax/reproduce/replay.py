@@ -322,7 +322,7 @@ def render_heat_map(
 
 
 def _order_paths(tensors: Sequence[StepTensor]) -> list[str]:
-    """Order the paths of tensors within layers by their mean relative position within the layers that have them."""
+    """Order tensor paths within layers by their mean relative position in the layers that have them."""
     layers: dict[int, list[str]] = {}
     for tensor in tensors:
         if tensor.layer is not None:

@@ -117,7 +117,7 @@ def _read_knobs(run: RunDir) -> dict[str, Any]:
 
 
 def diff_code(first: RunDir, second: RunDir) -> list[Difference]:
-    """Return the files that differ between the code of the first launches, starting with those that affect results."""
+    """Return the files that differ between the code of both runs' first launches, those that affect results first."""
     runs = {run: load_first_launch(run) for run in (first, second)}
     if runs[first].code == runs[second].code:
         return []
@@ -159,7 +159,7 @@ def diff_environments(first: RunDir, second: RunDir) -> list[Difference]:
 
 
 def diff_data(first: RunDir, second: RunDir) -> list[Difference]:
-    """Return the stages whose texts or tokens differ, with the files that differ if they are known."""
+    """Return the stages whose text or tokens differ, with the files that differ if they are known."""
     left, right = ({stage["stage"]: stage for stage in read_data_record(run.data_file)} for run in (first, second))
     common = [name for name in left if name in right]
     return [each for name in common for each in _diff_stage(f"stage {name}: ", left[name], right[name])]

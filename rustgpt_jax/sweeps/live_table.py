@@ -25,7 +25,7 @@ MAX_ROWS = 12
 
 
 class LiveTable:
-    """A display of a sweep's trials, updated until its `with` block ends."""
+    """A live display of a sweep's trials, for use in a `with` block."""
 
     def __init__(self, console: Console, folder: SweepDir, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._folder, self._clock = console, folder, clock

@@ -52,7 +52,7 @@ class Launch:
 
 
 def run_inline(launch: Launch, chunks: Sequence[Chunk]) -> None:
-    """Run chunks on the devices of this process, concurrently on groups of as many devices as a chunk needs."""
+    """Run chunks concurrently in this process, each on a group of as many devices as it needs."""
     devices = jax.local_devices()
 
     def run_on(group: Sequence[jax.Device], pending: Iterator[Chunk]) -> None:
@@ -84,7 +84,7 @@ def run_in_subprocesses(launch: Launch, chunks: Sequence[Chunk]) -> None:
 def _run_in_threads(
     launch: Launch, run: Callable[[Place, Iterator[Chunk]], None], places: Sequence[Place], chunks: Sequence[Chunk]
 ) -> None:
-    """Distribute chunks among threads, one for each place. Raises the first error after all threads finish."""
+    """Distribute chunks among threads, one per place. Raises the first error after all threads finish."""
     queue = deque(chunks)
 
     def take_chunks() -> Iterator[Chunk]:

@@ -24,7 +24,7 @@ MAX_MEMORY_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Message:
-    """A message in a conversation, with a role in ROLES, or plain text, with role 'text'."""
+    """A message in a dialogue, with a role in ROLES, or plain text, with role 'text'."""
 
     role: str
     text: str
@@ -37,7 +37,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Document:
-    """A plain text (a single message with the role 'text') or a dialogue. `name` identifies its source in messages."""
+    """Plain text (a single message with role 'text') or a dialogue. `name` identifies its source in messages."""
 
     name: str
     messages: tuple[Message, ...]

@@ -38,7 +38,7 @@ EncodedDocument = tuple[np.ndarray, np.ndarray]
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Encode text to continue, or a conversation up to the beginning of the assistant's reply.
+    """Encode text to continue, or a dialogue up to the beginning of the assistant's reply.
 
     Raises:
         UserError: The model has no chat template, or its template rejects the dialogue.
@@ -148,7 +148,7 @@ def _encode_imported_dialogue(
 
 
 def _reply_span(text: str, before: str, after: str) -> tuple[int, int]:
-    """Return the start and end of a reply in a rendered dialogue, given the text up to its start and up to its end."""
+    """Return where a reply starts and ends in a rendered dialogue, given the text up to each of these points."""
     if not (text.startswith(before) and text.startswith(after)):
         raise UserError(
             "The model's chat template renders earlier messages differently when others follow, so the assistant's "

@@ -219,7 +219,7 @@ def _load_chat_format(path: Path) -> ChatFormat | None:
 
 
 def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
-    """Train a tokenizer of the kind in the config. The result depends only on the config and the texts."""
+    """Train a tokenizer of the kind in the config. The result depends only on the config and the text."""
     if config.name == IMPORTED:
         raise UserError(
             "config.tokenizer.name='imported' is for runs created by `launch.py import`, whose folder contains the "

@@ -162,7 +162,7 @@ def prepare_inputs(
     earlier: tuple[EarlierConfig, ...] = (),
     tokenizer: Tokenizer | None = None,
 ) -> RunInputs:
-    """Load or create the inputs of a run. An existing tokenizer of the run folder is kept.
+    """Load or create the inputs of a run. A tokenizer in the run folder is kept.
 
     Args:
         config: The config of the run.

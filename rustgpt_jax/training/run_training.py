@@ -1,4 +1,4 @@
-"""Training of a run from start to end: preparation, the loop, and messages to the user."""
+"""Training of a run from start to finish: preparation, the loop, and messages to the user."""
 
 import math
 import signal
@@ -40,7 +40,7 @@ MANY_BLOCKS = 200
 
 
 class StepTracer:
-    """A tracer of some steps with the JAX profiler, as requested by `--profile=START:STOP`.
+    """A tracer of a range of steps with the JAX profiler, as requested by `--profile=START:STOP`.
 
     Raises:
         UserError: The text is not START:STOP, or the run does not have these steps.

@@ -1,4 +1,4 @@
-"""The trainer of a run: its position, batches, hooks, checkpoints and run folder."""
+"""The trainer of a run: its step, batches, hooks, checkpoints and run folder."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -128,7 +128,7 @@ class Trainer:
                 raise
 
     def _record_config(self) -> None:
-        """Write the config to the folder, and changes of it to the event log."""
+        """Write the config to the folder, and its changes to the event log."""
         path, config, earlier = self.folder.path, self.inputs.config, self.inputs.earlier
         before = load_config(path) if self.folder.config_file.exists() else config
         differing = diff_configs(before, config) if earlier and before != config else {}
@@ -139,7 +139,7 @@ class Trainer:
         if changed:
             self._events.append("config", step=earlier[-1].until, changes=changed)
 
-    # Position.
+    # Progress.
 
     @property
     def is_finished(self) -> bool:
@@ -399,7 +399,7 @@ class Trainer:
 
 
 def load_initial_state(inputs: RunInputs, folder: RunDir, plan: ShardingPlan) -> State:
-    """Return the state at step 0, with the parameters in the run folder, if any, else with random ones."""
+    """Return the state at step 0, with parameters from the run folder if there are any, else random ones."""
     static, hparams = partition(stages(inputs.full_config)[0].config)
     if not folder.parameters_file.exists():
         return compiled_init_state(static, hparams)

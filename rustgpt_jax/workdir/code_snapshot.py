@@ -347,7 +347,7 @@ def write_git_state(copy: Path) -> None:
 
 @cache
 def _git_state(root: Path) -> tuple[dict[str, Any] | None, bytes]:
-    """Return the commit, branch, untracked files and local changes of the code, and the patch with these changes.
+    """Return the git commit, branch, untracked files and local changes of the code, and a patch with the changes.
 
     `clean` is None if git cannot determine whether there are changes.
     """

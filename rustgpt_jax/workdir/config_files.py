@@ -20,7 +20,7 @@ COMMAND_LINE = "command line"
 
 
 def load_config_file(file: str) -> ValuesAndOrigins:
-    """Load the config of a Python file. The origin of a default value is "base".
+    """Load the config defined by a Python file. The origin of a default value is "base".
 
     Raises:
         UserError: The file does not exist or fails, or it does not define a config.
@@ -35,7 +35,7 @@ def load_run_config(path: Path) -> ValuesAndOrigins:
 
 
 def load_sweep_function(file: str, name: str) -> Callable[[], Any]:
-    """Return the function of a config file that defines a sweep: sweep() for the name 'sweep', else sweep_NAME().
+    """Return a config file's sweep function: sweep() for the name 'sweep', else sweep_NAME().
 
     Raises:
         UserError: The file does not define it.

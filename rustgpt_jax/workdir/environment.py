@@ -198,7 +198,7 @@ def call_and_fingerprint(function: Any, *arguments: Any) -> tuple[Any, Program]:
 
 
 def enable_autotune_cache(run: RunDir) -> None:
-    """Set XLA flags so that the autotuning results of a run are saved, and earlier results reused.
+    """Set XLA flags to save a run's autotuning results and reuse earlier ones.
 
     Call this before JAX is used, since XLA reads its flags once. Flags set by the user are kept. The file names are
     part of the keys of JAX's compilation cache, so each run compiles its programs once: XLA does not autotune cached
@@ -211,7 +211,7 @@ def enable_autotune_cache(run: RunDir) -> None:
 
 
 def load_autotuning(run: RunDir) -> None:
-    """Set XLA flags so that the autotuning results of a run are reused, to recompute its steps.
+    """Set XLA flags to reuse a run's autotuning results when its steps are recomputed.
 
     Call this before JAX is used. Trials of sweeps have no saved results, since one process compiles for many of them.
     """
@@ -220,7 +220,7 @@ def load_autotuning(run: RunDir) -> None:
 
 
 def save_autotune_cache(run: RunDir) -> None:
-    """Save XLA's autotuning results so far, if there are any, in the folder of a run."""
+    """Save XLA's autotuning results so far, if there are any, in the run folder."""
     dump = _autotune_dump(run)
     if f"{DUMP}{dump}" in os.environ.get("XLA_FLAGS", "").split() and dump.exists():
         write_atomically(run.autotune_file, _version_line() + dump.read_text())

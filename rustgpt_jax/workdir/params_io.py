@@ -1,4 +1,4 @@
-"""Safetensors files, read and written one tensor at a time, and the parameters of a run in one of them."""
+"""Safetensors files, read and written one tensor at a time, including a run's parameters."""
 
 import json
 import math

@@ -93,7 +93,7 @@ class RunDir:
 
 
 def is_step_name(name: str) -> bool:
-    """Return whether a name is a valid name of a checkpoint folder: a step number in plain digits."""
+    """Return whether a name is valid for a checkpoint folder: a step number in plain digits."""
     # int() rejects thousands of digits; no step has more than ten.
     return name.isascii() and name.isdecimal() and str(int(name[:20])) == name
 
@@ -332,7 +332,7 @@ def describe_differences(stored: Mapping[str, Any], wanted: Config) -> str:
 
 
 def diff_configs(first: Config, second: Config) -> dict[str, tuple[Any, Any]]:
-    """Return the fields in which two configs differ, those of stages as 'stages.NAME.path', with both values."""
+    """Return both values of each field that differs between two configs; fields of stages are 'stages.NAME.path'."""
     changed = diff(first, second)
     if "stages" in changed:
         both: tuple[tuple[StageConfig, ...], ...] = changed.pop("stages")

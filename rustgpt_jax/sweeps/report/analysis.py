@@ -1,4 +1,4 @@
-"""Ranking and comparison of a sweep's settings, and the notes that a reader needs to interpret them."""
+"""Ranking and comparison of a sweep's settings, with notes on how to interpret them."""
 
 import math
 from collections import defaultdict
@@ -88,7 +88,7 @@ def rank_settings(results: Results) -> tuple[RankedSetting, ...]:
 
 
 def compute_variance_shares(results: Results) -> VarianceDecomposition:
-    """Return the shares of the swept knobs, their interactions and noise in the variance of the final loss."""
+    """Decompose the variance of the final loss into swept knobs, their interactions, and noise."""
 
     def encode(path: str, value: Any) -> Any:
         # A seed is a label, not a number.
@@ -106,13 +106,13 @@ def _decompose(
 
 
 def compute_knob_shares(results: Results) -> dict[str, float]:
-    """Return the share of the variance that each swept knob explains, largest first, without unknown ones."""
+    """Return the fraction of variance that each swept knob explains, largest first, without unknown ones."""
     known = {path: share for path, share in compute_variance_shares(results).knobs.items() if math.isfinite(share)}
     return dict(sorted(known.items(), key=lambda item: -item[1]))
 
 
 def compute_interaction_shares(results: Results) -> dict[tuple[str, str], float]:
-    """Return the share of the variance that each pair of knobs explains only together, largest first."""
+    """Return the fraction of variance that each pair of knobs explains only jointly, largest first."""
     if len(results.finished) < MIN_TRIALS:
         return {}
     return dict(sorted(compute_variance_shares(results).pairs.items(), key=lambda item: -item[1]))
@@ -223,7 +223,7 @@ def describe_interval(interval: Interval) -> str:
 
 
 def describe_comparisons(results: Results, ranked: tuple[RankedSetting, ...]) -> list[str]:
-    """Compare the best setting in sentences with the best ones of other categories, and the next ones by rank."""
+    """Describe how the best setting compares with the best of other categories and with the next in rank."""
     rivals = _find_best_of_categories(results, ranked)
     chosen = (rivals + [row for row in ranked[1:] if row not in rivals])[:MAX_COMPARISONS]
     sentences = [describe_comparison(ranked[0], row) for row in sorted(chosen, key=ranked.index)]
@@ -240,7 +240,7 @@ def describe_comparisons(results: Results, ranked: tuple[RankedSetting, ...]) ->
 
 
 def _find_best_of_categories(results: Results, ranked: tuple[RankedSetting, ...]) -> list[RankedSetting]:
-    """Return the best setting of each value of the non-numeric knobs other than the overall best one's."""
+    """Return the best setting for each value of a non-numeric knob, except for the best setting's own values."""
     found = []
     for path in results.knobs:
         if all(is_number(trial.knobs[path]) for trial in results.trials):

@@ -231,7 +231,7 @@ def _color_groups(results: Results, path: str, groups: Sequence[list[TrialResult
 
 
 def _collect_losses(trials: Iterable[TrialResult], path: str) -> dict[float, list[float]]:
-    """Return the final losses of some trials by the value of a knob, in ascending order."""
+    """Group the final losses of trials by a knob's value, in ascending order."""
     losses: dict[float, list[float]] = defaultdict(list)
     for trial in sorted(trials, key=lambda trial: trial.knobs[path]):
         if trial.final_loss is not None:
@@ -340,7 +340,7 @@ def plot_sensitivities(results: Results) -> ReportFigure | None:
 
 
 def plot_importance(results: Results) -> ReportFigure | None:
-    """Plot the shares of knobs, interactions and noise in the variance of the final loss, which sum to 100%."""
+    """Plot how much of the variance of the final loss knobs, interactions and noise explain, summing to 100%."""
     shares = analysis.compute_knob_shares(results)
     if len(results.knobs) < 2 or not shares or len(results.finished) < analysis.MIN_TRIALS:
         return None
@@ -373,7 +373,7 @@ def plot_importance(results: Results) -> ReportFigure | None:
 
 
 def plot_interactions(results: Results) -> ReportFigure | None:
-    """Plot a cell for each pair of three or more knobs: the share of variance that only the pair explains."""
+    """Plot, for three or more knobs, the fraction of variance that each pair explains only jointly."""
     shares = analysis.compute_interaction_shares(results)
     knobs = [path for path in analysis.compute_knob_shares(results) if any(path in pair for pair in shares)][:MAX_KNOBS]
     if len(knobs) < 3:
@@ -404,7 +404,7 @@ def plot_interactions(results: Results) -> ReportFigure | None:
 
 
 def _plot_cells(axes: Axes, shares: np.ndarray, texts: np.ndarray, colormap: Colormap, dark_from: float) -> None:
-    """Draw a heat map of shares in [0, 1]; labels on dark cells use the background color of the page."""
+    """Draw a heat map of fractions in [0, 1]; labels on dark cells use the background color of the page."""
     axes.pcolormesh(shares, cmap=colormap, vmin=0, vmax=1, edgecolors=get_css_color("paper"), linewidth=3)
     axes.grid(False)
     axes.spines[:].set_visible(False)

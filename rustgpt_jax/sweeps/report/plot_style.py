@@ -90,7 +90,7 @@ def make_css_colormap(name: str) -> ListedColormap:
 
 
 def make_css() -> str:
-    """Return the definitions of all variables for light pages and, where the reader prefers it, for dark pages."""
+    """Return the definitions of all variables, for light pages and for readers who prefer dark ones."""
     themes = []
     for theme in range(2):
         values = {name: colors[theme] for name, colors in COLORS.items()}
@@ -237,7 +237,7 @@ def make_scale(values: Iterable[Any]) -> Scale:
 
 
 def _is_spaced_by_ratio(values: tuple[float, ...]) -> bool:
-    """Return whether the median of the positive values is closer to their geometric than to their arithmetic mean."""
+    """Return whether the median positive value is closer to the geometric mean than to the arithmetic mean."""
     positive = [value for value in values if value > 0]
     if values[0] < 0 or len(positive) < 2 or positive[0] < MIN_LOG_VALUE or positive[-1] / positive[0] < MIN_LOG_FACTOR:
         return False

@@ -149,7 +149,7 @@ class _Record:
 
 
 def read_results(folder: Path) -> Results:
-    """Read a sweep from its folder. Trials with damaged files are reported as missing.
+    """Read the results of a sweep from its folder. Trials with damaged files are reported as missing.
 
     Raises:
         UserError: The folder holds no sweep or cannot be read.
@@ -271,7 +271,7 @@ def _make_results(records: Sequence[_Record], swept: Iterable[str], metric: str)
 
 
 def _find_defaults(records: Sequence[_Record]) -> dict[str, Any]:
-    """Return the default of every varying knob, from trials that do not override it, or None if none was started."""
+    """Return the default of every varying knob, taken from trials that do not override it; None if none has started."""
     paths = dict.fromkeys(path for record in records for path in record.overrides)
     configs = [record.config for record in records if record.config is not None]
     for config in configs[1:]:
@@ -389,7 +389,7 @@ def format_p_value(p_value: float) -> str:
 
 
 def describe_setting(knobs: Mapping[str, Any]) -> str:
-    """Describe the values of some knobs: 'optimizer muon, learning rate 0.003'."""
+    """Describe a setting's knob values: 'optimizer muon, learning rate 0.003'."""
     names = get_knob_names([*knobs, SEED])
     return ", ".join(f"{names[path]} {format_value(value)}" for path, value in knobs.items()) or "the base config"
 
