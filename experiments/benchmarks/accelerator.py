@@ -2,11 +2,11 @@
 
 python experiments/benchmarks/accelerator.py
 
-The most important measurements come first, and the run ends after --minutes (8 by default); an hour is enough for all
-of them on one H100. First, with the smallest model: training here and in PyTorch at one batch size, decoding at batch
-1, 16 small trials in one program and one after another, and whether a resumed and a repeated run are bit-identical.
-Then, for one size after another, everything else. --only=training,torch,decoding,sweep,reproduction,checks and
---sizes=124m,350m,1.5b select parts, and --add merges them with earlier results:
+The most important measurements come first, and the run ends after --minutes (8 by default; all take about an hour).
+First, with the smallest model: training here and in PyTorch at one batch size, decoding at batch 1, 16 small trials in
+one program and one after another, and whether a resumed and a repeated run are bit-identical. Then, for one size after
+another, everything else. --only=training,torch,decoding,sweep,reproduction,checks and --sizes=124m,350m,1.5b select
+parts, and --add merges them with earlier results:
 
 training      GPT-2 with 124M, 350M and 1.5B parameters, sequences of 1024 tokens, bfloat16 over float32 parameters
 torch         the same in PyTorch (`gpt2_torch.py`)
