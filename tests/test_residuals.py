@@ -15,7 +15,7 @@ from rustgpt_jax.config.schema import Config, ModelConfig, replace_paths
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.evaluation.loss import loss_sums
 from rustgpt_jax.model import matmul
-from rustgpt_jax.model.flops import parameter_shapes
+from rustgpt_jax.model.flops import equations, parameter_shapes
 from rustgpt_jax.model.kernels import Device, attention
 from rustgpt_jax.model.layers import NORMS
 from rustgpt_jax.model.mlps import FEEDFORWARDS
@@ -43,14 +43,19 @@ def recipe(name: str, length: int, **changes: Any) -> Config:
     return replace_paths(config, {**small, "model.remat": "none", **changes})
 
 
-def saved_arrays(config: Config) -> list[tuple[tuple[int, ...], str]]:
-    """Return the shape, for one layer, and the type of each array that the scan over layers saves."""
+def traced_gradient(config: Config) -> Any:
+    """Return the traced gradient of the loss of a batch."""
     model = config.model
 
     def loss(params: Any, batch: Any) -> jax.Array:
         return loss_sums(params, batch, model, None, config.training.loss_chunk_size).loss
 
-    traced = jax.jit(jax.grad(loss)).trace(parameter_shapes(model), batch_shapes(ROWS, model.context_length))
+    return jax.jit(jax.grad(loss)).trace(parameter_shapes(model), batch_shapes(ROWS, model.context_length))
+
+
+def saved_arrays(config: Config) -> list[tuple[tuple[int, ...], str]]:
+    """Return the shape, for one layer, and the type of each array that the scan over layers saves."""
+    traced = traced_gradient(config)
     module = traced.lower(lowering_platforms=("cuda",)).compiler_ir()
     loops = [operation for operation in operations(module.operation) if operation.name == "stablehlo.while"]
     results = [(result, ir.RankedTensorType(result.type)) for loop in loops for result in loop.results]
@@ -89,6 +94,21 @@ def test_bytes_saved_per_token_and_channel(name: str, length: int, remat: str, e
     for shape, kind in saved:
         assert ROWS in shape and length in shape, f"not activations, so parameters: {shape}"
         assert kind == "bf16" or math.prod(shape) <= tokens * config.model.attention.n_heads, (shape, kind)
+
+
+@pytest.mark.usefixtures("_nvidia_gpu")
+@pytest.mark.parametrize("remat", ["none", "dots_no_batch", "full"])
+def test_weights_are_cast_once_in_each_pass(remat: str) -> None:
+    # Each cast gathers weights that are sharded over devices.
+    config = recipe("gpt2_124m", 1024, **{"model.remat": remat})
+    kernel = (config.model.d_model, 4 * config.model.d_model)
+    casts = [
+        times
+        for equation, times in equations(traced_gradient(config).jaxpr.jaxpr)
+        if equation.primitive.name == "convert_element_type"
+        and (equation.outvars[0].aval.shape, equation.outvars[0].aval.dtype) == (kernel, jnp.bfloat16)
+    ]
+    assert casts == [N_LAYERS, N_LAYERS]
 
 
 # Gradients of what is recomputed.

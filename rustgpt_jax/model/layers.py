@@ -48,7 +48,8 @@ class Linear(nn.Module):
     def __call__(self, *inputs: jax.Array, activation: Callable[..., jax.Array] | None = None) -> jax.Array:
         """Return activation(*inputs) W (+ b), where the elementwise activation is the identity by default.
 
-        Unless `saves_residuals`, the backward pass recomputes the activation and the cast of W.
+        Where the config selects neither `saves_residuals` nor rematerialization, the backward pass recomputes the
+        activation and the cast of W. (Within recomputed blocks, W would be gathered once more from sharded devices.)
         """
         std = self.config.init_std
         if self.residual:
@@ -58,7 +59,8 @@ class Linear(nn.Module):
         def multiply(kernel: Any, *inputs: jax.Array) -> jax.Array:
             return matmul(activation(*inputs) if activation else inputs[0], kernel, self.config)
 
-        y = (multiply if saves_residuals(self.config) else recompute(multiply))(kernel, *inputs)
+        is_recomputed = self.config.remat == "none" and not saves_residuals(self.config)
+        y = (recompute(multiply) if is_recomputed else multiply)(kernel, *inputs)
         if self.config.bias if self.has_bias is None else self.has_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + broadcast_channels(bias, y).astype(y.dtype)
