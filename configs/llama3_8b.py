@@ -37,7 +37,6 @@ def get_config() -> ConfigDict:
     config.schedule.warmup_steps = 2000
     config.training.steps = 500_000
     config.training.batch_size = 64
-    config.training.loss_chunk_size = 4096
     config.training.steps_per_jit_call = 1
     config.mesh.data = 1
     config.mesh.fsdp = -1

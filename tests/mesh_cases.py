@@ -33,6 +33,7 @@ BASE = {
     "model.dropout": 0.1,
     "training.batch_size": 16,
     "training.z_loss": 1e-4,
+    "training.loss_chunk_size": 20,
     "optimizer.learning_rate": 3e-3,
 }
 MOE = {"model.feedforwards": ("moe",), "model.moe.capacity_factor": 1.5, "model.d_ff": 32}

@@ -214,7 +214,7 @@ def test_blocks_multiply_in_fp8_and_accumulate_in_float32(dtype: str) -> None:
     model = dataclasses.replace(model, n_layers=2)
 
     def loss(params: Any) -> Any:
-        return loss_sums(params, batch_of(), model).loss
+        return loss_sums(params, batch_of(), model).objective
 
     program = jax.make_jaxpr(jax.grad(loss))(parameter_shapes(model))
     types = [each for _, each in products(program.jaxpr)]
@@ -233,7 +233,7 @@ def test_blocks_multiply_in_fp8_and_accumulate_in_float32(dtype: str) -> None:
 def test_remat_recomputes_the_same_fp8_scales() -> None:
     def gradients(remat: str) -> Any:
         model = tiny(**{"model.precision.matmul_dtype": "float8", "model.remat": remat}).model
-        return jax.jit(jax.grad(lambda params: loss_sums(params, batch_of(), model).loss))(random_params(model))
+        return jax.jit(jax.grad(lambda params: loss_sums(params, batch_of(), model).objective))(random_params(model))
 
     anew, kept = gradients("full"), gradients("none")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), anew, kept)

@@ -98,7 +98,7 @@ def test_all_mesh_axes_but_data_shard_the_model() -> None:
         ({"model.n_layers": 1_000_000}, 0, "parameters"),
         ({"model.vocab_size": 100_000_000}, 0, "parameters"),
         ({"model.context_length": 100_000_000}, 0, "KV cache"),
-        ({"training.batch_size": 1_000_000, "model.vocab_size": 500}, 1_000_000, "logits"),
+        ({"training.loss_chunk_size": 32_000_000, "model.vocab_size": 500}, 1_000_000, "logits"),
     ],
 )
 def test_inference_that_cannot_fit_the_memory_is_refused(changes: dict[str, Any], n_rows: int, part: str) -> None:

@@ -48,7 +48,7 @@ def traced_gradient(config: Config) -> Any:
     model = config.model
 
     def loss(params: Any, batch: Any) -> jax.Array:
-        return loss_sums(params, batch, model, None, config.training.loss_chunk_size).loss
+        return loss_sums(params, batch, model, None, config.training.loss_chunk_size).objective
 
     return jax.jit(jax.grad(loss)).trace(parameter_shapes(model), batch_shapes(ROWS, model.context_length))
 

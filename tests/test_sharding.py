@@ -37,10 +37,11 @@ MESH = {"data": 2, "fsdp": 2, "expert": 2, "context": 1, "tensor": 2}
 
 EXPECTED = {
     "data 8": {"all-reduce data"},
-    "fsdp 8": {"all-gather fsdp", "all-reduce fsdp"},
+    # Embeddings are looked up in shards of channels, and exchanged for shards of rows.
+    "fsdp 8": {"all-gather fsdp", "all-reduce fsdp", "all-to-all fsdp"},
     "tensor 4": {"all-reduce tensor", "all-reduce data"},
-    # The rows of each microbatch are resharded.
-    "fsdp 2 x tensor 2": {"all-gather fsdp", "all-reduce", "all-to-all data", "collective-permute"},
+    # The rows of each microbatch, and of the embeddings of its tokens, are resharded.
+    "fsdp 2 x tensor 2": {"all-gather", "all-reduce", "all-to-all", "collective-permute"},
     "expert 4": {"all-to-all expert", "all-reduce"},
     "dropless expert 2 x tensor 2": {"all-gather expert", "all-reduce"},
     "context 4": {"all-gather context", "all-reduce"},

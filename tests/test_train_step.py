@@ -210,11 +210,11 @@ def loss_in_numpy(params: Any, config: Config, batch: Batch) -> tuple[float, flo
 def test_loss_and_z_loss_match_numpy() -> None:
     params, batch = parameters(init_std=0.5), batch_of(tiny())
     loss, square = loss_in_numpy(params, tiny(), batch)
-    sums = eval_loss_sums(params, batch, tiny().model)
+    sums = jax.jit(lambda z_loss: loss_sums(params, batch, tiny().model, z_loss=z_loss))(0.3)
     total = np.float32(batch.weights_BT.sum())
     assert sums.weight == total
-    assert total_loss(sums, total, 0.0) == pytest.approx(loss, rel=1e-5)
-    assert total_loss(sums, total, 0.3) == pytest.approx(loss + 0.3 * square, rel=1e-5)
+    assert sums.loss / total == pytest.approx(loss, rel=1e-5)
+    assert total_loss(sums, total) == pytest.approx(loss + 0.3 * square, rel=1e-5)
 
 
 def test_evaluate_bounds_the_number_of_pending_batches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -622,8 +622,8 @@ class TrainingConfig:
     )
     loss_chunk_size: int | None = static_field(
         None,
-        "Tokens of each sequence whose logits are computed at a time; the backward pass recomputes them. None: "
-        "all at once.",
+        "Tokens on each device whose logits, and their gradient, are computed at a time. None: as many as take half a "
+        "gibibyte.",
         low=1,
     )
 

@@ -6,7 +6,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +14,38 @@ import jax.numpy as jnp
 from rustgpt_jax.config.schema import ModelConfig, for_inference, is_enabled
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.model import transformer
-from rustgpt_jax.model.activation_sharding import shard_activations
+from rustgpt_jax.model.activation_sharding import shard_activations, token_shards
 from rustgpt_jax.model.interfaces import AUX_LOSS, LayerMetrics
+from rustgpt_jax.model.matmul import softcap, unembed
 from rustgpt_jax.model.transformer import Params
+
+# Default bytes of the logits of a chunk on a device. Smaller chunks would be bound by memory: each reads the output
+# matrix and adds to its gradient.
+LOGITS_BYTES = 2**29
 
 
 class LossSums(NamedTuple):
     """Weighted sums over tokens, in nats. Unlike means, sums can be added over microbatches and batches.
 
     Attributes:
-        loss: Sum of the cross-entropy.
-        squared_normalizer: Sum of the squared log normalizer, for z-loss.
+        loss: Sum of the cross-entropy, without a gradient.
+        objective: Sum of what is minimized, without auxiliary losses: the cross-entropy and the z-loss.
         weight: Sum of the weights, which is the number of tokens that count in the loss.
         layer_metrics: Metrics of the blocks, times `weight`.
     """
 
     loss: jax.Array
-    squared_normalizer: jax.Array
+    objective: jax.Array
     weight: jax.Array
     layer_metrics: LayerMetrics
+
+
+def chunk_size(loss_chunk_size: int | None, model: ModelConfig) -> int:
+    """Return the number of tokens on each device whose logits are in memory at a time.
+
+    It is `loss_chunk_size`, or by default the largest power of two whose logits take at most LOGITS_BYTES.
+    """
+    return loss_chunk_size or 2 ** int(math.log2(max(1, LOGITS_BYTES // (4 * transformer.vocab_size(model)))))
 
 
 def loss_sums(
@@ -41,6 +54,7 @@ def loss_sums(
     model: ModelConfig,
     dropout_key: jax.Array | None = None,
     loss_chunk_size: int | None = None,
+    z_loss: jax.Array | float = 0.0,
 ) -> LossSums:
     """Compute the loss sums of a batch.
 
@@ -49,8 +63,8 @@ def loss_sums(
         batch: The batch.
         model: The config of the model.
         dropout_key: The key for dropout, None for no dropout.
-        loss_chunk_size: The number of tokens per row whose logits are in memory at a time, in the backward pass too;
-            None for all.
+        loss_chunk_size: As for `chunk_size`.
+        z_loss: The coefficient of the squared log normalizer in the objective (arXiv 2204.02311).
     """
     hidden_BTD, _, layer_metrics = transformer.hidden_states(
         params,
@@ -60,69 +74,121 @@ def loss_sums(
         segments_BT=batch.segments_BT,
         dropout_key=dropout_key,
     )
-    if loss_chunk_size is not None:
-        return _chunked_sums(params, hidden_BTD, batch, layer_metrics, model, loss_chunk_size)
-    return cross_entropy_sums(transformer.logits(params, hidden_BTD, model), batch, layer_metrics)[0]
-
-
-def _chunked_sums(
-    params: transformer.Params,
-    hidden_BTD: jax.Array,
-    batch: Batch,
-    layer_metrics: LayerMetrics,
-    model: ModelConfig,
-    chunk: int,
-) -> LossSums:
-    """Compute the sums of a batch with the logits of one chunk at a time."""
-    length = hidden_BTD.shape[1]
-    chunk = min(chunk, length)
-
-    def chunks(x: jax.Array) -> jax.Array:
-        """Reshape (B, T, ...) to (chunks, B, chunk, ...), padded with zeros, which have no weight.
-
-        A chunk has tokens from all parts of the sequence, which preserves a sharding along T.
-        """
-        padded = jnp.pad(x, [(0, 0), (0, -length % chunk), *[(0, 0)] * (x.ndim - 2)])
-        return jnp.moveaxis(padded.reshape(x.shape[0], chunk, -1, *x.shape[2:]), 2, 0)
-
-    @partial(jax.checkpoint, prevent_cse=False)
-    def chunk_sums(hidden_BTD: jax.Array, part: Batch) -> LossSums:
-        return cross_entropy_sums(transformer.logits(params, hidden_BTD, model), part, {})[0]
-
-    def add(total: LossSums, inputs: tuple[jax.Array, Batch]) -> tuple[LossSums, None]:
-        return jax.tree.map(jnp.add, total, chunk_sums(*inputs)), None
-
-    zeros = LossSums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), {})
-    sums, _ = jax.lax.scan(add, zeros, (chunks(hidden_BTD), jax.tree.map(chunks, batch)))
+    chunk = chunk_size(loss_chunk_size, model)
+    if batch.tokens_BT.size <= chunk * math.prod(token_shards(*batch.tokens_BT.shape)):
+        return cross_entropy_sums(transformer.logits(params, hidden_BTD, model), batch, layer_metrics, z_loss)[0]
+    matrix, axes = transformer.output_matrix(params)
+    scan = partial(_scan_chunks, axes=axes, model=model, chunk=chunk)
+    total_sums = jax.custom_vjp(lambda *inputs: scan(*inputs)[0])
+    total_sums.defvjp(scan, _scale_gradients)
+    numbers = {"z_loss": z_loss, "softcap": model.final_logit_softcap}
+    numbers = {name: value for name, value in numbers.items() if is_enabled(value)}
+    sums = total_sums(matrix, hidden_BTD, batch, numbers)
     return sums._replace(layer_metrics={name: value * sums.weight for name, value in layer_metrics.items()})
 
 
-def cross_entropy_sums(logits_BTV: jax.Array, batch: Batch, layer_metrics: LayerMetrics) -> tuple[LossSums, jax.Array]:
+def _scan_chunks(
+    matrix: jax.Array,
+    hidden_BTD: jax.Array,
+    batch: Batch,
+    numbers: dict[str, Any],
+    *,
+    axes: str,
+    model: ModelConfig,
+    chunk: int,
+) -> tuple[LossSums, tuple[jax.Array, jax.Array]]:
+    """Compute the sums of a batch, and the gradient of the objective, with the logits of one chunk at a time.
+
+    The logits of a chunk are computed once, for both. Each of the R shards has a part of every chunk and adds to its
+    own gradient of the output matrix, so that the matrix is gathered, and its gradient reduced, only once.
+
+    Args:
+        matrix: The output matrix.
+        hidden_BTD: The output of the last norm.
+        batch: The batch.
+        numbers: The coefficient `z_loss` and the cap `softcap`, if they are enabled.
+        axes: As for `unembed`.
+        model: The config of the model.
+        chunk: The number of tokens of a chunk on each device.
+
+    Returns:
+        The sums, and the gradients of the objective with respect to the matrix and the hidden states.
+    """
+    # Gathered after it is rounded: the first constraint keeps the rounded matrix where the matrix is stored.
+    factor = shard_activations(matrix.astype(model.precision.logits_dtype or model.dtype), axes.replace("D", "E"))
+    factor = shard_activations(factor, axes)
+
+    def objective(logits_RCV: jax.Array, part: Batch) -> tuple[jax.Array, LossSums]:
+        if "softcap" in numbers:
+            logits_RCV = softcap(logits_RCV, numbers["softcap"])
+        sums, _ = cross_entropy_sums(logits_RCV, part, {}, numbers.get("z_loss", 0.0))
+        return sums.objective, sums
+
+    def add_chunk(totals: Any, inputs: tuple[jax.Array, Batch]) -> tuple[Any, jax.Array]:
+        hidden_RCD, part = inputs
+        logits_RCV, unembed_bwd = jax.vjp(lambda hidden_RCD: unembed(hidden_RCD, factor, axes, model), hidden_RCD)
+        grad_RCV, sums = jax.grad(objective, has_aux=True)(logits_RCV, part)
+        # The sums over tokens of the outer products of the axes, in the order of the matrix.
+        by_axis = {"D": hidden_RCD.astype(factor.dtype), "V": grad_RCV.astype(factor.dtype)}
+        left, right = (by_axis[axis] for axis in axes)
+        grad_R = jax.lax.dot_general(left, right, (((1,), (1,)), ((0,), (0,))), preferred_element_type=matrix.dtype)
+        return jax.tree.map(jnp.add, totals, (sums, grad_R)), unembed_bwd(grad_RCV)[0]
+
+    zero = jnp.zeros(())
+    n_shards = math.prod(token_shards(*batch.tokens_BT.shape))
+    zeros_R = shard_activations(jnp.zeros((n_shards, *matrix.shape), matrix.dtype), f"R{axes}")
+    chunks = jax.tree.map(partial(_split_tokens, chunk=chunk), (hidden_BTD, batch))
+    (sums, grad_R), grad_chunks = jax.lax.scan(add_chunk, (LossSums(zero, zero, zero, {}), zeros_R), chunks)
+    return sums, (jnp.sum(grad_R, axis=0), _join_tokens(grad_chunks, hidden_BTD.shape))
+
+
+def _scale_gradients(gradients: tuple[jax.Array, jax.Array], grad_sums: LossSums) -> tuple[Any, ...]:
+    """Scale the gradients of the objective with respect to the matrix and the hidden states."""
+    return *(gradient * grad_sums.objective.astype(gradient.dtype) for gradient in gradients), None, None
+
+
+def _split_tokens(x: jax.Array, chunk: int) -> jax.Array:
+    """Reshape (B, T, ...) to (chunks, R, tokens, ...), padded with zeros, which have no weight.
+
+    Tokens stay on their device: each of the R shards of a batch has at most `chunk` tokens of each chunk.
+    """
+    rows, columns = token_shards(*x.shape[:2])
+    x = x.reshape(rows, x.shape[0] // rows, columns, x.shape[1] // columns, *x.shape[2:])
+    x = jnp.moveaxis(x, 2, 1).reshape(rows * columns, -1, *x.shape[4:])
+    n_chunks = -(-x.shape[1] // chunk)
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % n_chunks), *[(0, 0)] * (x.ndim - 2)])
+    x = jnp.moveaxis(x.reshape(x.shape[0], n_chunks, -1, *x.shape[2:]), 1, 0)
+    return shard_activations(x, ".R".ljust(x.ndim, "."))
+
+
+def _join_tokens(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Undo `_split_tokens` for an array of a shape (B, T, ...)."""
+    rows, columns = token_shards(*shape[:2])
+    n_rows, length = shape[0] // rows, shape[1] // columns
+    x = jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *shape[2:])[:, : n_rows * length]
+    x = jnp.moveaxis(x.reshape(rows, columns, n_rows, length, *shape[2:]), 1, 2)
+    return shard_activations(x.reshape(shape), "BT".ljust(len(shape), "."))
+
+
+def cross_entropy_sums(
+    logits_BTV: jax.Array, batch: Batch, layer_metrics: LayerMetrics, z_loss: jax.Array | float = 0.0
+) -> tuple[LossSums, jax.Array]:
     """Compute the sums of a batch from its logits, and the loss of each token."""
     weight = jnp.sum(batch.weights_BT)
     normalizer_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     chosen_BT = jnp.take_along_axis(logits_BTV, batch.targets_BT[..., None], axis=-1)[..., 0]
     losses_BT = normalizer_BT - chosen_BT
-    sums = LossSums(
-        loss=jnp.sum(losses_BT * batch.weights_BT),
-        squared_normalizer=jnp.sum(jnp.square(normalizer_BT) * batch.weights_BT),
-        weight=weight,
-        layer_metrics={name: value * weight for name, value in layer_metrics.items()},
-    )
-    return sums, losses_BT
-
-
-def total_loss(sums: LossSums, total_weight: jax.Array, z_loss: jax.Array | float) -> jax.Array:
-    """Return the contribution of a microbatch to the mean loss of its batch.
-
-    It includes the z-loss (arXiv 2204.02311) and the auxiliary loss of the blocks for this microbatch.
-    """
-    loss = sums.loss
-    if AUX_LOSS in sums.layer_metrics:
-        loss = loss + sums.layer_metrics[AUX_LOSS]
+    loss = jnp.sum(losses_BT * batch.weights_BT)
+    objective = loss
     if is_enabled(z_loss):
-        loss = loss + z_loss * sums.squared_normalizer
-    return loss / jnp.maximum(total_weight, 1.0)
+        objective = loss + z_loss * jnp.sum(jnp.square(normalizer_BT) * batch.weights_BT)
+    metrics = {name: value * weight for name, value in layer_metrics.items()}
+    return LossSums(jax.lax.stop_gradient(loss), objective, weight, metrics), losses_BT
+
+
+def total_loss(sums: LossSums, total_weight: jax.Array) -> jax.Array:
+    """Return the contribution of a microbatch to the mean objective of its batch, with its auxiliary loss."""
+    return (sums.objective + sums.layer_metrics.get(AUX_LOSS, 0.0)) / jnp.maximum(total_weight, 1.0)
 
 
 def split_microbatches(batch: Batch, n_parts: int) -> Batch:
@@ -169,7 +235,7 @@ def evaluate(
         model: The config of the model.
         batches: The batches.
         bytes_per_token: The average number of bytes of text per token of the split that counts in the loss.
-        loss_chunk_size: As for `loss_sums`.
+        loss_chunk_size: As for `chunk_size`.
         n_parts: The number of microbatches of a batch.
         progress: Called before each batch with the number of batches done. It may raise an exception to stop.
 

@@ -3,11 +3,14 @@
 import math
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 # Mesh axes that shard each array axis. A mesh axis shards at most one axis of an array: the first one in this order.
 MESH_AXES = {
     "X": ("expert",),
+    # Shards of the tokens of a batch, and channels of an embedding where it is stored.
+    "R": ("data", "fsdp", "expert", "context"),
+    "E": ("fsdp",),
     "B": ("data", "fsdp", "expert"),
     "T": ("context",),
     "K": ("tensor",),
@@ -39,3 +42,13 @@ def partition_spec(letters: str, shape: tuple[int, ...], mesh: dict[str, int]) -
             spec[letter] = used
             free -= set(used)
     return PartitionSpec(*(spec.get(letter) for letter in letters))
+
+
+def token_shards(n_rows: int, length: int) -> tuple[int, int]:
+    """Return the numbers of shards of the rows and of the columns of tokens_BT over the mesh set by `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1, 1
+    sharding = NamedSharding(mesh, partition_spec("BT", (n_rows, length), dict(mesh.shape)))
+    shard = sharding.shard_shape((n_rows, length))
+    return n_rows // shard[0], length // shard[1]

@@ -185,7 +185,8 @@ def _hidden_states(
             x_BTD, stats[name] = intermediates.record_stats(x_BTD, slots[name])
         return x_BTD
 
-    x_BTD = shard_activations(params["embedding"]["table"], "VD")[tokens_BT]
+    # Looked up where the table is stored: all tokens in a shard of their channels, so that no device gathers the table.
+    x_BTD = shard_activations(shard_activations(params["embedding"]["table"], "VE")[tokens_BT], "BTE")
     if model.scale_embeddings:
         scale = model.d_model**0.5 if model.embedding_scale is None else model.embedding_scale
         x_BTD = x_BTD * jnp.asarray(scale, x_BTD.dtype)
@@ -204,9 +205,13 @@ def _hidden_states(
 
 def logits(params: Params, hidden_BTD: jax.Array, model: ModelConfig) -> jax.Array:
     """Return float32 logits_BTV, computed with the output layer or else the embedding table."""
-    weights, axes = (params["head"]["kernel"], "DV") if "head" in params else (params["embedding"]["table"], "VD")
-    logits_BTV = unembed(hidden_BTD, weights, axes, model)
+    logits_BTV = unembed(hidden_BTD, *output_matrix(params), model)
     return softcap(logits_BTV, model.final_logit_softcap) if is_enabled(model.final_logit_softcap) else logits_BTV
+
+
+def output_matrix(params: Params) -> tuple[Any, str]:
+    """Return the matrix that computes logits, the output layer or else the embedding table, and its axes."""
+    return (params["head"]["kernel"], "DV") if "head" in params else (params["embedding"]["table"], "VD")
 
 
 def remat_policy(name: str) -> Callable[..., Any]:

@@ -28,6 +28,7 @@ import jax
 
 from rustgpt_jax.config.schema import Config, get_path, is_enabled, partition, replace_paths
 from rustgpt_jax.config.validation import resolve
+from rustgpt_jax.evaluation.loss import chunk_size
 from rustgpt_jax.model.flops import matmul_flops, parameter_shapes, total_size, training_flops_per_token
 from rustgpt_jax.planning import hlo
 from rustgpt_jax.planning.hlo import Collective, HloProgram, Instruction, find_collectives, parse_arrays, parse_lengths
@@ -411,7 +412,7 @@ def _dtype(config: Config) -> str:
 
 # Single changes of a config that save memory.
 
-# The number of tokens per row whose logits are in memory at once.
+# The number of tokens on each chip whose logits are in memory at once.
 LOSS_CHUNK_SIZE = 512
 MAX_TENSOR_PARALLEL = 8
 
@@ -437,7 +438,7 @@ def list_suggestions(config: Config, seq_len: int, n_devices: int) -> Iterator[l
     rows = config.training.batch_size // steps // n_shards
     yield [Suggestion({"training.grad_accum_steps": factor * steps}) for factor in _power_of_two_divisors(rows)]
     yield [Suggestion({"model.remat": "full"})] if config.model.remat in ("none", "dots", "dots_no_batch") else []
-    chunk = config.training.loss_chunk_size or seq_len
+    chunk = min(rows * seq_len, chunk_size(config.training.loss_chunk_size, config.model))
     yield [Suggestion({"training.loss_chunk_size": LOSS_CHUNK_SIZE})] if chunk > LOSS_CHUNK_SIZE else []
     yield [
         Suggestion({"mesh.data": sizes["data"] // factor, "mesh.fsdp": sizes["fsdp"] * factor})

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from rustgpt_jax.config.schema import Config, get_path, is_enabled, partition, replace_paths, stages
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.evaluation.loss import loss_sums, total_loss
+from rustgpt_jax.evaluation.loss import chunk_size, loss_sums, total_loss
 from rustgpt_jax.model.flops import Shapes, parameter_shapes, total_bytes, total_size
 from rustgpt_jax.model.transformer import init_cache
 from rustgpt_jax.sharding.hardware_specs import Machine
@@ -71,7 +71,7 @@ def residual_bytes(config: Config, seq_len: int) -> int:
     They include what the backward pass recomputes at one time: with remat, one repeat of the pattern of blocks; with
     chunked loss, the logits of one chunk.
     """
-    model, chunk = config.model, config.training.loss_chunk_size
+    model, chunk = config.model, chunk_size(config.training.loss_chunk_size, config.model)
     # Offloaded residuals are not on the device, as if they were recomputed.
     remat = "full" if model.remat == "offload" else model.remat
     config = replace_paths(config, {"model.remat": remat})
@@ -80,9 +80,10 @@ def residual_bytes(config: Config, seq_len: int) -> int:
     if remat != "none":
         everything = saved_bytes(replace_paths(config, {"model.remat": "none"}), seq_len)
         recomputed += (everything - saved) * min(model.period, model.n_layers) // model.n_layers
-    if chunk is not None:
-        unchunked = saved_bytes(replace_paths(config, {"training.loss_chunk_size": None}), seq_len)
-        recomputed += (unchunked - saved) * min(chunk, seq_len) // seq_len
+    n_tokens = config.training.batch_size // config.training.grad_accum_steps * seq_len
+    if chunk < n_tokens:
+        # The logits and their gradient.
+        recomputed += 2 * 4 * chunk * (model.vocab_size or 1)
     return saved + recomputed
 
 
@@ -106,8 +107,9 @@ def microbatch_loss(config: Config, seq_len: int) -> tuple[Callable[[Any, Batch]
 
     def loss(params: Any, batch: Batch) -> jax.Array:
         key = jax.random.key(0) if is_enabled(config.model.dropout) else None
-        sums = loss_sums(params, batch, config.model, key, config.training.loss_chunk_size)
-        return total_loss(sums, jnp.ones(()), config.training.z_loss)
+        training = config.training
+        sums = loss_sums(params, batch, config.model, key, training.loss_chunk_size, training.z_loss)
+        return total_loss(sums, jnp.ones(()))
 
     return loss, (parameter_shapes(config.model), batch_shapes(rows, seq_len))
 
@@ -190,8 +192,8 @@ def check_inference_memory(
     config = _fill_vocab_size(config)
     found = _extrapolate_layers(needs, config)
     if n_rows:
-        chunk = min(seq_len, config.training.loss_chunk_size or seq_len)
-        found["logits"] = 4 * n_rows * chunk * (config.model.vocab_size or 1)
+        chunk = min(n_rows * seq_len, chunk_size(config.training.loss_chunk_size, config.model))
+        found["logits"] = 4 * chunk * (config.model.vocab_size or 1)
         found["batches"] = BATCH_BYTES * config.training.batch_size * seq_len
     found = {name: size / (machine.n_devices if name == "parameters" else 1) for name, size in found.items()}
     _check("Evaluation" if n_rows else "Generation" if n_cached else "The model", found, config, machine)

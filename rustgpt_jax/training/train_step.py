@@ -279,15 +279,17 @@ def gradient(
     def part_loss(params: Any, slots: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         dropout_key, inside = key if is_enabled(config.model.dropout) else None, None
         if slots is None:
-            sums = loss_sums(params, part, config.model, dropout_key, config.training.loss_chunk_size)
+            sums = loss_sums(
+                params, part, config.model, dropout_key, config.training.loss_chunk_size, config.training.z_loss
+            )
         else:
             inputs = BlockInputs(part.positions_BT, part.segments_BT, dropout_key)
             logits_BTV, layer_metrics, activations = transformer.apply_with_intermediates(
                 params, part.tokens_BT, config.model, inputs, slots
             )
-            sums, losses_BT = cross_entropy_sums(logits_BTV, part, layer_metrics)
+            sums, losses_BT = cross_entropy_sums(logits_BTV, part, layer_metrics, config.training.z_loss)
             inside = _MicrobatchIntermediates(losses_BT, activations)
-        return total_loss(sums, total_weight, config.training.z_loss), (sums, inside)
+        return total_loss(sums, total_weight), (sums, inside)
 
     def part_gradient(part: Batch, key: jax.Array) -> tuple[Any, _MicrobatchIntermediates | None]:
         (gradients, slot_gradients), (sums, inside) = jax.grad(part_loss, argnums=(0, 1), has_aux=True)(
