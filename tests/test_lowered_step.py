@@ -15,12 +15,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from conftest import small_config
 
 from rustgpt_jax.config.schema import ModelConfig, partition
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.model import kernels
 from rustgpt_jax.training.memory_estimate import batch_shapes, state_shapes
-from rustgpt_jax.training.train_step import compiled_train_steps
+from rustgpt_jax.training.train_step import compiled_train_steps, train_step
 
 ROOT = Path(__file__).parent.parent
 # Rows of a step. Without microbatches, no scan hides the sizes of a batch.
@@ -98,6 +99,25 @@ def test_step_does_not_call_the_host(step: Step) -> None:
 def test_step_has_no_float32_products(step: Step) -> None:
     found = products(step.text)
     assert len(found) >= 3 * 5 and set(found) == {("bf16", "bf16")}
+
+
+# The optimizer.
+
+
+def test_new_moments_are_not_kept_until_the_update_is_checked() -> None:
+    config = small_config(**{"model.d_ff": 96, "model.n_layers": 1, "training.batch_size": 1})
+    static, hparams = partition(config)
+    lowered = jax.jit(train_step, static_argnums=0, donate_argnums=1).lower(
+        static, state_shapes(config), batch_shapes(1, 32), hparams
+    )
+    text = lowered.compile().as_text()
+    assert text is not None
+    (entry,) = re.findall(r"\nENTRY .*?\n}", text, re.DOTALL)
+    arrays = [line for line in entry.splitlines() if re.search(r"= f32\[1,32,96\]\S* (fusion|copy)\(", line)]
+    # For both kernels of this shape, gate and up: the squared gradient, Adam's direction, the update, and the new
+    # moments and parameters.
+    written = [line for line in arrays if "jvp" not in line]
+    assert len(written) == 2 * 6, written
 
 
 # A mesh.

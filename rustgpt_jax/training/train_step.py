@@ -190,18 +190,25 @@ def train_step(
     gradients, sums, inside = gradient(state.params, batch, config, key, with_intermediates)
     gradients = constrain(gradients)
     norm = optax.tree.norm(gradients)
-    clipped = gradients
-    if is_enabled(config.optimizer.clip_norm):
-        clipped = clip_by_norm(gradients, norm, config.optimizer.clip_norm)
     stage_step = state.step - first_step
     lr_multiplier = schedule_multiplier(stage_step, config.training.steps, config.schedule)
-    updates, opt_state = make_optimizer(config.optimizer, lr_multiplier).update(clipped, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+
+    def update(gradients: Any, opt_state: Any) -> tuple[Any, Any]:
+        if is_enabled(config.optimizer.clip_norm):
+            gradients = clip_by_norm(gradients, norm, config.optimizer.clip_norm)
+        return make_optimizer(config.optimizer, lr_multiplier).update(gradients, opt_state, state.params)
+
+    updates, _ = update(gradients, state.opt_state)
     loss = sums.loss / jnp.maximum(sums.weight, 1.0)
     update_norm = optax.tree.norm(updates)
     is_finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(update_norm)
+    # The state may change only after the whole update is checked. Without the barrier, XLA would keep new moments in
+    # memory until then; with it, they are computed in the pass that writes them.
+    is_finite, *inputs = jax.lax.optimization_barrier((is_finite, gradients, state.opt_state))
     params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(is_finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        lambda new, old: jnp.where(is_finite, new, old),
+        (optax.apply_updates(state.params, updates), update(*inputs)[1]),
+        (state.params, inputs[1]),
     )
     loss_stats = update_loss_stats(
         state.loss_stats, loss, is_finite, stage_step == 0, stage_step == config.training.steps - 1
