@@ -1,11 +1,21 @@
-"""The predicted memory of a train step, compared with that of a process."""
+"""The predicted memory of a train step, compared with that of a process and of the program of a run."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from conftest import small_config
+
+from rustgpt_jax.config.schema import partition
+from rustgpt_jax.planning.estimate import estimate
+from rustgpt_jax.sharding.hardware_specs import CHIPS
+from rustgpt_jax.sharding.sharding_plan import ShardingPlan
+from rustgpt_jax.training.memory_estimate import batch_shapes, state_shapes
+from rustgpt_jax.training.train_step import compiled_train_steps
 
 TESTS = Path(__file__).parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(TESTS.parent), "JAX_PLATFORMS": "cpu"}
@@ -58,3 +68,43 @@ def test_predicted_memory_matches_a_process(knobs: str) -> None:
     assert done.returncode == 0, done.stderr
     predicted, measured = (float(number) for number in done.stdout.strip(" []\n").split(","))
     assert predicted == pytest.approx(measured, rel=0.1)
+
+
+# The program of a run takes several steps. Portable kernels, and no residuals that only CPUs save, as in plans.
+PORTABLE = {
+    "model.d_model": 64,
+    "model.vocab_size": 256,
+    "model.context_length": 64,
+    "model.save_residuals": False,
+    "model.attention.kernel": "blockwise",
+}
+CASES = {
+    "gpt2": {"model.norm": "layernorm", "model.feedforwards": "gelu", "model.positions": "learned", "model.bias": True},
+    "llama": {"model.attention.n_kv_heads": 2, "model.tie_embeddings": False},
+    "experts": {"model.feedforwards": "moe", "model.moe.n_experts": 4},
+    "latent attention": {"model.mixers": "latent_attention", "model.mla.kv_lora_rank": 16},
+    "recurrent": {"model.mixers": ("rg_lru", "local_attention")},
+    "microbatches": {"training.grad_accum_steps": 4, "model.scan_layers": False},
+    "remat": {"model.remat": "full", "training.loss_chunk_size": 16},
+    "offload": {"optimizer.offload_state": True},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("case", CASES)
+def test_plan_matches_the_program_of_a_run(case: str) -> None:
+    config = small_config(**PORTABLE | CASES[case])
+    length, steps = config.model.context_length, config.training.steps_per_jit_call
+    planned = estimate(config, length, ShardingPlan(), CHIPS["h100"]).memory
+    static, hparams = partition(config)
+    batch = batch_shapes(config.training.batch_size, length)
+    batches = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((steps, *leaf.shape), leaf.dtype), batch)
+    arguments = static, state_shapes(config), batches, np.int32(steps), hparams, np.int32(0)
+    found = compiled_train_steps.lower(*arguments).compile().memory_analysis()
+    assert found is not None
+    shared = found.alias_size_in_bytes
+    peak = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes - shared
+    # Programs for CPUs ignore that the optimizer state is in host memory.
+    assert planned.peak == pytest.approx(peak - planned.host, rel=0.1)
+    assert (planned.host > 0) == (case == "offload")

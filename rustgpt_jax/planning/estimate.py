@@ -14,7 +14,6 @@ for accelerators are avoided:
 """
 
 import contextlib
-import dataclasses
 import math
 import os
 import re
@@ -322,7 +321,8 @@ class Memory:
     """Bytes of memory on a device at the peak of a step, by purpose.
 
     The sizes of parameters, optimizer state and batch are known. Of the rest, gradients take as much as parameters, and
-    the remainder is attributed to activations and temporary copies.
+    the remainder is attributed to activations and temporary copies. Offloaded optimizer state lies in host memory, and
+    is copied to the device when the activations are no longer needed.
     """
 
     parameters: int
@@ -330,11 +330,12 @@ class Memory:
     batch: int
     gradients: int
     activations: int
+    host: int = 0
 
     @property
     def peak(self) -> int:
-        """Total bytes."""
-        return sum(dataclasses.astuple(self))
+        """Total bytes on the device."""
+        return self.parameters + self.optimizer + self.batch + self.gradients + self.activations
 
 
 @dataclass(frozen=True, eq=False)
@@ -394,6 +395,8 @@ def _split_memory(config: Config, plan: ShardingPlan, compiled: CompiledStep) ->
     batch = max(0, compiled.arguments - count_bytes_on_device(state))
     gradients = min(parameters, compiled.working)
     rest = compiled.peak - parameters - optimizer - batch - gradients
+    if config.optimizer.offload_state:
+        return Memory(parameters, 0, batch, gradients, max(rest, optimizer), host=optimizer)
     return Memory(parameters, optimizer, batch, gradients, max(0, rest))
 
 

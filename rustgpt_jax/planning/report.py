@@ -246,7 +246,10 @@ def _memory_table(found: Estimate) -> Table:
     table = _table("Memory", "what", "size", "how it is known")
     rows = {
         "parameters": (memory.parameters, "counted"),
-        "optimizer state": (memory.optimizer, "counted"),
+        "optimizer state": (
+            memory.optimizer,
+            f"counted; {format_bytes(memory.host)} in host memory" if memory.host else "counted",
+        ),
         "batch": (memory.batch, "counted"),
         "gradients": (memory.gradients, "counted, like the parameters"),
         "activations and temporary copies": (memory.activations, "the rest of the peak"),
