@@ -22,19 +22,19 @@ from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.training import checkpointing
 from rustgpt_jax.training.checkpointing import Checkpoints, CorruptCheckpoint, tree_spec
 from rustgpt_jax.training.optimizers import OPTIMIZERS, make_optimizer
-from rustgpt_jax.training.train_step import State, compiled_init_state, init_loss_stats
+from rustgpt_jax.training.train_step import TrainState, compiled_init_state, init_loss_stats
 
 pytestmark = pytest.mark.usefixtures("quick_codegen")
 
 CONFIG = small_config()
 
 
-def state_of(name: str = "adamw", seed: int = 0) -> State:
+def state_of(name: str = "adamw", seed: int = 0) -> TrainState:
     """Return a state filled with random bits, including NaNs, infinities and denormals."""
     config = small_config(**{"optimizer.name": name, "model.d_model": 8})
     shapes = parameter_shapes(config.model)
     opt_shapes = jax.eval_shape(make_optimizer(config.optimizer).init, shapes)
-    state = State(shapes, opt_shapes, jax.ShapeDtypeStruct((), np.dtype("int32")), jax.eval_shape(init_loss_stats))
+    state = TrainState(shapes, opt_shapes, jax.ShapeDtypeStruct((), np.dtype("int32")), jax.eval_shape(init_loss_stats))
     generator = np.random.default_rng(seed)
 
     def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -44,13 +44,13 @@ def state_of(name: str = "adamw", seed: int = 0) -> State:
     return jax.tree.map(fill, state)
 
 
-def small_state(**params: Any) -> State:
+def small_state(**params: Any) -> TrainState:
     """Return a state with a few arrays."""
     arrays = {name: jnp.asarray(value) for name, value in params.items()}
-    return State(arrays, (), jnp.asarray(3, jnp.int32), init_loss_stats())
+    return TrainState(arrays, (), jnp.asarray(3, jnp.int32), init_loss_stats())
 
 
-def shapes_of(state: State) -> State:
+def shapes_of(state: TrainState) -> TrainState:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
 
 
@@ -61,7 +61,7 @@ def assert_same_bits(left: Any, right: Any) -> None:
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-def save(folder: Path, state: State, *steps: int, is_best: bool = False, config: Config = CONFIG) -> None:
+def save(folder: Path, state: TrainState, *steps: int, is_best: bool = False, config: Config = CONFIG) -> None:
     with Checkpoints(folder, config, is_writer=True) as checkpoints:
         for step in steps:
             checkpoints.save(state, step, is_best)

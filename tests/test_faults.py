@@ -28,7 +28,7 @@ from rustgpt_jax.tokenizers import load_tokenizer
 from rustgpt_jax.tracking.metric_writer import MetricsWriter
 from rustgpt_jax.training import hooks
 from rustgpt_jax.training.checkpointing import Checkpoints
-from rustgpt_jax.training.train_step import State, compiled_init_state
+from rustgpt_jax.training.train_step import TrainState, compiled_init_state
 from rustgpt_jax.training.trainer import Trainer
 from rustgpt_jax.workdir.run_dir import RunDir, load_config
 
@@ -82,7 +82,7 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, stdout, stderr
 
 
-def saved_state(run: Path, which: str = "last") -> State:
+def saved_state(run: Path, which: str = "last") -> TrainState:
     """The state in a checkpoint of a run of configs/tiny.py."""
     config, tokenizer = load_config(run), load_tokenizer(RunDir(run).tokenizer_file)
     static, hparams = partition(fill_vocab_size(config, tokenizer))

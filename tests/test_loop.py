@@ -35,7 +35,7 @@ from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training import hooks, loop, run_training
 from rustgpt_jax.training.checkpointing import Checkpoints, read_metadata
 from rustgpt_jax.training.load_model import load_model
-from rustgpt_jax.training.train_step import State, compiled_init_state
+from rustgpt_jax.training.train_step import TrainState, compiled_init_state
 from rustgpt_jax.workdir.run_dir import RunDir, lock_run_dir
 
 VOCABULARY = 300
@@ -123,7 +123,7 @@ def train(config: Config, path: Path, interruption: Interruption | None = None) 
     return False, console.file.getvalue()
 
 
-def stored_state(config: Config, path: Path, which: str = "last") -> State:
+def stored_state(config: Config, path: Path, which: str = "last") -> TrainState:
     static, hparams = partition(config)
     like = jax.eval_shape(lambda: compiled_init_state(static, hparams))
     with Checkpoints(RunDir(path).checkpoints, config) as checkpoints:

@@ -19,7 +19,7 @@ from rustgpt_jax.model import transformer
 from rustgpt_jax.training.optimizers import OPTIMIZERS, make_optimizer
 from rustgpt_jax.training.train_step import (
     Metrics,
-    State,
+    TrainState,
     compiled_init_state,
     compiled_train_steps,
     gradient,
@@ -74,11 +74,11 @@ def parameters(seed: int = 0, init_std: float = 0.02) -> Any:
 
 def run(
     config: Config, cuts: list[int], slots: int = SLOTS, same_batch: bool = False, first_step: int = 0
-) -> tuple[State, Metrics]:
+) -> tuple[TrainState, Metrics]:
     """Run calls of some numbers of steps. Returns the last state, and the metrics of all steps."""
     static, hparams = partition(config)
     params = parameters()
-    state = State(params, make_optimizer(config.optimizer).init(params), np.int32(first_step), init_loss_stats())
+    state = TrainState(params, make_optimizer(config.optimizer).init(params), np.int32(first_step), init_loss_stats())
     done, history = 0, []
     for count in cuts:
         batches = stacked(config, 0 if same_batch else done, 1 if same_batch else count, slots)
@@ -267,7 +267,9 @@ def test_z_loss_is_minimized_but_not_reported() -> None:
 def test_a_batch_without_loss_changes_only_the_step() -> None:
     config = tiny(**{"optimizer.weight_decay": 0.0})
     static, hparams = partition(config)
-    state = State(parameters(), make_optimizer(config.optimizer).init(parameters()), np.int32(0), init_loss_stats())
+    state = TrainState(
+        parameters(), make_optimizer(config.optimizer).init(parameters()), np.int32(0), init_loss_stats()
+    )
     batches = stacked(config, 0, SLOTS, SLOTS)
     batches = batches._replace(weights_BT=np.zeros_like(batches.weights_BT))
     state, metrics = compiled_train_steps(static, state, batches, np.int32(1), hparams, np.int32(0))

@@ -36,8 +36,8 @@ from rustgpt_jax.process_setup import enable_compilation_cache
 from rustgpt_jax.pytrees import fingerprint_tree
 from rustgpt_jax.training.checkpointing import Checkpoints
 from rustgpt_jax.training.train_step import (
-    State,
     StepArgs,
+    TrainState,
     compiled_init_state,
     compiled_population_steps,
     compiled_train_steps,
@@ -231,7 +231,7 @@ def reproduction(size: str, batch: int, folder: str, resumes: bool) -> dict[str,
     static, arguments = partition(config)
     steps = config.training.steps_per_jit_call
 
-    def advance(state: State, seed: int) -> State:
+    def advance(state: TrainState, seed: int) -> TrainState:
         batches = synthetic(config, (steps, batch), seed)
         return compiled_train_steps(static, state, batches, np.int32(steps), arguments, np.zeros((), np.int32))[0]
 

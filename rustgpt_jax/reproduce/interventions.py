@@ -18,7 +18,7 @@ from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.pytrees import flatten_paths, format_path
 from rustgpt_jax.training.hooks import MUST_BE_FINITE
 from rustgpt_jax.training.train_step import (
-    State,
+    TrainState,
     compiled_init_state,
     stack,
     train_step,
@@ -107,7 +107,7 @@ def _enable_qk_norm(config: Config) -> dict[str, Any] | str:
 
 
 def run_interventions(
-    interventions: Sequence[Intervention], config: Config, state: State, batches_S: Batch, first_step: np.int32
+    interventions: Sequence[Intervention], config: Config, state: TrainState, batches_S: Batch, first_step: np.int32
 ) -> list[InterventionResult]:
     """Run each available intervention from a state of the run over stacked batches."""
     groups: dict[StaticConfig, list[tuple[Intervention, Hyperparams]]] = {}
@@ -129,7 +129,10 @@ def run_interventions(
 
 
 def compute_curves(
-    statics: tuple[StaticConfig, ...], lanes: list[tuple[State, Hyperparams]], batches_S: Batch, first_step: jax.Array
+    statics: tuple[StaticConfig, ...],
+    lanes: list[tuple[TrainState, Hyperparams]],
+    batches_S: Batch,
+    first_step: jax.Array,
 ) -> list[tuple[jax.Array, jax.Array]]:
     """Train with each of several interventions.
 
@@ -143,8 +146,8 @@ def compute_curves(
         For each static config the losses, and whether loss, gradient and update are finite (P x S).
     """
 
-    def train(static: StaticConfig, state: State, hparams: Hyperparams) -> tuple[jax.Array, jax.Array]:
-        def step(state: State, batch: Batch) -> tuple[State, tuple[jax.Array, jax.Array]]:
+    def train(static: StaticConfig, state: TrainState, hparams: Hyperparams) -> tuple[jax.Array, jax.Array]:
+        def step(state: TrainState, batch: Batch) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
             state, metrics = train_step(static, state, batch, hparams, first_step)
             is_finite = [jnp.isfinite(getattr(metrics, name)) for name in MUST_BE_FINITE]
             return state, (metrics.loss, jnp.stack(is_finite).all())
@@ -160,7 +163,7 @@ def compute_curves(
 compiled_compute_curves = jax.jit(compute_curves, static_argnums=0)
 
 
-def fit_state(state: State, static: StaticConfig, hparams: Hyperparams) -> State:
+def fit_state(state: TrainState, static: StaticConfig, hparams: Hyperparams) -> TrainState:
     """Convert a state to another static config: keep leaves with the same path and shape, initialize the others."""
     old_leaves = flatten_paths(state)
 

@@ -27,8 +27,8 @@ from rustgpt_jax.training.run_inputs import StageProgram, prepare_inputs
 from rustgpt_jax.training.train_step import (
     Hyperparams,
     Metrics,
-    State,
     StepIntermediates,
+    TrainState,
     compiled_step_intermediates,
     compiled_train_steps,
     stack,
@@ -282,11 +282,11 @@ class RecordedRun:
         steps = self._checkpoints.steps() if self._checkpoints else []
         return [0, *(step for step in steps if step <= self._last_visible)]
 
-    def compute_state(self, step: int) -> State:
+    def compute_state(self, step: int) -> TrainState:
         """Return the state after a step: the nearest valid checkpoint, advanced by the missing steps."""
         return self.advance(self.restore_nearest(step), step)
 
-    def restore_nearest(self, step: int) -> State:
+    def restore_nearest(self, step: int) -> TrainState:
         """Return the state of the last valid checkpoint at or before a step, or else the initial state."""
         like = self._placement.add_shardings(state_shapes(self.inputs.stages[0].stage.config))
         for saved in self.list_saved_steps()[::-1]:
@@ -299,7 +299,7 @@ class RecordedRun:
                     )
         return self._placement.shard_state(load_initial_state(self.inputs, self.folder, self._placement))
 
-    def advance(self, state: State, step: int) -> State:
+    def advance(self, state: TrainState, step: int) -> TrainState:
         """Return the state after a step, computed from an earlier state, whose buffers are donated."""
         first = int(state.step)
         missing = step - first
@@ -308,7 +308,7 @@ class RecordedRun:
         with show_progress(self._console, "steps recomputed") as progress:
             return self.train(state, missing, lambda done: progress(done, missing))[0]
 
-    def load_batches(self, state: State, count: int) -> list[Batch]:
+    def load_batches(self, state: TrainState, count: int) -> list[Batch]:
         """Return the batches that the run read in the `count` steps after a state, which must belong to one stage."""
         first = int(state.step)
         source = self.get_stage(first + 1)[0].training_batches()
@@ -320,8 +320,8 @@ class RecordedRun:
         return [source.batch(index) for index in indices]
 
     def train(
-        self, state: State, count: int, on_progress: Callable[[int], object] | None = None
-    ) -> tuple[State, list[Metrics]]:
+        self, state: TrainState, count: int, on_progress: Callable[[int], object] | None = None
+    ) -> tuple[TrainState, list[Metrics]]:
         """Train for `count` more steps.
 
         Args:
@@ -355,7 +355,7 @@ class RecordedRun:
                 on_progress(len(every))
         return state, every
 
-    def _apply_rewind(self, state: State) -> State:
+    def _apply_rewind(self, state: TrainState) -> TrainState:
         """Set a state's counters to those after the last rewind if that rewind returned to its step."""
         last = self._last_rewind(int(state.step))
         if last is None or last.to < int(state.step):
@@ -366,7 +366,7 @@ class RecordedRun:
     def _last_rewind(self, step: int) -> Rewind | None:
         return next((rewind for rewind in self.rewinds[::-1] if rewind.to <= step), None)
 
-    def measure_step(self, state: State) -> StepInternals:
+    def measure_step(self, state: TrainState) -> StepInternals:
         """Compute the step after a state, with the statistics of all its tensors. The state is not changed."""
         _, program = self.get_stage(int(state.step) + 1)
         (batch,) = self.load_batches(state, 1)

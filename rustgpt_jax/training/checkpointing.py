@@ -24,7 +24,7 @@ from rustgpt_jax.distributed import all_agree, barrier, is_peer_lost, is_process
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.pytrees import fingerprint_tree, flatten_paths
 from rustgpt_jax.tracking.console import format_bytes
-from rustgpt_jax.training.train_step import State
+from rustgpt_jax.training.train_step import TrainState
 from rustgpt_jax.workdir.run_dir import describe_differences, is_step_name
 
 N_RECENT = 2
@@ -114,7 +114,7 @@ class Checkpoints:
 
     # Writing.
 
-    def save(self, state: State, step: int, is_best: bool = False, is_scheduled: bool = True) -> None:
+    def save(self, state: TrainState, step: int, is_best: bool = False, is_scheduled: bool = True) -> None:
         """Start writing the state at `step`. Its buffers may be reused when this returns.
 
         An existing checkpoint of this step is preserved, unless its metadata is damaged or belongs to another step.
@@ -226,7 +226,9 @@ class Checkpoints:
 
     # Reading.
 
-    def restore(self, like: Any, which: str = "last", on_skipped: Callable[[int, str], object] | None = None) -> State:
+    def restore(
+        self, like: Any, which: str = "last", on_skipped: Callable[[int, str], object] | None = None
+    ) -> TrainState:
         """Restore the newest valid checkpoint.
 
         Args:
@@ -265,7 +267,7 @@ class Checkpoints:
             return f"{self._folder}: the checkpoint of step {self._best[0]}, named by best, is missing{others}."
         return f"{self._folder} has no {what} yet{others}."
 
-    def restore_step(self, like: Any, step: int) -> State:
+    def restore_step(self, like: Any, step: int) -> TrainState:
         """Restore the checkpoint of one step.
 
         With several processes, each reads the shards of its devices; they agree on whether the checkpoint is valid.

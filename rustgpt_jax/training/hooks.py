@@ -22,7 +22,7 @@ from rustgpt_jax.tracking.console import format_duration
 from rustgpt_jax.tracking.metric_writer import MetricsWriter, iter_metrics
 from rustgpt_jax.training.checkpointing import Checkpoints
 from rustgpt_jax.training.optimizers import EVAL_PARAMS, get_eval_params
-from rustgpt_jax.training.train_step import Metrics, State, fetch_opt_state
+from rustgpt_jax.training.train_step import Metrics, TrainState, fetch_opt_state
 from rustgpt_jax.workdir.run_dir import RunDir
 
 # `train_step` does not apply an update if one of these metrics is not finite.
@@ -80,7 +80,7 @@ class HookContext:
     """
 
     step: int
-    state: State
+    state: TrainState
     is_stop_requested: Callable[[], bool]
     has_pending_evaluation: bool = False
     is_best: bool = False
@@ -209,7 +209,7 @@ class Evaluate:
             context.is_evaluation_stopped = True
         return not context.is_evaluation_stopped
 
-    def evaluate(self, state: State, step: int, is_stop_requested: Callable[[], bool]) -> bool:
+    def evaluate(self, state: TrainState, step: int, is_stop_requested: Callable[[], bool]) -> bool:
         """Evaluate a state and write samples. Returns whether its loss is the lowest of the stage so far.
 
         Raises:

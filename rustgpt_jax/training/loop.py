@@ -11,8 +11,8 @@ import numpy as np
 
 from rustgpt_jax.training.train_step import (
     Metrics,
-    State,
     StepArgs,
+    TrainState,
     compiled_population_steps,
     compiled_train_steps,
     offload_opt_state,
@@ -36,10 +36,10 @@ class Executor(Protocol):
             A function that waits for the metrics of a run, by index, and returns them.
         """
 
-    def get_state(self, index: int) -> State:
+    def get_state(self, index: int) -> TrainState:
         """Return the state of a run."""
 
-    def set_state(self, index: int, state: State) -> None:
+    def set_state(self, index: int, state: TrainState) -> None:
         """Replace the state of a run."""
 
 
@@ -84,7 +84,7 @@ def run_training_loop(
             trainer.stop(executor.get_state(index))
 
 
-def _run_hooks(trainer: "Trainer", state: State, is_stop_requested: Callable[[], bool]) -> None:
+def _run_hooks(trainer: "Trainer", state: TrainState, is_stop_requested: Callable[[], bool]) -> None:
     context = trainer.make_hook_context(state, is_stop_requested)
     for hook in trainer.hooks:
         if not hook(context):
@@ -97,7 +97,7 @@ class SingleRunExecutor:
 
     def __init__(self, trainer: "Trainer") -> None:
         self._plan, self._static = trainer.plan, trainer.program.static
-        self._state: State
+        self._state: TrainState
         self.set_state(0, trainer.state())
 
     def run_steps(self, active: "Mapping[int, Trainer]", n_steps: int) -> ReadMetrics:
@@ -112,12 +112,12 @@ class SingleRunExecutor:
         self._state, metrics = _call_and_record([trainer], compiled_train_steps, static, self._state, *args)
         return lambda _: jax.device_get(metrics)
 
-    def get_state(self, index: int) -> State:
+    def get_state(self, index: int) -> TrainState:
         """Return the state of the run."""
         del index
         return self._state
 
-    def set_state(self, index: int, state: State) -> None:
+    def set_state(self, index: int, state: TrainState) -> None:
         """Replace the state of the run."""
         del index
         self._state = offload_opt_state(self._static, self._plan.shard_state(state))
@@ -157,11 +157,11 @@ class PopulationExecutor:
         read = cache(lambda: jax.device_get(metrics_P))
         return lambda index: jax.tree.map(lambda column: column[index], read())
 
-    def get_state(self, index: int) -> State:
+    def get_state(self, index: int) -> TrainState:
         """Return the state of one run, sliced from the stacked states."""
         return _get_member(self._states_P, np.int32(index))
 
-    def set_state(self, index: int, state: State) -> None:
+    def set_state(self, index: int, state: TrainState) -> None:
         """Replace the state of a run."""
         # From the host: a state committed to one device would move the others there.
         self._states_P = _set_member(self._states_P, jax.device_get(state), np.int32(index))

@@ -71,7 +71,7 @@ def update_loss_stats(
     )
 
 
-class State(NamedTuple):
+class TrainState(NamedTuple):
     """The state of a run. The step is its position: it determines the data and the randomness.
 
     After a rewind, the number of skipped batches, `loss_stats.skipped`, is part of the position too.
@@ -135,21 +135,23 @@ class Metrics(NamedTuple):
         return {f"train/{name}": value for name, value in values.items()}
 
 
-def init_state(static: StaticConfig, hparams: Hyperparams) -> State:
+def init_state(static: StaticConfig, hparams: Hyperparams) -> TrainState:
     """Return the state at step 0."""
     config = combine(static, hparams)
     params = transformer.init(jax.random.fold_in(jax.random.key(config.seed), 0), config.model)
     return init_state_from_params(static, hparams, params)
 
 
-def init_state_from_params(static: StaticConfig, hparams: Hyperparams, params: transformer.Params) -> State:
+def init_state_from_params(static: StaticConfig, hparams: Hyperparams, params: transformer.Params) -> TrainState:
     """Return the state at step 0 with given parameters."""
     config = combine(static, hparams)
-    state = State(params, make_optimizer(config.optimizer).init(params), jnp.zeros((), jnp.int32), init_loss_stats())
+    state = TrainState(
+        params, make_optimizer(config.optimizer).init(params), jnp.zeros((), jnp.int32), init_loss_stats()
+    )
     return offload_opt_state(static, constrain(state))
 
 
-def offload_opt_state(static: StaticConfig, state: State) -> State:
+def offload_opt_state(static: StaticConfig, state: TrainState) -> TrainState:
     """Move the optimizer state to host memory if `optimizer.offload_state` is set."""
     if not static.optimizer.offload_state:
         return state
@@ -163,12 +165,12 @@ def fetch_opt_state(static: StaticConfig, opt_state: Any) -> Any:
 
 def train_step(
     static: StaticConfig,
-    state: State,
+    state: TrainState,
     batch: Batch,
     hparams: Hyperparams,
     first_step: jax.Array | int = 0,
     with_intermediates: bool = False,
-) -> tuple[State, Metrics]:
+) -> tuple[TrainState, Metrics]:
     """Take one optimizer step on one batch.
 
     If the loss, the gradient or the update is not finite, the step is counted, but parameters and optimizer state do
@@ -234,11 +236,11 @@ def train_step(
         layer_metrics={name: value / jnp.maximum(sums.weight, 1.0) for name, value in sums.layer_metrics.items()},
         intermediates=intermediates,
     )
-    return offload_opt_state(static, constrain(State(params, opt_state, state.step + 1, loss_stats))), metrics
+    return offload_opt_state(static, constrain(TrainState(params, opt_state, state.step + 1, loss_stats))), metrics
 
 
 def step_intermediates(
-    static: StaticConfig, state: State, batch: Batch, hparams: Hyperparams, first_step: jax.Array | int = 0
+    static: StaticConfig, state: TrainState, batch: Batch, hparams: Hyperparams, first_step: jax.Array | int = 0
 ) -> tuple[Metrics, StepIntermediates]:
     """Return the metrics and intermediates of `train_step`, without its new state, so that it takes no memory."""
     _, metrics = train_step(static, state, batch, hparams, first_step, with_intermediates=True)
@@ -323,15 +325,20 @@ def gradient(
 
 
 def train_steps(
-    static: StaticConfig, state: State, batches: Batch, count: jax.Array, hparams: Hyperparams, first_step: jax.Array
-) -> tuple[State, Metrics]:
+    static: StaticConfig,
+    state: TrainState,
+    batches: Batch,
+    count: jax.Array,
+    hparams: Hyperparams,
+    first_step: jax.Array,
+) -> tuple[TrainState, Metrics]:
     """Take `count` steps, on the first `count` of the stacked batches. The metrics are stacked too.
 
     The count is traced and the loop has one body, so that results do not depend on the number of steps per call.
     """
     slots = jax.tree.leaves(batches)[0].shape[0]
 
-    def body(index: jax.Array, carry: tuple[State, Metrics]) -> tuple[State, Metrics]:
+    def body(index: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
         state, history = carry
         batch = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), batches)
         state, metrics = train_step(static, state, batch, hparams, first_step)
@@ -370,7 +377,9 @@ class StepArgs(NamedTuple):
     first_step: Any
 
 
-def population_steps(mode: str, static: StaticConfig, states_P: State, args_P: StepArgs) -> tuple[State, Metrics]:
+def population_steps(
+    mode: str, static: StaticConfig, states_P: TrainState, args_P: StepArgs
+) -> tuple[TrainState, Metrics]:
     """Take steps of every run of a population. Metrics have shape (P, slots).
 
     Args:
@@ -385,7 +394,7 @@ def population_steps(mode: str, static: StaticConfig, states_P: State, args_P: S
         return jax.lax.map(lambda run: train_steps(static, run[0], *run[1]), (states_P, args_P))
     count = jnp.max(args_P.count)
 
-    def steps(state: State, args: StepArgs) -> tuple[State, Metrics]:
+    def steps(state: TrainState, args: StepArgs) -> tuple[TrainState, Metrics]:
         after, metrics = train_steps(static, state, args.batches, count, args.hparams, args.first_step)
         return jax.tree.map(partial(jnp.where, args.count > 0), after, state), metrics
 

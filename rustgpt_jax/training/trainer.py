@@ -33,7 +33,7 @@ from rustgpt_jax.training.memory_estimate import state_shapes
 from rustgpt_jax.training.run_inputs import RunInputs, StageProgram
 from rustgpt_jax.training.train_step import (
     Metrics,
-    State,
+    TrainState,
     compiled_init_state,
     compiled_init_state_from_params,
 )
@@ -94,7 +94,7 @@ class Trainer:
         self._seconds_per_step, self._recorded_programs = dict[StaticConfig, float](), set[int]()
         self._events = EventLog(self.folder.events_file)
         self._pace = LaggedAllReduceMax(math.inf)
-        self._state: State | None = None
+        self._state: TrainState | None = None
         self._skipped = 0
         # The step whose evaluation was stopped and not repeated yet.
         self._stopped_evaluation: int | None = None
@@ -226,15 +226,15 @@ class Trainer:
             progress.message(f"Not copied with the code of the run (docs/security.md explains why): {listed}.")
         self._open_metrics()
 
-    def _abstract_state(self) -> State:
+    def _abstract_state(self) -> TrainState:
         return self.plan.add_shardings(state_shapes(stages(self.inputs.full_config)[0].config))
 
-    def state(self) -> State:
+    def state(self) -> TrainState:
         """Return the state of the last valid checkpoint, or the initial state. Call this only once."""
         state, self._state = self._state, None
         return load_initial_state(self.inputs, self.folder, self.plan) if state is None else state
 
-    def rewind(self) -> State:
+    def rewind(self) -> TrainState:
         """Go back to the last scheduled checkpoint before the non-finite step, and skip the batches up to that step.
 
         Returns:
@@ -327,7 +327,7 @@ class Trainer:
         is_at_end = self.step in (log.data.stage.last_step, self.end_step)
         return evaluate.is_due(self.step) or save.is_due(self.step) or is_at_end
 
-    def make_hook_context(self, state: State, is_stop_requested: Callable[[], bool]) -> HookContext:
+    def make_hook_context(self, state: TrainState, is_stop_requested: Callable[[], bool]) -> HookContext:
         """Return the argument for the hooks after the last step."""
         return HookContext(self.step, state, is_stop_requested, self.has_pending_evaluation)
 
@@ -372,7 +372,7 @@ class Trainer:
         if is_process_zero() and self.diverged_at is None and self.step not in self.checkpoints.steps_on_disk():
             raise NotWritableError(f"{self.folder.checkpoints}: the checkpoint of step {self.step} was deleted.")
 
-    def stop(self, state: State) -> None:
+    def stop(self, state: TrainState) -> None:
         """Save the state after the last step, so that the run can be resumed."""
         self.flush_metrics()
         if self.needs_rewind:
@@ -398,7 +398,7 @@ class Trainer:
             self._batch_source = None
 
 
-def load_initial_state(inputs: RunInputs, folder: RunDir, plan: ShardingPlan) -> State:
+def load_initial_state(inputs: RunInputs, folder: RunDir, plan: ShardingPlan) -> TrainState:
     """Return the state at step 0, with parameters from the run folder if there are any, else random ones."""
     static, hparams = partition(stages(inputs.full_config)[0].config)
     if not folder.parameters_file.exists():
