@@ -63,11 +63,11 @@ def test_device_and_file_batches_train_bit_exactly(tmp_path: Path, monkeypatch: 
     taken = list[str]()
     for kind in (batch_source.DeviceBatchSource, batch_source.FileBatchSource):
 
-        def noted(self: Any, count: int, slots: int, kind: Any = kind, take: Any = kind.take) -> Batch:
+        def noted(self: Any, count: int, slots: int, kind: Any = kind, next_batches: Any = kind.next_batches) -> Batch:
             taken.append(kind.__name__)
-            return take(self, count, slots)
+            return next_batches(self, count, slots)
 
-        monkeypatch.setattr(kind, "take", noted)
+        monkeypatch.setattr(kind, "next_batches", noted)
     train(tmp_path / "devices", **changes)
     assert set(taken) == {"DeviceBatchSource"}
     monkeypatch.setattr(batch_source, "MAX_MEMORY_SHARE", 0)
