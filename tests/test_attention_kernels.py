@@ -114,7 +114,9 @@ def attention_inputs(
 
 
 def slopes_times_distance(queries_BT: jax.Array, keys_BS: jax.Array) -> jax.Array:
+    """A bias that is not defined for later keys, which are never visible."""
     distance_BTS = (queries_BT[:, :, None] - keys_BS[:, None, :]).astype(jnp.float32)
+    distance_BTS = jnp.where(distance_BTS < 0, jnp.nan, distance_BTS)
     return -jnp.asarray(SLOPES, jnp.float32)[None, :, None, None] * distance_BTS[:, None]
 
 

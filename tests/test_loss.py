@@ -84,6 +84,20 @@ def test_chunked_loss_has_the_sums_and_gradients_of_the_whole(name: str, chunk: 
     assert sums.weight > 1 and sums.loss > sums.weight
 
 
+def test_chunks_scale_bfloat16_gradients_without_bias() -> None:
+    # 1 / 43 is not exact in bfloat16: its rounding would scale the gradients of all layers but the last.
+    config = tiny(**{"model.dtype": "bfloat16"})
+    batch = batch_of()._replace(weights_BT=(np.arange(ROWS * LENGTH) < 43).astype(np.float32).reshape(ROWS, LENGTH))
+
+    def gradients(chunk: int | None) -> Any:
+        function = jax.grad(lambda params: loss_of(config, chunk, params, batch)[0])
+        return np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(jax.jit(function)(params)["blocks"])])
+
+    params = random_params(config.model)
+    whole, chunked = gradients(None), gradients(5)
+    assert abs(chunked @ whole / (whole @ whole) - 1) < 5e-4
+
+
 @pytest.mark.slow
 def test_chunked_loss_supports_vmap_over_hyperparameters() -> None:
     config = tiny(**MODELS["tied"])

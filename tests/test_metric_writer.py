@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -143,7 +144,11 @@ def test_training_goes_on_without_tensorboard(tmp_path: Path, monkeypatch: pytes
     with MetricsWriter(tmp_path, 0) as writer:
         monkeypatch.setattr(metric_writer.EventFile, "_append", full)
         writer.write(1, {"train/loss": 0.5})
-    assert read_metrics(tmp_path) == [{"step": 1, "train/loss": 0.5}]
+    shutil.rmtree(tmp_path / "tensorboard")
+    (tmp_path / "tensorboard").write_text("not a folder")
+    with MetricsWriter(tmp_path, 1) as writer:
+        writer.write(2, {"train/loss": 0.25})
+    assert read_metrics(tmp_path) == [{"step": 1, "train/loss": 0.5}, {"step": 2, "train/loss": 0.25}]
 
 
 def test_metrics_do_not_import_jax_or_tensorflow(tmp_path: Path) -> None:

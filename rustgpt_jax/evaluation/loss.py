@@ -144,7 +144,9 @@ def _scan_chunks(
 
 def _scale_gradients(gradients: tuple[jax.Array, jax.Array], grad_sums: LossSums) -> tuple[Any, ...]:
     """Scale the gradients of the objective with respect to the matrix and the hidden states."""
-    return *(gradient * grad_sums.objective.astype(gradient.dtype) for gradient in gradients), None, None
+    # In the dtype of the scale, at least float32: the reciprocal of a number of tokens is not exact in bfloat16.
+    scale = grad_sums.objective
+    return *((gradient * scale).astype(gradient.dtype) for gradient in gradients), None, None
 
 
 def _split_tokens(x: jax.Array, chunk: int) -> jax.Array:

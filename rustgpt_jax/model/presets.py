@@ -18,10 +18,11 @@ SIZES = {
     *("moe.n_experts", "moe.experts_per_token", "moe.d_expert"),
     *("recurrent.conv_width", "recurrent.width", "recurrent.blocks"),
 }
-# Settings that change logits only by rounding or not at all, and `extra`, which no component of this package reads.
+# Settings that change the logits of one document only by rounding or not at all, and `extra`, which no component of
+# this package reads.
 NOT_IN_LOGITS = {
     *("dropout", "init_std", "moe.load_balance_loss_weight", "moe.router_z_loss", "scan_layers", "remat"),
-    *("attention.kernel", "moe.kernel", "save_residuals", "extra", "dtype"),
+    *("attention.kernel", "moe.kernel", "save_residuals", "mask_documents", "extra", "dtype"),
     *(f"precision.{name}" for name in ("mixer_dtype", "feedforward_dtype", "logits_dtype", "matmul_dtype")),
 }
 

@@ -53,7 +53,10 @@ class MetricsWriter:
         folder.mkdir(parents=True, exist_ok=True)
         truncate_after(self._run.metrics_file, resume_step)
         self._file = open(self._run.metrics_file, "a", encoding="utf-8")
-        self._tensorboard = EventFile(self._run.tensorboard, resume_step + 1 if resume_step else 0)
+        self._tensorboard: EventFile | None = None
+        # metrics.jsonl has everything, so training goes on if TensorBoard's file cannot be written.
+        with suppress(OSError):
+            self._tensorboard = EventFile(self._run.tensorboard, resume_step + 1 if resume_step else 0)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -64,7 +67,8 @@ class MetricsWriter:
     def close(self) -> None:
         """Close the files."""
         self._file.close()
-        self._tensorboard.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
     def check(self) -> None:
         """Check that the open file is still the one in the run folder.
@@ -88,9 +92,9 @@ class MetricsWriter:
         self._file.flush()
 
         scalars = {name: value for name, value in values.items() if not isinstance(value, str)}
-        # metrics.jsonl has everything, so training goes on if TensorBoard's file cannot be written.
         with suppress(OSError):
-            self._tensorboard.write(step, scalars)
+            if self._tensorboard is not None:
+                self._tensorboard.write(step, scalars)
 
 
 class EventFile:

@@ -70,7 +70,8 @@ def softmax_weights(
     if is_enabled(cap):
         scores_BHTS = softcap(scores_BHTS, cap)
     if bias:
-        scores_BHTS = scores_BHTS + bias(*positions)
+        # A bias need not be defined for keys that are not visible.
+        scores_BHTS = scores_BHTS + jnp.where(mask_BTS[:, None], bias(*positions), 0)
     # Unlike a choice between the scores and -inf, a sum does not keep the mask for the backward pass.
     scores_BHTS = scores_BHTS + jnp.where(mask_BTS[:, None], 0, -jnp.inf).astype(scores_BHTS.dtype)
     if sinks_H is not None:
