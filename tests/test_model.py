@@ -462,10 +462,11 @@ def equations(jaxpr: Any) -> list[str]:
     return names
 
 
-def test_remat_policies_recompute_what_they_name() -> None:
+@pytest.mark.parametrize("feedforward", ["relu", "moe"])
+def test_remat_policies_recompute_what_they_name(feedforward: str) -> None:
     counted, exponentials = {}, {}
     for remat in ("none", "dots", "full"):
-        model = model_config(remat=remat, feedforwards="relu", positions="learned")
+        model = model_config(remat=remat, feedforwards=feedforward, positions="learned")
         program = jax.make_jaxpr(lambda p, t, model=model: loss_and_gradient(model, p, t))(
             random_params(model), random_tokens()[:2]
         )

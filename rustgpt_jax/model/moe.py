@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from rustgpt_jax.config.schema import ModelConfig, is_enabled
@@ -16,6 +17,9 @@ from rustgpt_jax.model.interfaces import AUX_LOSS, BlockInputs, LayerMetrics
 from rustgpt_jax.model.kernels import current_device
 from rustgpt_jax.model.layers import default_glu_width, normal_init
 from rustgpt_jax.model.matmul import ACTIVATIONS, apply_activation, to_float32
+
+# The name of the products of rows with the matrices of their experts, for rematerialization policies.
+EXPERT_PRODUCTS = "expert_products"
 
 
 class Routing(NamedTuple):
@@ -111,7 +115,9 @@ class MixtureOfExperts(nn.Module):
         token_R, row_NE, sizes_X = sort_by_expert(expert_NE, moe.n_experts, block_size or 1)
         weight_NE = jnp.take_along_axis(weight_BTX.reshape(-1, moe.n_experts), expert_NE, axis=1)
         weight_R = jnp.zeros(len(token_R), weight_NE.dtype).at[row_NE].set(weight_NE, unique_indices=True)
-        matmul = partial(grouped_matmul, sizes_X=sizes_X, block_size=block_size)
+
+        def matmul(x_RD: jax.Array, w_XDF: jax.Array) -> jax.Array:
+            return checkpoint_name(grouped_matmul(x_RD, w_XDF, sizes_X, block_size), EXPERT_PRODUCTS)
 
         x_RD = gather_rows(x_BTD.reshape(-1, x_BTD.shape[-1]), token_R, row_NE)
         hidden_RF = apply_activation(ACTIVATIONS[moe.expert_activation], matmul(x_RD, gate_XDF), self.config)

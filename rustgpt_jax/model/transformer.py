@@ -17,6 +17,7 @@ from rustgpt_jax.model.interfaces import AUX_LOSS, BlockInputs, LayerMetrics
 from rustgpt_jax.model.layers import NORMS, dropout, normal_init
 from rustgpt_jax.model.matmul import softcap, unembed
 from rustgpt_jax.model.mixers import init_mixer_cache
+from rustgpt_jax.model.moe import EXPERT_PRODUCTS
 from rustgpt_jax.model.positions import POSITIONS
 from rustgpt_jax.registry import lookup
 
@@ -25,9 +26,17 @@ Cache = dict[str, Any]
 
 # Memory kind to which the policy `offload` saves arrays.
 HOST_MEMORY = "pinned_host"
+
+
+def _save_products(products: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a policy that saves products of experts, too, which JAX does not recognize as matrix products."""
+    names = jax.checkpoint_policies.save_only_these_names(EXPERT_PRODUCTS)
+    return jax.checkpoint_policies.save_from_both_policies(products, names)
+
+
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _save_products(jax.checkpoint_policies.dots_saveable),
+    "dots_no_batch": _save_products(jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", HOST_MEMORY),
 }
