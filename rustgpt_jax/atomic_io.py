@@ -1,11 +1,13 @@
 """Atomic writes: after a crash, and to other processes, a file or folder is either complete or absent."""
 
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from rustgpt_jax.errors import UserError
 
@@ -61,6 +63,16 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     with atomic_file(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def read_json(file: Path) -> Any:
+    """Read a value from a JSON file. Raises UserError if the file is unreadable or damaged."""
+    try:
+        return json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged: it is not JSON.") from error
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rustgpt_jax.atomic_io import read_json
 from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.config.schema import EPOCHS, STEPS, Config, DataConfig, Stage, stages, with_steps
 from rustgpt_jax.config.validation import check_combinations, validate_value
@@ -216,12 +217,7 @@ RECORD_FIELDS = {"stage": str, "source": str, "tokenizer": str, "n_dialogues": i
 
 def read_data_record(record: Path) -> list[dict[str, Any]]:
     """Read the record that `format_data_record` returned. Raises UserError if the file is unreadable or damaged."""
-    try:
-        records = json.loads(record.read_bytes())
-    except OSError as error:
-        raise UserError(f"{record} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{record} is damaged: it is not JSON.") from error
+    records = read_json(record)
     if not isinstance(records, list) or not all(
         isinstance(stage, dict) and all(isinstance(stage.get(name), kind) for name, kind in RECORD_FIELDS.items())
         for stage in records

@@ -4,7 +4,6 @@ A KeyMapping reads some keys into knobs and writes them back. Reading raises an 
 represent. Writing gives the nearest keys; `Architecture.roundtrip_differences` reads them again to find differences.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from rustgpt_jax.atomic_io import read_json
 from rustgpt_jax.config.schema import ModelConfig, flatten, get_path
 from rustgpt_jax.config.validation import validate_value
 from rustgpt_jax.errors import UserError, suggest_names
@@ -69,14 +69,9 @@ class HFConfigReader:
         return UserError(f"{self.file}: {key}={self[key]!r} is not supported: {why}.")
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json_object(file: Path) -> dict[str, Any]:
     """Read a JSON object from a file. Raises UserError if the file is missing or contains something else."""
-    try:
-        values = json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged: it is not JSON.") from error
+    values = read_json(file)
     if not isinstance(values, dict):
         raise UserError(f"{file} is damaged: it is not a JSON object.")
     return values

@@ -15,7 +15,6 @@ from rustgpt_jax.config.validation import flatten_tree, resolve
 from rustgpt_jax.data.preprocess import fill_vocab_size
 from rustgpt_jax.data.token_store import hash_tokenizer
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.interop.config_mapping import read_json
 from rustgpt_jax.interop.hf_checkpoint import (
     export_model,
     import_parameters,
@@ -32,7 +31,7 @@ from rustgpt_jax.sharding.hardware_specs import free_memory
 from rustgpt_jax.tokenizers import IMPORTED, Tokenizer, load_tokenizer, save_tokenizer
 from rustgpt_jax.tracking.console import format_count
 from rustgpt_jax.training.load_model import load_model
-from rustgpt_jax.training.run_inputs import load_run_tokenizer
+from rustgpt_jax.training.run_inputs import load_run_tokenizer, read_import_record
 from rustgpt_jax.workdir.config_files import COMMAND_LINE
 from rustgpt_jax.workdir.params_io import matching_parameters, read_parameters
 from rustgpt_jax.workdir.run_dir import RunDir, create_run_dir, load_config
@@ -185,7 +184,10 @@ def export_run(path: Path, folder: Path, which: str, dtype: str | None, log: Log
     else:
         trained = load_model(path, which)
         params, is_dialogue = trained.generator.params, trained.generator.is_dialogue
-    record = _read_import_record(run.import_file) if run.import_file.exists() else {}
+    record = read_import_record(run)
+    is_imported = isinstance(record.get("architecture"), str) and isinstance(record.get("special_tokens"), dict)
+    if run.import_file.exists() and not is_imported:
+        raise UserError(f"{run.import_file} is damaged: it does not name the imported architecture and special tokens.")
 
     def finish(temporary: Path) -> None:
         save_hf_tokenizer(tokenizer, temporary, model.context_length, is_dialogue)
@@ -212,13 +214,6 @@ def _known_tokens(special_tokens: Mapping[str, Any], tokenizer: Tokenizer) -> di
         for name, ids in special_tokens.items()
         if all(index is None or index < size for index in (ids if isinstance(ids, list) else [ids]))
     }
-
-
-def _read_import_record(file: Path) -> dict[str, Any]:
-    record = read_json(file)
-    if not isinstance(record.get("architecture"), str) or not isinstance(record.get("special_tokens"), dict):
-        raise UserError(f"{file} is damaged: it does not name the imported architecture and special tokens.")
-    return record
 
 
 def _check_logits(folder: Path, read: Callable[[], Params], model: ModelConfig, dtype: str | None = None) -> str:

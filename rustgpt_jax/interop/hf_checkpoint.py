@@ -17,7 +17,7 @@ from rustgpt_jax.atomic_io import atomic_folder
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.interop.architectures import ARCHITECTURES, Architecture, architecture_for, architecture_of
-from rustgpt_jax.interop.config_mapping import read_json
+from rustgpt_jax.interop.config_mapping import read_json_object
 from rustgpt_jax.interop.param_mapping import (
     ParamSlice,
     TensorPlan,
@@ -74,7 +74,7 @@ def read_model(source: Path, warn: Callable[[str], object] = lambda text: None) 
     if not file.exists():
         missing = f": it has no {CONFIG}" if source.is_dir() else ""
         raise UserError(f"{source} is not a folder with a Hugging Face model{missing}.")
-    config = read_json(file)
+    config = read_json_object(file)
     architecture = architecture_of(config, file)
     tokens = {key: config[key] for key in TOKEN_KEYS if key in config}
     return HFModelInfo(architecture.knobs(config, file, warn), architecture, tokens)
@@ -88,7 +88,7 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
         return open_safetensors(folder / SINGLE)
     if not (folder / INDEX).exists():
         raise _missing_tensors_error(folder)
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json_object(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"{folder / INDEX} is damaged: it has no weight_map.")
     found: dict[str, StoredTensor] = {}
@@ -323,7 +323,7 @@ def load_hf_tokenizer(source: Path, log: Callable[[str], object] = lambda _: Non
 
 def _read_chat_format(source: Path, tokenizer: Tokenizer, log: Callable[[str], object]) -> ChatFormat:
     names = (SPECIAL_TOKENS, TOKENIZER_CONFIG, CONFIG, GENERATION)
-    files = {name: read_json(source / name) if (source / name).exists() else {} for name in names}
+    files = {name: read_json_object(source / name) if (source / name).exists() else {} for name in names}
     stops, unknown = list[str](), list[str]()
     for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
         stops = stops or _end_token(source / name, files[name], tokenizer)

@@ -2,7 +2,6 @@
 
 import ast
 import difflib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from rustgpt_jax.atomic_io import read_json
 from rustgpt_jax.data.preprocess import read_data_record
 from rustgpt_jax.errors import UserError, short_repr
 from rustgpt_jax.reproduce.compare_metrics import ABSENT, compare_checkpoints, compare_records
@@ -80,7 +80,7 @@ def compare_metadata(first: RunDir, second: RunDir) -> list[Section]:
 def diff_configs(first: RunDir, second: RunDir) -> list[Difference]:
     """Return the knobs in which two recorded configs differ, including those of stages."""
     found = _list_unequal(_read_knobs(first), _read_knobs(second), "config.", NOT_OVERRIDDEN)
-    earlier = [_read_json(run, run.config_file.name).get("earlier", []) for run in (first, second)]
+    earlier = [read_json(run.config_file).get("earlier", []) for run in (first, second)]
     if earlier[0] != earlier[1]:
         here, there = (f"at steps {[each['until'] for each in side]}" if side else "never" for side in earlier)
         found.append(Difference("config was changed", here, there))
@@ -106,7 +106,7 @@ def _diff_initial_params(first: RunDir, second: RunDir) -> list[Difference]:
 
 def _read_knobs(run: RunDir) -> dict[str, Any]:
     # As JSON, not as a Config: another version of the code may have other knobs.
-    tree = dict(_read_json(run, run.config_file.name)["config"])
+    tree = dict(read_json(run.config_file)["config"])
     stages = tree.pop("stages", [])
     knobs = flatten_environment(tree) | {"stages": [stage["name"] for stage in stages]}
     for stage in stages:
@@ -199,15 +199,6 @@ def diff_programs(first: RunDir, second: RunDir) -> list[Difference]:
         raise UserError(f"The first run was trained in the mode {modes[0]}, the second in {modes[1]}.")
     left, right = ({stage: side[stage] for stage in hashes[0] if stage in hashes[1]} for side in hashes)
     return _list_unequal(left, right, "stage ")
-
-
-def _read_json(run: RunDir, name: str) -> Any:
-    try:
-        return json.loads((run.path / name).read_bytes())
-    except OSError as error:
-        raise UserError(f"{run.path / name} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise UserError(f"{run.path / name} is damaged: it is not JSON.") from error
 
 
 def _list_unequal(

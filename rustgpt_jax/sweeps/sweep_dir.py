@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rustgpt_jax.atomic_io import publish_folder, temporary_path, write_atomically
+from rustgpt_jax.atomic_io import publish_folder, read_json, temporary_path, write_atomically
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.workdir.code_snapshot import code_files, code_hash, code_sources, record_code, write_git_state
 from rustgpt_jax.workdir.event_log import Event, EventLog
@@ -81,12 +81,7 @@ def read_sweep_info(path: Path) -> dict[str, Any]:
     file = SweepDir(path).info_file
     if not file.exists():
         raise UserError(f"{path} is not the folder of a sweep: it has no sweep.json.")
-    try:
-        info = json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged: it is not JSON.") from error
+    info = read_json(file)
     if problem := _find_problem(info):
         raise UserError(f"{file} is damaged: {problem}.")
     return dict(info)

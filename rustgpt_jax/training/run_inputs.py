@@ -1,6 +1,5 @@
 """The inputs of a run: its config, tokenizer and data, and the program of each stage."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
+from rustgpt_jax.atomic_io import read_json
 from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.config.schema import (
     Config,
@@ -125,12 +125,7 @@ def read_import_record(run: RunDir) -> dict[str, Any]:
     """
     if not run.import_file.exists():
         return {}
-    try:
-        about = json.loads(run.import_file.read_bytes())
-    except OSError as error:
-        raise UserError(f"{run.import_file} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{run.import_file} is damaged: it is not JSON.") from error
+    about = read_json(run.import_file)
     texts = [about.get(name, "") for name in ("source", "tokenizer")] if isinstance(about, dict) else [None]
     if not all(isinstance(text, str) for text in texts):
         raise UserError(f"{run.import_file} is damaged: it does not say where the parameters came from.")

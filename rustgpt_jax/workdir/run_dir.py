@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from rustgpt_jax.atomic_io import write_atomically
+from rustgpt_jax.atomic_io import read_json, write_atomically
 from rustgpt_jax.config.schema import (
     Config,
     EarlierConfig,
@@ -219,12 +219,7 @@ def load_stages(path: Path) -> tuple[Stage, ...]:
 
 
 def _read_config_file(file: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged: it is not a JSON object with a config.") from error
+    record = read_json(file)
     if not isinstance(record, dict):
         raise UserError(f"{file} is damaged: it is not a JSON object with a config.")
     return record
