@@ -5,7 +5,7 @@ Both give identical batches, so the choice does not change the results of a run.
 
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,35 +100,15 @@ MAX_TOKENS = 2**30
 CACHED_STREAMS = 4
 
 
-class BatchSource(Protocol):
-    """The batches of a stage of a run, starting at a given step."""
-
-    def next_batches(self, count: int, pad_to: int) -> Batch:
-        """Return the batches of the next `count` steps, stacked and padded to `pad_to` steps."""
-
-    def close(self) -> None:
-        """Release resources."""
-
-
-def make_batch_source(data: StageData, plan: ShardingPlan, step: int) -> BatchSource:
-    """Return a batch source for one stage that yields this process's rows, starting at a given step."""
-    stream = data.store.split("train")
-    device = default_device() if plan.mesh is None else plan.mesh.local_devices[0]
-    fits = n_bytes(stream) <= MAX_MEMORY_SHARE * free_device_memory(device) and stream.n_tokens < MAX_TOKENS
-    if fits and jax.process_count() == 1:
-        return DeviceBatchSource(data, plan, step, _load_device_stream(data.store.path, plan, device))
-    return FileBatchSource(data, plan, step)
-
-
 class FileBatchSource:
-    """Batches read from the token store by a background thread."""
+    """Batches read from the token store by a background thread, starting at a given step."""
 
     def __init__(self, data: StageData, plan: ShardingPlan, step: int) -> None:
         rows = plan.local_rows(data.stage.config.training.batch_size, data.seq_len)
         self._batches = data.training_batches(rows).iterate(step)
 
     def next_batches(self, count: int, pad_to: int) -> Batch:
-        """Return the batches in host memory."""
+        """Return the batches of the next `count` steps in host memory, stacked and padded to `pad_to` steps."""
         return Batch(*_stack([next(self._batches) for _ in range(count)], pad_to))
 
     def close(self) -> None:
@@ -137,14 +117,14 @@ class FileBatchSource:
 
 
 class DeviceBatchSource:
-    """Batches gathered from a token stream in device memory."""
+    """Batches gathered from a token stream in device memory, starting at a given step."""
 
     def __init__(self, data: StageData, plan: ShardingPlan, step: int, stream: DeviceTokenStream) -> None:
         self._batches, self._step, self._seq_len = data.training_batches(), step, data.seq_len
         self._plan, self._stream = plan, stream
 
     def next_batches(self, count: int, pad_to: int) -> Batch:
-        """Return the batches on the devices."""
+        """Return the batches of the next `count` steps on the devices, stacked and padded to `pad_to` steps."""
         steps = range(self._step, self._step + count)
         offsets = SequenceOffsets(*_stack([self._batches.locate(step) for step in steps], pad_to))
         self._step += count
@@ -155,6 +135,19 @@ class DeviceBatchSource:
 
     def close(self) -> None:
         """Do nothing: other runs may use the stream."""
+
+
+BatchSource = FileBatchSource | DeviceBatchSource
+
+
+def make_batch_source(data: StageData, plan: ShardingPlan, step: int) -> BatchSource:
+    """Return a batch source for one stage that yields this process's rows, starting at a given step."""
+    stream = data.store.split("train")
+    device = default_device() if plan.mesh is None else plan.mesh.local_devices[0]
+    fits = n_bytes(stream) <= MAX_MEMORY_SHARE * free_device_memory(device) and stream.n_tokens < MAX_TOKENS
+    if fits and jax.process_count() == 1:
+        return DeviceBatchSource(data, plan, step, _load_device_stream(data.store.path, plan, device))
+    return FileBatchSource(data, plan, step)
 
 
 @lru_cache(CACHED_STREAMS)

@@ -68,7 +68,9 @@ class ProgressSink(Protocol):
 
 @dataclass
 class HookContext:
-    """The argument of the hooks of one step, which are called one after another.
+    """The argument of the hooks, which are called one after another until one returns False.
+
+    They are called after a step with an evaluation or checkpoint, and at the end of a stage or run.
 
     Attributes:
         step: The number of steps done.
@@ -85,13 +87,6 @@ class HookContext:
     has_pending_evaluation: bool = False
     is_best: bool = False
     is_evaluation_stopped: bool = False
-
-
-class Hook(Protocol):
-    """A function that is called after a step with an evaluation or checkpoint, and at the end of a stage or run."""
-
-    def __call__(self, context: HookContext) -> bool:
-        """Run the hook. Returns False to skip the hooks after it."""
 
 
 @dataclass

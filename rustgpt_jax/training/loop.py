@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,29 +23,13 @@ from rustgpt_jax.workdir.environment import Program, call_and_fingerprint
 if TYPE_CHECKING:
     from rustgpt_jax.training.trainer import Trainer
 
+# Waits for the metrics of a run, by index, and returns them.
 ReadMetrics = Callable[[int], Metrics]
-
-
-class Executor(Protocol):
-    """Holds the states of runs and advances them by calls of a compiled program."""
-
-    def run_steps(self, active: "Mapping[int, Trainer]", n_steps: int) -> ReadMetrics:
-        """Start `n_steps` steps of each active run, by index. All of them have the same static config.
-
-        Returns:
-            A function that waits for the metrics of a run, by index, and returns them.
-        """
-
-    def get_state(self, index: int) -> TrainState:
-        """Return the state of a run."""
-
-    def set_state(self, index: int, state: TrainState) -> None:
-        """Replace the state of a run."""
 
 
 def run_training_loop(
     trainers: "Sequence[Trainer]",
-    executor: Executor,
+    executor: "SingleRunExecutor | PopulationExecutor",
     is_stop_requested: Callable[[], bool],
     before_call: Callable[[], object] = lambda: None,
 ) -> None:
@@ -135,7 +119,7 @@ class PopulationExecutor:
         self._states_P = self._plan.shard_state(stack(states + [states[0]] * (n_slots - len(states))))
 
     def run_steps(self, active: "Mapping[int, Trainer]", n_steps: int) -> ReadMetrics:
-        """Start `n_steps` steps of each active run. The other slots do nothing."""
+        """Start `n_steps` steps of each active run, all with the same static config. The other slots do nothing."""
         args = {
             index: StepArgs(trainer.next_batches(n_steps), np.int32(n_steps), *trainer.program[1:])
             for index, trainer in active.items()
