@@ -1,7 +1,7 @@
 """Dataclasses as pytrees, and the leaves of a tree: paths, such as 'blocks/0/mixer/query/kernel', and fingerprints."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -52,18 +52,6 @@ def format_path(path: Any) -> str:
 def flatten_paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """Return the leaves of a tree by path, in the order of the tree."""
     return {format_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]}
-
-
-def unflatten_paths(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the nested dictionary with the given leaves by path: the inverse of `flatten_paths`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *groups, name = path.split("/")
-        node = tree
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[name] = leaf
-    return tree
 
 
 # Fingerprints of arrays: 64-bit hashes that tell arrays apart without storing them.

@@ -28,7 +28,6 @@ from rustgpt_jax.planning.estimate import (
     compile_step,
     compute_collective_time,
     compute_step_time,
-    compute_utilization,
     estimate,
     list_suggestions,
     resolve_auto_remat,
@@ -102,11 +101,6 @@ def test_step_time_bounds(flops: float, traffic: float, received: float) -> None
     assert getattr(seconds, seconds.limit) == seconds.overlapped
 
 
-def test_utilization_is_1_at_peak_flops() -> None:
-    assert compute_utilization(CHIP, "bfloat16", 50.0, 0.5) == 1.0
-    assert compute_utilization(CHIP, "float8", 50.0, 0.5) == 0.5
-
-
 # One device.
 
 WIDE = {"model.d_model": 64, "model.context_length": 128, "model.vocab_size": 256, "training.batch_size": 16}
@@ -128,6 +122,13 @@ def test_memory_parts_add_up(found: Estimate) -> None:
     assert memory.batch >= 5 * 16 * 128 * 4
     assert compiled.shared >= 3 * parameters and memory.activations > 0
     assert not dataclasses.replace(found, chip=dataclasses.replace(found.chip, memory=1e6)).fits
+
+
+def test_utilization_is_1_at_peak_flops(found: Estimate) -> None:
+    for dtype, utilization in (("bfloat16", 1.0), ("float8", 0.5)):
+        config = replace_paths(found.config, {"model.precision.matmul_dtype": dtype})
+        changed = dataclasses.replace(found, chip=CHIP, config=config, model_flops=50.0)
+        assert changed.utilization(0.5) == utilization
 
 
 @pytest.mark.slow
@@ -234,7 +235,7 @@ def test_remat_auto_weighs_attention_against_memory_traffic() -> None:
 
     def chosen(length: int, **changes: Any) -> str:
         config = replace_paths(recipe, {"model.context_length": length})
-        return choose_remat(config, dataclasses.replace(CHIPS["h100"], **changes)).remat
+        return choose_remat(config, dataclasses.replace(CHIPS["h100"], **changes))[0]
 
     assert (chosen(512), chosen(1024)) == ("dots_no_batch", "none")
     assert (chosen(512, bandwidth=1e15), chosen(1024, bfloat16=1e18)) == ("none", "dots_no_batch")

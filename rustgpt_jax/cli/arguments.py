@@ -122,8 +122,7 @@ def read_config(
 
     Args:
         args: The parsed command line.
-        platform: The platform for which `config.model.dtype='auto'` is resolved, of the chip named on the command line;
-            None for this process's device.
+        platform: The platform, that of `--chip`, for which 'auto' values are resolved; None for this process's device.
         is_remote: Whether the computation runs in other processes or on other machines, whose devices are unknown here.
 
     Returns:

@@ -758,6 +758,11 @@ class Config:
         'changes: ({"name": "pretrain", "data": {...}}, {"name": "instruct", ...}). Empty: one stage.',
     )
 
+    @property
+    def seq_len(self) -> int:
+        """The number of tokens of a training sequence."""
+        return self.data.seq_len or self.model.context_length
+
 
 # The static half: the groups of the config that compiled steps depend on.
 
@@ -970,13 +975,10 @@ def with_steps(config: Config, steps: Mapping[str, int]) -> Config:
 def replace_paths(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
     """Return a copy of a config (or group) with the values at the given dotted paths replaced, without checks."""
     for path, value in values.items():
-        *groups, name = path.split(".")
-        nodes: list[Any] = [config]
-        for group in groups:
-            nodes.append(getattr(nodes[-1], group))
-        for node, child in zip(reversed(nodes), reversed([*groups, name]), strict=True):
-            value = dataclasses.replace(node, **{child: value})
-        config = value
+        name, _, rest = path.partition(".")
+        value = replace_paths(getattr(config, name), {rest: value}) if rest else value
+        node: Any = config
+        config = dataclasses.replace(node, **{name: value})
     return config
 
 
@@ -1011,11 +1013,11 @@ def build(cls: type[ConfigT], values: Mapping[str, Any], prefix: str = "") -> Co
     )
 
 
-def unflatten(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested dicts for values by dotted path."""
+def unflatten(values: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
+    """Return nested dicts for values by path; with the separator "/", the inverse of `pytrees.flatten_paths`."""
     tree: dict[str, Any] = {}
     for path, value in values.items():
-        *groups, name = path.split(".")
+        *groups, name = path.split(separator)
         node = tree
         for group in groups:
             node = node.setdefault(group, {})

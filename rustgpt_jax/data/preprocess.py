@@ -42,7 +42,7 @@ class StageData:
     @property
     def seq_len(self) -> int:
         """The number of tokens in a training sequence."""
-        return self.stage.config.data.seq_len or self.stage.config.model.context_length
+        return self.stage.config.seq_len
 
     @property
     def n_sequences(self) -> int:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from rustgpt_jax.atomic_io import atomic_folder
-from rustgpt_jax.config.schema import EPOCHS, ModelConfig, uses_epochs
+from rustgpt_jax.config.schema import EPOCHS, ModelConfig, unflatten, uses_epochs
 from rustgpt_jax.config.validation import flatten_tree, resolve
 from rustgpt_jax.data.preprocess import fill_vocab_size
 from rustgpt_jax.data.token_store import hash_tokenizer
@@ -26,7 +26,6 @@ from rustgpt_jax.interop.hf_checkpoint import (
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size
 from rustgpt_jax.model.transformer import Params
-from rustgpt_jax.pytrees import unflatten_paths
 from rustgpt_jax.sharding.hardware_specs import free_memory
 from rustgpt_jax.tokenizers import IMPORTED, Tokenizer, load_tokenizer, save_tokenizer
 from rustgpt_jax.tracking.console import format_count
@@ -180,7 +179,7 @@ def export_run(path: Path, folder: Path, which: str, dtype: str | None, log: Log
     model = fill_vocab_size(load_config(path), tokenizer).model
     shapes, is_dialogue = parameter_shapes(model), False
     if run.is_untrained:
-        params: Any = unflatten_paths(matching_parameters(run.parameters_file, shapes))
+        params: Any = unflatten(matching_parameters(run.parameters_file, shapes), "/")
     else:
         trained = load_model(path, which)
         params, is_dialogue = trained.generator.params, trained.generator.is_dialogue

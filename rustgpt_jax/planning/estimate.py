@@ -231,7 +231,7 @@ class StepTime:
 
 
 def compute_step_time(chip: Chip, dtype: str, flops: float, traffic: float, found: Iterable[Collective]) -> StepTime:
-    """Compute the time of the parts of a step on a device, from FLOPs, memory traffic in bytes, and collectives."""
+    """Compute how long each part of a step takes on a device, from FLOPs, bytes of memory traffic, and collectives."""
     return StepTime(
         flops / chip.flops(dtype), traffic / chip.bandwidth, sum(compute_collective_time(each, chip) for each in found)
     )
@@ -253,26 +253,7 @@ def compute_collective_time(each: Collective, chip: Chip) -> float:
     return max(fast, each.total / (members * chip.network))
 
 
-def compute_utilization(chip: Chip, dtype: str, model_flops: float, seconds: float) -> float:
-    """Compute the model FLOPs utilization (arXiv 2204.02311, appendix B).
-
-    Args:
-        chip: The chip.
-        dtype: The data type of the matrix products.
-        model_flops: FLOPs of a step on a device, without recomputation.
-        seconds: The duration of a step.
-    """
-    return model_flops / (chip.flops(dtype) * seconds)
-
-
 # config.model.remat='auto'.
-
-
-class RematChoice(NamedTuple):
-    """A value of config.model.remat, and the reason for the choice."""
-
-    remat: str
-    reason: str
 
 
 def resolve_auto_remat(
@@ -284,15 +265,15 @@ def resolve_auto_remat(
     origins["model.remat"] = f"auto: {reason}"
 
 
-def choose_remat(config: Config, chip: Chip | None) -> RematChoice:
-    """Choose the faster of `none` and `dots_no_batch` on a chip, by the roofline model.
+def choose_remat(config: Config, chip: Chip | None) -> tuple[str, str]:
+    """Choose the faster of `none` and `dots_no_batch` on a chip, by the roofline model, and give the reason.
 
     `dots_no_batch` recomputes attention. It is faster if that takes less time than to write and read the arrays that it
     does not save.
     """
     if chip is None:
-        return RematChoice("none", "recomputation saves time on known accelerators only")
-    model, seq_len = config.model, config.data.seq_len or config.model.context_length
+        return "none", "recomputation saves time on known accelerators only"
+    model, seq_len = config.model, config.seq_len
     one_row = {"training.batch_size": 1, "training.grad_accum_steps": 1, "model.n_layers": model.period}
     # This kernel saves what library kernels do.
     kernel = "portable" if is_enabled(model.dropout) else "blockwise"
@@ -305,7 +286,7 @@ def choose_remat(config: Config, chip: Chip | None) -> RematChoice:
         saved[remat] = saved_bytes(changed, seq_len) / seq_len / model.period
     more, fewer = flops["dots_no_batch"] - flops["none"], saved["none"] - saved["dots_no_batch"]
     compute, memory = more / chip.flops(_dtype(config)), 2 * fewer / chip.bandwidth
-    return RematChoice(
+    return (
         "dots_no_batch" if compute < memory else "none",
         f"per token and layer, dots_no_batch recomputes {format_count(more)} FLOPs, {1e9 * compute:.3g} ns at peak, "
         f"and saves {format_bytes(fewer)} less, {1e9 * memory:.3g} ns to write and read",
@@ -340,7 +321,7 @@ class Memory:
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """The estimated resources of a step of a config, per chip.
+    """Estimated per-chip resources of one training step.
 
     `model_flops` are the FLOPs of the model without recomputation; `compiled.flops` are those of the compiled step.
     """
@@ -367,8 +348,8 @@ class Estimate:
         return self.memory.peak <= self.room
 
     def utilization(self, seconds: float) -> float:
-        """Return the model FLOPs utilization of a step of this duration."""
-        return compute_utilization(self.chip, _dtype(self.config), self.model_flops, seconds)
+        """Return the model FLOPs utilization (arXiv 2204.02311, appendix B) of a step of this duration."""
+        return self.model_flops / (self.chip.flops(_dtype(self.config)) * seconds)
 
 
 def estimate(config: Config, seq_len: int, plan: ShardingPlan, chip: Chip) -> Estimate:

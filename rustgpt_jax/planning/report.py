@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rustgpt_jax.cache_dir import cache_folder
-from rustgpt_jax.config.schema import Config, Stage, flatten, partition, replace_paths, stages, uses_epochs
+from rustgpt_jax.config.schema import Config, Stage, flatten, replace_paths, stages, uses_epochs
 from rustgpt_jax.data.preprocess import fill_vocab_size, load_or_train_tokenizer, resolve_epochs_of_text
 from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.model.flops import forward_flops_per_token, parameter_shapes, total_bytes, total_size
@@ -27,7 +27,7 @@ from rustgpt_jax.sharding.hardware_specs import CHIPS, use_cpu_devices
 from rustgpt_jax.sharding.sharding_plan import check_batch_shards, describe_mesh, plan_for_devices
 from rustgpt_jax.tracking.console import format_bytes, format_count, show_spinner
 from rustgpt_jax.training.config_checks import validate_components
-from rustgpt_jax.training.train_step import init_state
+from rustgpt_jax.training.memory_estimate import state_shapes
 
 MAX_WARNINGS = 5
 RIGHT_ALIGNED = ("size", "amount", "time", "runs", "received", "memory")
@@ -58,7 +58,7 @@ def print_config_summary(config: Config, origins: Mapping[str, str], console: Co
     """
     validate_components(config)
     for stage in stages(config):
-        check_batch_shards(stage.config, _sequence_length(stage.config), jax.device_count())
+        check_batch_shards(stage.config, stage.config.seq_len, jax.device_count())
     full_config = config
     if uses_epochs(config) or not config.model.vocab_size:
         tokenizer = load_or_train_tokenizer(config)
@@ -81,10 +81,6 @@ def print_config_summary(config: Config, origins: Mapping[str, str], console: Co
         console.print(table)
 
 
-def _sequence_length(config: Config) -> int:
-    return config.data.seq_len or config.model.context_length
-
-
 def _parameter_table(config: Config) -> Table:
     table = _table(
         "\nParameters (blocks are stacked: the first axis counts repeats of the pattern)", "path", "shape", "size"
@@ -98,13 +94,11 @@ def _parameter_table(config: Config) -> Table:
 
 def _cost_table(config: Config) -> Table:
     table = _table("\nCost", "resource", "amount", "details")
-    shapes = parameter_shapes(config.model)
-    static, hparams = partition(config)
-    state = jax.eval_shape(lambda: init_state(static, hparams))
-    parameters, optimizer = total_bytes(shapes), total_bytes(state.opt_state)
+    state = state_shapes(config)
+    parameters, optimizer = total_bytes(state.params), total_bytes(state.opt_state)
     parts = {"parameters": parameters, "gradients": parameters, "optimizer": optimizer}
     details = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
-    table.add_row("parameters", format_count(total_size(shapes)), format_bytes(parameters))
+    table.add_row("parameters", format_count(total_size(state.params)), format_bytes(parameters))
     table.add_row("training memory", format_bytes(sum(parts.values())), f"{details}; activations not included")
     for stage in stages(config):
         table.add_row(*_stage_costs(stage))
@@ -113,7 +107,7 @@ def _cost_table(config: Config) -> Table:
 
 
 def _stage_costs(stage: Stage) -> tuple[str, str, str]:
-    config, length = stage.config, _sequence_length(stage.config)
+    config, length = stage.config, stage.config.seq_len
     forward = forward_flops_per_token(dataclasses.replace(config.model, remat="none"), length)
     steps, batch_size = config.training.steps, config.training.batch_size
     tokens = steps * batch_size * length
@@ -140,8 +134,8 @@ def print_plan(config: Config, chip_name: str, n_devices: int, console: Console)
     if chip_name not in CHIPS:
         raise UserError(f"--chip: unknown {chip_name!r}.{suggest_names(chip_name, CHIPS)}")
     validate_components(config)
-    config = max((stage.config for stage in stages(set_vocab_size(config))), key=_sequence_length)
-    length, chip = _sequence_length(config), CHIPS[chip_name]
+    config = max((stage.config for stage in stages(set_vocab_size(config))), key=lambda config: config.seq_len)
+    length, chip = config.seq_len, CHIPS[chip_name]
     check_batch_shards(config, length, n_devices)
     devices = _virtual_devices(n_devices)
 

@@ -119,30 +119,26 @@ def group_by_shape(trials: Sequence[Trial], assets: AssetCache) -> list[ShapeCla
 
 def get_class_key(config: Config) -> ClassKey:
     """Return the key of a trial's shape class: static config and sequence length of each stage, and the mesh."""
-    return tuple((partition(stage.config)[0], _get_seq_len(stage.config), config.mesh) for stage in stages(config))
+    return tuple((partition(stage.config)[0], stage.config.seq_len, config.mesh) for stage in stages(config))
 
 
 def estimate_cost(config: Config) -> Cost:
     """Estimate the cost of a trial from the shapes of its arrays."""
     configs = [stage.config for stage in stages(config)]
-    step_tokens = [config.training.batch_size * _get_seq_len(config) for config in configs]
+    step_tokens = [config.training.batch_size * config.seq_len for config in configs]
     step_flops = [
-        tokens * training_flops_per_token(config.model, _get_seq_len(config))
+        tokens * training_flops_per_token(config.model, config.seq_len)
         for tokens, config in zip(step_tokens, configs, strict=True)
     ]
     steps = [config.training.steps for config in configs]
     return Cost(
         parameters=total_size(parameter_shapes(config.model)),
         state_bytes=total_bytes(state_shapes(configs[0])),
-        working_bytes=max(step_bytes(config, _get_seq_len(config)) for config in configs),
+        working_bytes=max(step_bytes(config, config.seq_len) for config in configs),
         step_flops=max(step_flops),
         total_flops=float(np.dot(steps, step_flops)),
         tokens=int(np.dot(steps, step_tokens)),
     )
-
-
-def _get_seq_len(config: Config) -> int:
-    return config.data.seq_len or config.model.context_length
 
 
 def make_plan(shape_class: ShapeClass, machine: Machine, mode: str, width: int | None = None) -> Plan:

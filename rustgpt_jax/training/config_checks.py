@@ -51,7 +51,7 @@ def validate_components(config: Config) -> None:
     for stage in stages(config):
         _check_function(CORPORA, stage.config.data.corpus, "config.data.corpus", "config")
         _check_function(SCHEDULES, stage.config.schedule.name, "config.schedule.name", "step", "steps", "schedule")
-        select_kernels(stage.config.model, ANY_DEVICE, stage.config.data.seq_len or stage.config.model.context_length)
+        select_kernels(stage.config.model, ANY_DEVICE, stage.config.seq_len)
 
 
 def _check_function(table: Mapping[str, Any], name: str, knob: str, *arguments: str) -> None:

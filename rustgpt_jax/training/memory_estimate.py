@@ -146,7 +146,7 @@ def check_training_memory(
 
 def training_needs(config: Config) -> dict[str, float]:
     """Return the bytes that a training step needs, by purpose, summed over all devices."""
-    config, seq_len = _fill_vocab_size(config), config.data.seq_len or config.model.context_length
+    config, seq_len = _fill_vocab_size(config), config.seq_len
 
     def needs(config: Config) -> dict[str, float]:
         parameters = total_bytes(parameter_shapes(config.model))
@@ -180,7 +180,7 @@ def check_inference_memory(
     """
     if allow_oversubscription:
         return
-    seq_len = config.data.seq_len or config.model.context_length
+    seq_len = config.seq_len
 
     def needs(config: Config) -> dict[str, float]:
         found: dict[str, float] = {"parameters": total_bytes(parameter_shapes(config.model))}
@@ -247,8 +247,8 @@ def _fill_vocab_size(config: Config) -> Config:
 
 
 def _upper_bound(config: Config) -> float:
-    """Return an upper bound, for common components, of the bytes that a training step needs."""
-    config, seq_len = _fill_vocab_size(config), config.data.seq_len or config.model.context_length
+    """Return an upper bound on the bytes a training step needs; it holds for common components."""
+    config, seq_len = _fill_vocab_size(config), config.seq_len
     model, training = config.model, config.training
     sizes = _extrapolate_layers(lambda config: {"all": float(total_size(parameter_shapes(config.model)))}, config)
     parameters = sizes["all"]

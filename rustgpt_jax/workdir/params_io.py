@@ -14,8 +14,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rustgpt_jax.atomic_io import atomic_file
+from rustgpt_jax.config.schema import unflatten
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.pytrees import flatten_paths, unflatten_paths
+from rustgpt_jax.pytrees import flatten_paths
 
 Tree = Any
 
@@ -114,7 +115,7 @@ def open_parameters(file: Path) -> Tree:
     Raises:
         UserError: The file is missing, damaged or truncated.
     """
-    return unflatten_paths(open_safetensors(file))
+    return unflatten(open_safetensors(file), "/")
 
 
 def read_parameters(file: Path, shapes: Tree) -> Tree:
@@ -132,7 +133,7 @@ def read_parameters(file: Path, shapes: Tree) -> Tree:
     # Largest first, so that the copy on the host is small when most of the parameters are in memory.
     order = sorted(stored, key=lambda path: -np.prod(stored[path].shape))
     loaded = {path: _to_jax(_read_float32(stored[path]), wanted[path].sharding) for path in order}
-    return unflatten_paths({path: loaded[path] for path in stored})
+    return unflatten({path: loaded[path] for path in stored}, "/")
 
 
 def matching_parameters(file: Path, shapes: Tree) -> dict[str, StoredTensor]:

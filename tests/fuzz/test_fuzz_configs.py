@@ -47,7 +47,7 @@ def use(config: Config) -> Config | None:
     """Do what a verb does with a config before it compiles anything; return the config after a JSON round trip."""
     validate_components(config)
     for stage in stages(config):
-        check_batch_shards(stage.config, stage.config.data.seq_len or stage.config.model.context_length, 2)
+        check_batch_shards(stage.config, stage.config.seq_len, 2)
         combined = combine(*partition(stage.config))
         assert partition(dataclasses.replace(stage.config, **vars(combined))) == partition(stage.config)
     model = config.model

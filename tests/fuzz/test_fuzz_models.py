@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from test_fuzz_tokenizers import BESIDE, FOREIGN
 
 from configs import base
+from rustgpt_jax.config.schema import unflatten
 from rustgpt_jax.interop import convert
 from rustgpt_jax.interop.hf_checkpoint import read_folder, read_model
-from rustgpt_jax.pytrees import unflatten_paths
 from rustgpt_jax.workdir.params_io import (
     NewTensor,
     matching_parameters,
@@ -62,7 +62,7 @@ def read_every_tensor(file: Path) -> None:
     found = open_safetensors(file)
     for stored in found.values():
         assert stored.read().shape == stored.shape
-    shapes = unflatten_paths({name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in SHAPES.items()})
+    shapes = unflatten({name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in SHAPES.items()}, "/")
     matching_parameters(file, shapes)
     read_parameters(file, shapes)
 
