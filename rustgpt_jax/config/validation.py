@@ -215,9 +215,9 @@ def validate_value(path: str, value: Any, where: str, item_type: Any = None) -> 
             item_types = item_types[:1] * len(value)
         if len(item_types) == len(value):
             return tuple(validate_value(path, item, where, each) for item, each in zip(value, item_types, strict=True))
-    if hint is int and _is_number(value) and value == int(value):
+    if hint is int and is_number(value) and value == int(value):
         value = int(value)
-    elif hint is float and _is_number(value) and abs(value) <= sys.float_info.max:
+    elif hint is float and is_number(value) and abs(value) <= sys.float_info.max:
         value = float(value) + 0.0  # -0.0 becomes 0.0, which it equals, so that equal configs have equal hashes.
     elif hint not in (bool, str) or not isinstance(value, hint):
         what = "the item " if item_type else ""
@@ -248,7 +248,8 @@ def _check_text(text: str, where: str) -> None:
         raise UserError(f"{where}: {short_repr(text)} has half of a surrogate pair, so it is not text.") from None
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Return whether a value is a finite number, but not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 

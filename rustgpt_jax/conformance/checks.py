@@ -17,6 +17,7 @@ from rustgpt_jax.conformance.components import MODEL_KINDS, Component, Scope, fi
 from rustgpt_jax.conformance.fixtures import CheckFailure, check_settings, format_exception
 from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.model.mixers import has_cache
+from rustgpt_jax.sharding.hardware_specs import use_cpu_devices
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def check_components(
             raise UserError(f"check: unknown check {name!r}.{suggest_names(name, CHECKS)}")
     # If JAX has already started, this fails, and the check of eight devices runs in a child process.
     with contextlib.suppress(RuntimeError):
-        transform_checks.use_eight_cpu_devices()
+        use_cpu_devices(transform_checks.DEVICES)
     fields = {path.removeprefix("model."): value for path, value in (changes or {}).items()}
     components = [component for name in names or (None,) for component in find_components(name, fields)]
     scope = Scope.EXHAUSTIVE if is_exhaustive else Scope.QUICK

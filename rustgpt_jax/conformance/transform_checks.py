@@ -49,6 +49,7 @@ from rustgpt_jax.conformance.packed_sequences import (
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import forward_flops_per_token, parameter_shapes, total_size
 from rustgpt_jax.pytrees import flatten_paths
+from rustgpt_jax.sharding.hardware_specs import use_cpu_devices
 
 # Parameters and FLOPs.
 
@@ -276,7 +277,7 @@ def _check_in_child_process(component: Component) -> str:
 
 def main(title: str, changes: str) -> None:
     """Run the check on eight virtual CPU devices, and print its result as a line of JSON."""
-    use_eight_cpu_devices()
+    use_cpu_devices(DEVICES)
     (component,) = find_components(title, json.loads(changes))
     answer: dict[str, Any]
     try:
@@ -288,12 +289,6 @@ def main(title: str, changes: str) -> None:
         where = "its forward or backward pass"
         answer = {"failure": ("the component fails on eight devices", where, format_exception(error))}
     print(json.dumps(answer))
-
-
-def use_eight_cpu_devices() -> None:
-    """Create eight virtual CPU devices. Call this before JAX is used; accelerators are not affected."""
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", DEVICES)
 
 
 if __name__ == "__main__":

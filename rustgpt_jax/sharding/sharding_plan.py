@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rustgpt_jax.config.schema import Config, MeshConfig
 from rustgpt_jax.errors import UserError
@@ -83,7 +83,7 @@ def _divisible(axes: Axes, shape: tuple[int, ...], mesh: dict[str, int]) -> Part
     )
 
 
-def infer_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+def infer_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Return the shardings of the arrays or shapes of a tree, such as parameters or a train state."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(
@@ -98,12 +98,7 @@ def constrain(tree: Any) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jax.lax.with_sharding_constraint(
-            leaf, partition_spec_for(format_path(path), leaf.shape, dict(mesh.shape)).spec
-        ),
-        tree,
-    )
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, infer_shardings(tree, mesh))
 
 
 # Outermost to innermost: neighboring devices, which communicate most, differ in the last axis.

@@ -17,7 +17,7 @@ from rich.text import Text
 from rustgpt_jax.config.schema import stages
 from rustgpt_jax.sweeps.sweep_dir import ENDED, Event, Ledger, SweepDir
 from rustgpt_jax.sweeps.trials import Trial, describe_overrides
-from rustgpt_jax.tracking.console import format_duration, replace_control_characters
+from rustgpt_jax.tracking.console import format_duration, print_line, replace_control_characters
 from rustgpt_jax.tracking.metric_writer import last_metrics
 
 POLL_SECONDS = 1.0
@@ -69,7 +69,7 @@ class LiveTable:
 
     def message(self, text: str) -> None:
         """Print a message above the table."""
-        self._console.print(Text(replace_control_characters(text)), soft_wrap=True)
+        print_line(self._console, text)
 
     def _watch(self) -> None:
         while not self._is_over.wait(POLL_SECONDS):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from rustgpt_jax.config.validation import is_number
 from rustgpt_jax.sweeps.report.results import (
     BITS_PER_BYTE,
     DIVERGED,
@@ -24,7 +25,6 @@ from rustgpt_jax.sweeps.report.results import (
     format_value,
     get_knob_names,
     group_by_setting,
-    is_number,
     to_key,
 )
 from rustgpt_jax.sweeps.report.stats import (

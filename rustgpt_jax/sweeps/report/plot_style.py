@@ -24,7 +24,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from rustgpt_jax.sweeps.report.results import format_value, is_number, to_key
+from rustgpt_jax.config.validation import is_number
+from rustgpt_jax.sweeps.report.results import format_value, to_key
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

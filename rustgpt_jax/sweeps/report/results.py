@@ -18,6 +18,7 @@ from typing import Any
 
 from rustgpt_jax.atomic_io import write_atomically
 from rustgpt_jax.config.schema import FIELDS, Config, affects_result, config_hash, flatten, stages
+from rustgpt_jax.config.validation import is_number
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps.sweep_dir import Event, Ledger, SweepDir, read_sweep_info
 from rustgpt_jax.tracking.metric_writer import read_metrics
@@ -228,11 +229,6 @@ def _to_csv(trials: Iterable[TrialResult], knobs: Sequence[str]) -> bytes:
 def to_key(value: Any) -> str:
     """Return a string that is the same for equal values, including lists and mappings."""
     return json.dumps(float(value) if is_number(value) else value, sort_keys=True)
-
-
-def is_number(value: Any) -> bool:
-    """Return whether a value can be plotted on a numeric axis: a finite number, but not a bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _without_seed(values: Overrides) -> dict[str, Any]:
