@@ -19,8 +19,8 @@ from rustgpt_jax.model.interfaces import AUX_LOSS, LayerMetrics
 from rustgpt_jax.model.matmul import softcap, unembed
 from rustgpt_jax.model.transformer import Params
 
-# Default bytes of the logits of a chunk on a device. Smaller chunks would be bound by memory: each reads the output
-# matrix and adds to its gradient.
+# Default bytes of the logits of a chunk on a device. Smaller chunks would be limited by memory bandwidth, since each
+# chunk reads the output matrix and updates its gradient.
 LOGITS_BYTES = 2**29
 
 
@@ -28,8 +28,8 @@ class LossSums(NamedTuple):
     """Weighted sums over tokens, in nats. Unlike means, sums can be added over microbatches and batches.
 
     Attributes:
-        loss: Sum of the cross-entropy, without a gradient.
-        objective: Sum of what is minimized, without auxiliary losses: the cross-entropy and the z-loss.
+        loss: Sum of the cross-entropy; no gradient flows through it.
+        objective: Sum of the cross-entropy and the z-loss. Auxiliary losses are added later.
         weight: Sum of the weights, which is the number of tokens that count in the loss.
         layer_metrics: Metrics of the blocks, times `weight`.
     """
@@ -45,7 +45,8 @@ def chunk_size(loss_chunk_size: int | None, model: ModelConfig) -> int:
 
     It is `loss_chunk_size`, or by default the largest power of two whose logits take at most LOGITS_BYTES.
     """
-    return loss_chunk_size or 2 ** int(math.log2(max(1, LOGITS_BYTES // (4 * transformer.vocab_size(model)))))
+    most = max(1, LOGITS_BYTES // (4 * transformer.vocab_size(model)))
+    return loss_chunk_size or 2 ** (most.bit_length() - 1)
 
 
 def loss_sums(
@@ -63,7 +64,7 @@ def loss_sums(
         batch: The batch.
         model: The config of the model.
         dropout_key: The key for dropout, None for no dropout.
-        loss_chunk_size: As for `chunk_size`.
+        loss_chunk_size: See `chunk_size`.
         z_loss: The coefficient of the squared log normalizer in the objective (arXiv 2204.02311).
     """
     hidden_BTD, _, layer_metrics = transformer.hidden_states(
@@ -81,9 +82,9 @@ def loss_sums(
     scan = partial(_scan_chunks, axes=axes, model=model, chunk=chunk)
     total_sums = jax.custom_vjp(lambda *inputs: scan(*inputs)[0])
     total_sums.defvjp(scan, _scale_gradients)
-    numbers = {"z_loss": z_loss, "softcap": model.final_logit_softcap}
-    numbers = {name: value for name, value in numbers.items() if is_enabled(value)}
-    sums = total_sums(matrix, hidden_BTD, batch, numbers)
+    # None is no input of the program, so a disabled term stays disabled.
+    z_loss_or_none, cap = (value if is_enabled(value) else None for value in (z_loss, model.final_logit_softcap))
+    sums = total_sums(matrix, hidden_BTD, batch, z_loss_or_none, cap)
     return sums._replace(layer_metrics={name: value * sums.weight for name, value in layer_metrics.items()})
 
 
@@ -91,7 +92,8 @@ def _scan_chunks(
     matrix: jax.Array,
     hidden_BTD: jax.Array,
     batch: Batch,
-    numbers: dict[str, Any],
+    z_loss: Any,
+    cap: Any,
     *,
     axes: str,
     model: ModelConfig,
@@ -99,36 +101,38 @@ def _scan_chunks(
 ) -> tuple[LossSums, tuple[jax.Array, jax.Array]]:
     """Compute the sums of a batch, and the gradient of the objective, with the logits of one chunk at a time.
 
-    The logits of a chunk are computed once, for both. Each of the R shards has a part of every chunk and adds to its
-    own gradient of the output matrix, so that the matrix is gathered, and its gradient reduced, only once.
+    The loss and the gradient share one computation of a chunk's logits. Each of the R shards has a part of every chunk
+    and adds to its own gradient of the output matrix, so that the matrix is gathered, and its gradient reduced, only
+    once.
 
     Args:
         matrix: The output matrix.
         hidden_BTD: The output of the last norm.
         batch: The batch.
-        numbers: The coefficient `z_loss` and the cap `softcap`, if they are enabled.
-        axes: As for `unembed`.
+        z_loss: The coefficient of the z-loss; None if it is disabled.
+        cap: The soft-cap of the logits; None if it is disabled.
+        axes: See `unembed`.
         model: The config of the model.
         chunk: The number of tokens of a chunk on each device.
 
     Returns:
         The sums, and the gradients of the objective with respect to the matrix and the hidden states.
     """
-    # Gathered after it is rounded: the first constraint keeps the rounded matrix where the matrix is stored.
+    # Round the matrix where it is stored (E: the shards of its channels), then gather it, so that fewer bytes are sent.
     factor = shard_activations(matrix.astype(model.precision.logits_dtype or model.dtype), axes.replace("D", "E"))
     factor = shard_activations(factor, axes)
 
     def objective(logits_RCV: jax.Array, part: Batch) -> tuple[jax.Array, LossSums]:
-        if "softcap" in numbers:
-            logits_RCV = softcap(logits_RCV, numbers["softcap"])
-        sums, _ = cross_entropy_sums(logits_RCV, part, {}, numbers.get("z_loss", 0.0))
+        if cap is not None:
+            logits_RCV = softcap(logits_RCV, cap)
+        sums, _ = cross_entropy_sums(logits_RCV, part, {}, 0.0 if z_loss is None else z_loss)
         return sums.objective, sums
 
     def add_chunk(totals: Any, inputs: tuple[jax.Array, Batch]) -> tuple[Any, jax.Array]:
         hidden_RCD, part = inputs
         logits_RCV, unembed_bwd = jax.vjp(lambda hidden_RCD: unembed(hidden_RCD, factor, axes, model), hidden_RCD)
         grad_RCV, sums = jax.grad(objective, has_aux=True)(logits_RCV, part)
-        # The sums over tokens of the outer products of the axes, in the order of the matrix.
+        # Sum the outer products over tokens, with axes in the order of the matrix.
         by_axis = {"D": hidden_RCD.astype(factor.dtype), "V": grad_RCV.astype(factor.dtype)}
         left, right = (by_axis[axis] for axis in axes)
         grad_R = jax.lax.dot_general(left, right, (((1,), (1,)), ((0,), (0,))), preferred_element_type=matrix.dtype)
@@ -146,30 +150,32 @@ def _scale_gradients(gradients: tuple[jax.Array, jax.Array], grad_sums: LossSums
     """Scale the gradients of the objective with respect to the matrix and the hidden states."""
     # In the dtype of the scale, at least float32: the reciprocal of a number of tokens is not exact in bfloat16.
     scale = grad_sums.objective
-    return *((gradient * scale).astype(gradient.dtype) for gradient in gradients), None, None
+    return *((gradient * scale).astype(gradient.dtype) for gradient in gradients), None, None, None
 
 
-def _split_tokens(x: jax.Array, chunk: int) -> jax.Array:
+def _split_tokens(x_BT: jax.Array, chunk: int) -> jax.Array:
     """Reshape (B, T, ...) to (chunks, R, tokens, ...), padded with zeros, which have no weight.
 
-    Tokens stay on their device: each of the R shards of a batch has at most `chunk` tokens of each chunk.
+    Tokens stay on their device: each of the R shards of a batch has at most `chunk` tokens of each chunk. S counts the
+    tokens of a shard, N the chunks, and C the tokens of a shard in a chunk.
     """
-    rows, columns = token_shards(*x.shape[:2])
-    x = x.reshape(rows, x.shape[0] // rows, columns, x.shape[1] // columns, *x.shape[2:])
-    x = jnp.moveaxis(x, 2, 1).reshape(rows * columns, -1, *x.shape[4:])
-    n_chunks = -(-x.shape[1] // chunk)
-    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % n_chunks), *[(0, 0)] * (x.ndim - 2)])
-    x = jnp.moveaxis(x.reshape(x.shape[0], n_chunks, -1, *x.shape[2:]), 1, 0)
-    return shard_activations(x, ".R".ljust(x.ndim, "."))
+    rows, columns = token_shards(*x_BT.shape[:2])
+    (batch, length), channels = x_BT.shape[:2], x_BT.shape[2:]
+    x_RBT = jnp.moveaxis(x_BT.reshape(rows, batch // rows, columns, length // columns, *channels), 2, 1)
+    x_RS = x_RBT.reshape(rows * columns, -1, *channels)
+    n_chunks = -(-x_RS.shape[1] // chunk)
+    x_RS = jnp.pad(x_RS, [(0, 0), (0, -x_RS.shape[1] % n_chunks), *[(0, 0)] * len(channels)])
+    x_NRC = jnp.moveaxis(x_RS.reshape(len(x_RS), n_chunks, -1, *channels), 1, 0)
+    return shard_activations(x_NRC, ".R".ljust(x_NRC.ndim, "."))
 
 
-def _join_tokens(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _join_tokens(x_NRC: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Undo `_split_tokens` for an array of a shape (B, T, ...)."""
     rows, columns = token_shards(*shape[:2])
-    n_rows, length = shape[0] // rows, shape[1] // columns
-    x = jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *shape[2:])[:, : n_rows * length]
-    x = jnp.moveaxis(x.reshape(rows, columns, n_rows, length, *shape[2:]), 1, 2)
-    return shard_activations(x.reshape(shape), "BT".ljust(len(shape), "."))
+    n_rows, length, channels = shape[0] // rows, shape[1] // columns, shape[2:]
+    x_RS = jnp.moveaxis(x_NRC, 0, 1).reshape(rows * columns, -1, *channels)[:, : n_rows * length]
+    x_BT = jnp.moveaxis(x_RS.reshape(rows, columns, n_rows, length, *channels), 1, 2).reshape(shape)
+    return shard_activations(x_BT, "BT".ljust(len(shape), "."))
 
 
 def cross_entropy_sums(
@@ -237,7 +243,7 @@ def evaluate(
         model: The config of the model.
         batches: The batches.
         bytes_per_token: The average number of bytes of text per token of the split that counts in the loss.
-        loss_chunk_size: As for `chunk_size`.
+        loss_chunk_size: See `chunk_size`.
         n_parts: The number of microbatches of a batch.
         progress: Called before each batch with the number of batches done. It may raise an exception to stop.
 

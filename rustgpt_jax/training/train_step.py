@@ -200,18 +200,18 @@ def train_step(
             gradients = clip_by_norm(gradients, norm, config.optimizer.clip_norm)
         return make_optimizer(config.optimizer, lr_multiplier).update(gradients, opt_state, state.params)
 
+    # The state may change only after the whole update is checked. The update is computed twice on purpose: without the
+    # barrier, XLA would keep new moments in memory until the check; with it, they are computed in the pass that writes
+    # them. XLA removes the unused half of each call.
     updates, _ = update(gradients, state.opt_state)
     loss = sums.loss / jnp.maximum(sums.weight, 1.0)
     update_norm = optax.tree.norm(updates)
     is_finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(update_norm)
-    # The state may change only after the whole update is checked. Without the barrier, XLA would keep new moments in
-    # memory until then; with it, they are computed in the pass that writes them.
-    is_finite, *inputs = jax.lax.optimization_barrier((is_finite, gradients, state.opt_state))
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(is_finite, new, old),
-        (optax.apply_updates(state.params, updates), update(*inputs)[1]),
-        (state.params, inputs[1]),
-    )
+    is_finite, late_gradients, old_opt_state = jax.lax.optimization_barrier((is_finite, gradients, state.opt_state))
+    _, new_opt_state = update(late_gradients, old_opt_state)
+    keep_if_finite = partial(jax.tree.map, lambda new, old: jnp.where(is_finite, new, old))
+    params = keep_if_finite(optax.apply_updates(state.params, updates), state.params)
+    opt_state = keep_if_finite(new_opt_state, old_opt_state)
     loss_stats = update_loss_stats(
         state.loss_stats, loss, is_finite, stage_step == 0, stage_step == config.training.steps - 1
     )
