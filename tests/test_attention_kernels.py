@@ -275,9 +275,9 @@ def test_first_keys_describe_the_mask_of_documents_padding_and_windows(data: st.
     inputs = BlockInputs(jnp.asarray(positions_BT), jnp.asarray(segments_BT))
     np.testing.assert_array_equal(inputs.first_keys(), starts_BT)
     np.testing.assert_array_equal(causal_mask(inputs, window), expected_BTS)
-    one_document_BTS = attention_mask(order_T, inputs.as_one_document().first_keys(), order_T, window)
+    one_document_BTS = attention_mask(order_T, order_T, inputs.as_one_document().first_keys(), window)
     is_token_BT1 = segments_BT[..., None] > 0
-    expected_TS = attention_mask(order_T, None, order_T, window)
+    expected_TS = attention_mask(order_T, order_T, None, window)
     np.testing.assert_array_equal(one_document_BTS & is_token_BT1, expected_TS & is_token_BT1)
 
 
@@ -413,6 +413,9 @@ def test_kernels_need_no_documents_where_a_row_is_one(window: int | None) -> Non
     check_against_brute_force(
         task, 2e-5, reference_attention, partial(blockwise, block=4), triangular, *LIBRARY_KERNELS
     )
+    for attend in LIBRARY_KERNELS:
+        mixed = jax.vmap(lambda q, attend=attend: attend(task._replace(q_BTHC=q)))(task.q_BTHC[None])
+        np.testing.assert_allclose(mixed[0], attend(task), atol=1e-6)
 
 
 @pytest.mark.usefixtures("libraries")

@@ -266,7 +266,7 @@ def change_code(folder: Path) -> None:
     file = folder / "code" / KV_CACHE
     before = file.read_text()
     # A token sees the one after it.
-    file.write_text(before.replace("attention_mask(order_T, inputs", "attention_mask(order_T + 1, inputs"))
+    file.write_text(before.replace("attention_mask(order_T, order_T", "attention_mask(order_T + 1, order_T"))
     assert file.read_text() != before
 
 

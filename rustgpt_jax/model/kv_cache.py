@@ -84,9 +84,9 @@ def first_visible_key(order_T: jax.Array, first_key_BT: jax.Array | None, window
 
 
 def attention_mask(
-    order_T: jax.Array, first_key_BT: jax.Array | None, order_S: jax.Array, window: int | None
+    order_T: jax.Array, order_S: jax.Array, first_key_BT: jax.Array | None, window: int | None
 ) -> jax.Array:
-    """Return mask_BTS, True for the keys that a query attends to, of indices `order_S` in the row."""
+    """Return mask_BTS, True where a query attends to a key; `order_S` are the keys' indices in the row."""
     first_BT = first_visible_key(order_T, first_key_BT, window)
     earlier_TS = order_S[None] <= order_T[:, None]
     return earlier_TS[None] & (order_S[None, None] >= first_BT[:, :, None])
@@ -95,7 +95,7 @@ def attention_mask(
 def causal_mask(inputs: BlockInputs, window: int | None = None) -> jax.Array:
     """Return mask_BTS: tokens attend to themselves and earlier tokens of their document, within the last `window`."""
     order_T = jnp.arange(inputs.segments_BT.shape[1])
-    return attention_mask(order_T, inputs.first_keys(), order_T, window)
+    return attention_mask(order_T, order_T, inputs.first_keys(), window)
 
 
 def update_kv_cache(
@@ -112,10 +112,10 @@ def update_kv_cache(
     if window is None or inputs.positions_BT.shape[1] == 1:
         # Overwritten slots are outside every query's window.
         positions_BS = after.positions(last_position(inputs))
-        mask_BTS = _filled_mask(inputs, positions_BS) & _window_mask(inputs, positions_BS, window)
+        mask_BTS = _cached_mask(inputs, positions_BS, window)
         return AttentionContext(after.buffers, positions_BS, mask_BTS), after
     before_BS = cache.positions(inputs.positions_BT[:, 0] - 1)
-    old_BTS = _filled_mask(inputs, before_BS) & _window_mask(inputs, before_BS, window)
+    old_BTS = _cached_mask(inputs, before_BS, window)
     keys = jax.tree.map(lambda old, new: jnp.concatenate([old, new], _tokens_axis(old)), cache.buffers, new)
     positions_BS = jnp.concatenate([before_BS, inputs.positions_BT], axis=1)
     return AttentionContext(keys, positions_BS, jnp.concatenate([old_BTS, causal_mask(inputs, window)], axis=2)), after
@@ -144,11 +144,8 @@ def last_position(inputs: BlockInputs) -> jax.Array:
     return jnp.max(jnp.where(is_token_BT, inputs.positions_BT, inputs.positions_BT[:, :1]), axis=1)
 
 
-def _filled_mask(inputs: BlockInputs, positions_BS: jax.Array) -> jax.Array:
-    return (positions_BS[:, None, :] >= 0) & (positions_BS[:, None, :] <= inputs.positions_BT[:, :, None])
-
-
-def _window_mask(inputs: BlockInputs, positions_BS: jax.Array, window: int | None) -> jax.Array:
-    if window is None:
-        return jnp.ones((), bool)[None, None, None]
-    return positions_BS[:, None, :] > inputs.positions_BT[:, :, None] - window
+def _cached_mask(inputs: BlockInputs, positions_BS: jax.Array, window: int | None) -> jax.Array:
+    """Return mask_BTS for cached keys at `positions_BS`, which are negative in empty slots."""
+    key_B1S, query_BT1 = positions_BS[:, None, :], inputs.positions_BT[:, :, None]
+    mask_BTS = (key_B1S >= 0) & (key_B1S <= query_BT1)
+    return mask_BTS if window is None else mask_BTS & (key_B1S > query_BT1 - window)

@@ -1,9 +1,8 @@
 """Mixture of experts: a router sends each token to a few of many feed-forward layers."""
 
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,7 +13,7 @@ from jax.sharding import PartitionSpec
 from rustgpt_jax.config.schema import ModelConfig, is_enabled
 from rustgpt_jax.model.activation_sharding import partition_spec, shard_activations
 from rustgpt_jax.model.interfaces import AUX_LOSS, BlockInputs, LayerMetrics
-from rustgpt_jax.model.kernels import current_device
+from rustgpt_jax.model.kernels import current_device, fold_vmap
 from rustgpt_jax.model.layers import default_glu_width, normal_init
 from rustgpt_jax.model.matmul import ACTIVATIONS, apply_activation, to_float32
 
@@ -47,7 +46,7 @@ class MixtureOfExperts(nn.Module):
     own (arXiv 2211.15841). Tokens are independent of each other, and the cost is that of the selected experts, except
     that `blocked` products process up to a block of padding per expert. On a mesh, each device sorts its own tokens and
     gathers all experts of a layer. With a capacity, each expert processes the first tokens of a row that are routed to
-    it, up to its capacity (arXiv 2006.16668): experts stay where they are, but whether a token is dropped depends on
+    it, up to its capacity (arXiv 2006.16668): experts are not gathered, but whether a token is dropped depends on
     the tokens before it, even those of other documents.
     """
 
@@ -209,8 +208,8 @@ sum_rows.defvjp(
 # XLA computes jax.lax.ragged_dot by multiplying every row by every matrix, with zeros for rows of other groups, except
 # on TPUs and, by flags, some GPUs. The alternative here multiplies blocks of rows of one group, one after another.
 
-# A block takes as long as this many more rows, since the matrix of its group is copied to a buffer. On accelerators the
-# ratio of FLOPs to memory bandwidth is higher than on CPUs.
+# Copying a group's matrix to a buffer takes as long as multiplying this many rows. On accelerators the ratio of FLOPs
+# to memory bandwidth is higher than on CPUs.
 ROWS_PER_COPY = {"cpu": 16}
 ROWS_PER_COPY_ON_ACCELERATORS = 384
 BLOCK_SIZES = tuple(2**power for power in range(13))
@@ -226,7 +225,7 @@ def choose_block_size(kernel: str, n_rows: int, n_groups: int) -> int | None:
 
 
 def count_blocks(n_rows: int, n_groups: int, block_size: int) -> int:
-    """Return the number of blocks that is enough for any sizes of the groups."""
+    """Return an upper bound on the number of blocks, for any group sizes."""
     n_used = min(n_groups, n_rows)
     return n_used + (n_rows - n_used) // block_size
 
@@ -235,7 +234,7 @@ def count_blocks(n_rows: int, n_groups: int, block_size: int) -> int:
 def grouped_matmul(x_RD: jax.Array, w_XDF: jax.Array, sizes_X: jax.Array, block_size: int | None) -> jax.Array:
     """Return y_RF, the product of each row with the matrix of its group.
 
-    With `vmap`, the groups of all programs become groups of one product.
+    Under `vmap`, all groups are computed in one product.
 
     Args:
         x_RD: Rows, sorted by group.
@@ -243,59 +242,34 @@ def grouped_matmul(x_RD: jax.Array, w_XDF: jax.Array, sizes_X: jax.Array, block_
         sizes_X: Rows of each group, R in total; multiples of `block_size`.
         block_size: Rows of a block; None for jax.lax.ragged_dot.
     """
-    product = _ragged_dot if block_size is None else partial(_multiply_blocks, block_size)
-    return _fold_vmap(product)(x_RD, w_XDF, sizes_X)
-
-
-def _grouped_matmul_fwd(
-    x_RD: jax.Array, w_XDF: jax.Array, sizes_X: jax.Array, block_size: int | None
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return grouped_matmul(x_RD, w_XDF, sizes_X, block_size), (x_RD, w_XDF, sizes_X)
+    product = jax.lax.ragged_dot if block_size is None else partial(_multiply_blocks, block_size)
+    return fold_vmap(product)(x_RD, w_XDF, sizes_X)
 
 
 def _grouped_matmul_bwd(
-    block_size: int | None, residuals: tuple[jax.Array, ...], grad_RF: jax.Array
+    block_size: int | None, saved: tuple[jax.Array, ...], grad_RF: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     gradients = _ragged_dot_gradients if block_size is None else partial(_block_gradients, block_size)
-    grad_RD, grad_XDF = _fold_vmap(gradients)(*residuals, grad_RF)
-    return grad_RD, grad_XDF, None
+    return *fold_vmap(gradients)(*saved, grad_RF), None
 
 
-grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
-
-
-def _fold_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function with a batching rule that folds the new axis into the first axis of all arrays."""
-    folded = jax.custom_batching.custom_vmap(function)
-
-    @folded.def_vmap
-    def fold(axis_size: int, is_batched: Any, *arrays: jax.Array) -> tuple[Any, Any]:
-        full = (
-            x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
-            for x, batched in zip(arrays, is_batched, strict=True)
-        )
-        result = _fold_vmap(function)(*(x.reshape(-1, *x.shape[2:]) for x in full))
-        result = jax.tree.map(lambda y: y.reshape(axis_size, -1, *y.shape[1:]), result)
-        return result, jax.tree.map(lambda _: True, result)
-
-    return folded
-
-
-def _ragged_dot(x_RD: jax.Array, w_XDF: jax.Array, sizes_X: jax.Array) -> jax.Array:
-    return jax.lax.ragged_dot(x_RD, w_XDF, sizes_X)
+grouped_matmul.defvjp(lambda *arguments: (grouped_matmul(*arguments), arguments[:3]), _grouped_matmul_bwd)
 
 
 def _ragged_dot_gradients(
     x_RD: jax.Array, w_XDF: jax.Array, sizes_X: jax.Array, grad_RF: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+    # Transposes, because a VJP would add an unused product to the program.
     (grad_RD,) = jax.linear_transpose(lambda x_RD: jax.lax.ragged_dot(x_RD, w_XDF, sizes_X), x_RD)(grad_RF)
     (grad_XDF,) = jax.linear_transpose(lambda w_XDF: jax.lax.ragged_dot(x_RD, w_XDF, sizes_X), w_XDF)(grad_RF)
     return grad_RD, grad_XDF
 
 
 def _multiply_blocks(block_size: int, x_RD: jax.Array, w_XDF: jax.Array, sizes_X: jax.Array) -> jax.Array:
-    blocks = _split(block_size, x_RD), _group_of_block(block_size, len(x_RD), sizes_X)
-    y_blocks = jax.lax.map(lambda block: block[0] @ _take(w_XDF, block[1]), blocks)
+    blocks = x_RD.reshape(-1, block_size, x_RD.shape[-1]), _group_of_block(block_size, len(x_RD), sizes_X)
+    y_blocks = jax.lax.map(
+        lambda block: block[0] @ jax.lax.dynamic_index_in_dim(w_XDF, block[1], keepdims=False), blocks
+    )
     return y_blocks.reshape(len(x_RD), -1)
 
 
@@ -304,26 +278,19 @@ def _block_gradients(
 ) -> tuple[jax.Array, jax.Array]:
     def step(grad_XDF: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         x, grad, group = block
+        w_DF = jax.lax.dynamic_index_in_dim(w_XDF, group, keepdims=False)
         grad_DF = jnp.einsum("RD,RF->DF", x, grad, preferred_element_type=grad_XDF.dtype)
-        return grad_XDF.at[group].add(grad_DF, mode="promise_in_bounds"), grad @ _take(w_XDF, group).T
+        return grad_XDF.at[group].add(grad_DF, mode="promise_in_bounds"), grad @ w_DF.T
 
-    blocks = _split(block_size, x_RD), _split(block_size, grad_RF), _group_of_block(block_size, len(x_RD), sizes_X)
+    rows = (x.reshape(-1, block_size, x.shape[-1]) for x in (x_RD, grad_RF))
     zeros_XDF = jnp.zeros(w_XDF.shape, jnp.promote_types(w_XDF.dtype, jnp.float32))
-    grad_XDF, grad_blocks = jax.lax.scan(step, zeros_XDF, blocks)
+    grad_XDF, grad_blocks = jax.lax.scan(step, zeros_XDF, (*rows, _group_of_block(block_size, len(x_RD), sizes_X)))
     return grad_blocks.reshape(x_RD.shape), grad_XDF.astype(w_XDF.dtype)
-
-
-def _split(block_size: int, x: jax.Array) -> jax.Array:
-    return x.reshape(-1, block_size, x.shape[-1])
 
 
 def _group_of_block(block_size: int, n_rows: int, sizes_X: jax.Array) -> jax.Array:
     first_rows = jnp.arange(0, n_rows, block_size)
     return jnp.searchsorted(jnp.cumsum(sizes_X), first_rows, side="right", method="compare_all")
-
-
-def _take(w_XDF: jax.Array, group: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(w_XDF, group, keepdims=False)
 
 
 # Experts with a capacity, and the router.

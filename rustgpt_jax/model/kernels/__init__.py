@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from rustgpt_jax.model.interfaces import BlockInputs
 
@@ -40,6 +41,24 @@ def current_device() -> Device:
         return Device(default.platform)
     major, _, minor = str(getattr(default, "compute_capability", "")).partition(".")
     return Device("gpu", (int(major), int(minor))) if major.isdigit() and minor.isdigit() else Device("rocm")
+
+
+def fold_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of arrays that `jax.vmap` calls once, with the new axis folded into the first of each array."""
+    # The lambda keeps the default values of the function's other arguments out of `arrays`.
+    call = jax.custom_batching.custom_vmap(lambda *arrays: function(*arrays))
+
+    @call.def_vmap
+    def call_folded(size: int, is_batched: list[bool], *arrays: jax.Array) -> tuple[Any, Any]:
+        def fold(x: jax.Array, is_batched: bool) -> jax.Array:
+            x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+            return x.reshape(-1 if x.size else 0, *x.shape[2:])
+
+        outputs = call(*map(fold, arrays, is_batched))
+        unfolded = jax.tree.map(lambda y: y.reshape(size, len(y) // size, *y.shape[1:]), outputs)
+        return unfolded, jax.tree.map(lambda _: True, outputs)
+
+    return call
 
 
 class AttentionSpec(NamedTuple):
@@ -105,7 +124,7 @@ class AttentionInputs(NamedTuple):
     sinks_H: jax.Array | None = None
     packed: bool = True
 
-    def first_keys(self) -> jax.Array | None:
+    def first_keys_if_packed(self) -> jax.Array | None:
         """Return first_key_BT, the index of the first token of each query's document; None if it is always 0."""
         return self.block_inputs.first_keys() if self.packed else None
 

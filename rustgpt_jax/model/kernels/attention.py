@@ -72,7 +72,7 @@ def softmax_weights(
     if bias:
         # A bias need not be defined for keys that are not visible.
         scores_BHTS = scores_BHTS + jnp.where(mask_BTS[:, None], bias(*positions), 0)
-    # Unlike a choice between the scores and -inf, a sum does not keep the mask for the backward pass.
+    # Adding -inf, unlike `jnp.where`, does not save the mask for the backward pass.
     scores_BHTS = scores_BHTS + jnp.where(mask_BTS[:, None], 0, -jnp.inf).astype(scores_BHTS.dtype)
     if sinks_H is not None:
         sinks_BHT1 = jnp.broadcast_to(sinks_H[None, :, None, None], (*scores_BHTS.shape[:3], 1))
@@ -84,7 +84,7 @@ def reference_attention(inputs: AttentionInputs) -> jax.Array:
     """Compute attention with all scores in memory: the reference for other kernels."""
     order_T, positions_BT = jnp.arange(inputs.q_BTHC.shape[1]), inputs.block_inputs.positions_BT
     k_BKSC, v_BKSC = jnp.swapaxes(inputs.k_BSKC, 1, 2), jnp.swapaxes(inputs.v_BSKC, 1, 2)
-    mask_BTS = attention_mask(order_T, inputs.first_keys(), order_T, inputs.window)
+    mask_BTS = attention_mask(order_T, order_T, inputs.first_keys_if_packed(), inputs.window)
     return _attend(inputs, inputs.q_BTHC, k_BKSC, v_BKSC, (positions_BT, positions_BT), mask_BTS)
 
 
@@ -143,10 +143,10 @@ def blockwise(inputs: AttentionInputs, block: int = BLOCK) -> jax.Array:
         positions = (positions_BT, visible(inputs.block_inputs.positions_BT))
         order_S = jnp.arange(length) if n_keys == length else first + jnp.arange(n_keys)
         k_BKSC, v_BKSC = jnp.swapaxes(visible(inputs.k_BSKC), 1, 2), jnp.swapaxes(visible(inputs.v_BSKC), 1, 2)
-        mask_BTS = attention_mask(order_T, first_key_BT, order_S, inputs.window)
+        mask_BTS = attention_mask(order_T, order_S, first_key_BT, inputs.window)
         return _attend(inputs, q_BTHC, k_BKSC, v_BKSC, positions, mask_BTS)
 
-    queries = (inputs.q_BTHC, inputs.block_inputs.positions_BT, inputs.first_keys())
+    queries = (inputs.q_BTHC, inputs.block_inputs.positions_BT, inputs.first_keys_if_packed())
     mixed = jax.lax.map(lambda xs: attend_block(*xs), (jnp.arange(n_blocks), *jax.tree.map(split, queries)))
     return jnp.moveaxis(mixed, 0, 1).reshape(batch, n_blocks * block, *mixed.shape[3:])[:, :length]
 
@@ -162,19 +162,20 @@ def triangular(inputs: AttentionInputs, n_blocks: int = N_BLOCKS) -> jax.Array:
     """Compute attention for a few blocks of queries, each with only the keys that it can attend to."""
     length = inputs.q_BTHC.shape[1]
     k_BKSC, v_BKSC = jnp.swapaxes(inputs.k_BSKC, 1, 2), jnp.swapaxes(inputs.v_BSKC, 1, 2)
-    order_T, positions_BT, first_key_BT = jnp.arange(length), inputs.block_inputs.positions_BT, inputs.first_keys()
+    order_T, positions_BT = jnp.arange(length), inputs.block_inputs.positions_BT
+    first_key_BT = inputs.first_keys_if_packed()
 
     def attend_block(start: int, stop: int) -> jax.Array:
         first = 0 if inputs.window is None else max(0, start + 1 - inputs.window)
-        part, keys = slice(start, stop), slice(first, stop)
-        first_BT = None if first_key_BT is None else first_key_BT[:, part]
+        queries, keys = slice(start, stop), slice(first, stop)
+        first_BT = None if first_key_BT is None else first_key_BT[:, queries]
         return _attend(
             inputs,
-            inputs.q_BTHC[:, part],
+            inputs.q_BTHC[:, queries],
             k_BKSC[:, :, keys],
             v_BKSC[:, :, keys],
-            (positions_BT[:, part], positions_BT[:, keys]),
-            attention_mask(order_T[part], first_BT, order_T[keys], inputs.window),
+            (positions_BT[:, queries], positions_BT[:, keys]),
+            attention_mask(order_T[queries], order_T[keys], first_BT, inputs.window),
         )
 
     block = -(-length // n_blocks)

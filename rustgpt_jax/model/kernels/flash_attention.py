@@ -1,7 +1,7 @@
 """Flash attention kernels of third-party libraries, for GPUs and TPUs.
 
-They support neither vmap nor automatic partitioning, so both are added here. Where each row is one document, they are
-told that attention is causal, and need no mask.
+They support neither vmap nor automatic partitioning; this module adds both. If each row is one document, the kernels
+use their built-in causal masking instead of a mask array.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from absl import flags
 from jax.sharding import PartitionSpec
 
 from rustgpt_jax.model.activation_sharding import partition_spec
-from rustgpt_jax.model.kernels import AttentionInputs, AttentionSpec, Device, current_device
+from rustgpt_jax.model.kernels import AttentionInputs, AttentionSpec, Device, current_device, fold_vmap
 from rustgpt_jax.model.kv_cache import attention_mask, first_visible_key
 
 # A function of q_BTHC, k_BSKC, v_BSKC and, if rows are packed, first_key_BT, that returns mixed_BTHC.
@@ -30,7 +30,7 @@ def call_sharded_kernel(attend: Attend, inputs: AttentionInputs) -> jax.Array:
         mixed_BTHC = call_batchable_kernel(attend, q_BTHC, k_BSKC, *arrays)
         return mixed_BTHC.reshape(*mixed_BTHC.shape[:2], k_BSKC.shape[2], -1, mixed_BTHC.shape[-1])
 
-    first_key_BT = inputs.first_keys()
+    first_key_BT = inputs.first_keys_if_packed()
     arrays = (inputs.q_BTHC, inputs.k_BSKC, inputs.v_BSKC, *(() if first_key_BT is None else (first_key_BT,)))
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
@@ -42,48 +42,32 @@ def call_sharded_kernel(attend: Attend, inputs: AttentionInputs) -> jax.Array:
 
 
 def call_batchable_kernel(attend: Attend, *arrays: jax.Array) -> jax.Array:
-    """Call a kernel that JAX cannot batch such that `jax.vmap` folds its axis into the rows, also in the backward pass.
+    """Call a kernel that JAX cannot batch. Under `jax.vmap`, the new axis is folded into the rows, in both passes.
 
-    `custom_vmap` cannot be differentiated, so the two passes are separate functions. Their only connection is the
-    arrays that the kernel saves, all of which have the rows as their first axis.
+    `custom_vmap` cannot be differentiated, so the two passes are separate functions. They share only the arrays that
+    the kernel saves, all of which have the rows as their first axis.
     """
 
-    def differentiate(*arrays: jax.Array) -> tuple[jax.Array, Any]:
+    def attend_vjp(*arrays: jax.Array) -> tuple[jax.Array, Any]:
         return jax.vjp(lambda *qkv: attend(*qkv, *arrays[3:]), *arrays[:3])
 
-    def forward(*arrays: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        mixed_BTHC, pullback = differentiate(*arrays)
+    def attend_fwd(*arrays: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        mixed_BTHC, pullback = attend_vjp(*arrays)
         return mixed_BTHC, jax.tree.leaves(pullback)
 
-    def backward(cotangent_BTHC: jax.Array, *saved: jax.Array) -> tuple[jax.Array, ...]:
-        shapes = [jax.ShapeDtypeStruct((len(cotangent_BTHC), *x.shape[1:]), x.dtype) for x in arrays]
-        _, pullback = jax.eval_shape(differentiate, *shapes)
-        return jax.tree.unflatten(jax.tree.structure(pullback), saved)(cotangent_BTHC)
+    def attend_bwd_rows(grad_BTHC: jax.Array, *saved: jax.Array) -> tuple[jax.Array, ...]:
+        # A pullback is a program for a fixed number of rows. Trace it for the folded rows, and fill in the saved
+        # arrays.
+        shapes = [jax.ShapeDtypeStruct((len(grad_BTHC), *x.shape[1:]), x.dtype) for x in arrays]
+        _, pullback = jax.eval_shape(attend_vjp, *shapes)
+        return jax.tree.unflatten(jax.tree.structure(pullback), saved)(grad_BTHC)
 
-    def differentiated(saved: list[jax.Array], cotangent_BTHC: jax.Array) -> tuple[jax.Array | None, ...]:
-        gradients = _fold_vmap(backward)(cotangent_BTHC, *saved)
-        return (*gradients, *[None] * len(arrays[3:]))
+    def attend_bwd(saved: list[jax.Array], grad_BTHC: jax.Array) -> tuple[jax.Array | None, ...]:
+        return *fold_vmap(attend_bwd_rows)(grad_BTHC, *saved), *[None] * len(arrays[3:])
 
-    call = jax.custom_vjp(lambda *arrays: _fold_vmap(attend)(*arrays))
-    call.defvjp(_fold_vmap(forward), differentiated)
+    call = jax.custom_vjp(fold_vmap(attend))
+    call.defvjp(fold_vmap(attend_fwd), attend_bwd)
     return call(*arrays)
-
-
-def _fold_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function of arrays of rows that `jax.vmap` calls once, with the rows of all elements of the batch."""
-    call = jax.custom_batching.custom_vmap(function)
-
-    @call.def_vmap
-    def call_with_all_rows(size: int, is_batched: list[bool], *arrays: jax.Array) -> tuple[Any, Any]:
-        def fold(x: jax.Array, is_batched: bool) -> jax.Array:
-            x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-            return x.reshape(-1 if x.size else 0, *x.shape[2:])
-
-        outputs = call(*map(fold, arrays, is_batched))
-        unfolded = jax.tree.map(lambda y: y.reshape(size, len(y) // size, *y.shape[1:]), outputs)
-        return unfolded, jax.tree.map(lambda _: True, outputs)
-
-    return call
 
 
 # Flash attention of cuDNN (arXiv 2307.08691), for NVIDIA GPUs in bfloat16.
@@ -108,7 +92,7 @@ def cudnn(inputs: AttentionInputs) -> jax.Array:
     def attend_packed(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, first_key_BT: jax.Array) -> jax.Array:
         # A window cannot be given with a mask. is_causal repeats part of it, so that cuDNN skips later tokens.
         order_T = jnp.arange(q_BTHC.shape[1])
-        mask_BTS = attention_mask(order_T, first_key_BT, order_T, inputs.window)
+        mask_BTS = attention_mask(order_T, order_T, first_key_BT, inputs.window)
         return attend(q_BTHC, k_BSKC, v_BSKC, mask=mask_BTS[:, None])
 
     if inputs.packed:
@@ -147,7 +131,7 @@ def _reasons_of_libraries(spec: AttentionSpec) -> dict[str, bool]:
 
 # Flash attention of the library tokamax (`pip install 'rustgpt_jax[kernels]'`).
 #
-# On GPUs it takes the first key of each query, so packed documents need no mask; only its Triton kernel draws one in
+# On GPUs it takes the first key of each query, so packed documents need no mask; only its Triton kernel builds one in
 # the backward pass. Its kernel for TPUs, splash attention, takes the mask of one row, so rows are computed
 # sequentially there, which costs nothing on a TPU core.
 
@@ -156,7 +140,7 @@ LANES = 128
 
 
 def is_mosaic_gpu(device: Device) -> bool:
-    """Return whether tokamax has a Mosaic kernel for a GPU: for Hopper, and Blackwell of data centers."""
+    """Return whether tokamax has a Mosaic kernel for a GPU: for Hopper and data-center Blackwell GPUs."""
     return device.capability is not None and HOPPER <= device.capability < (11, 0)
 
 
@@ -167,33 +151,34 @@ def takes_first_keys(spec: AttentionSpec) -> bool:
 
 def tokamax(inputs: AttentionInputs) -> jax.Array:
     """Return mixed_BTKGC, computed by tokamax."""
-    # The public function takes no first keys.
+    # The public function has no argument for the first key of each query.
     library = importlib.import_module("tokamax._src.ops.attention.api")
     if not flags.FLAGS.is_parsed():  # Otherwise tokamax would parse the command line of this program.
         flags.FLAGS.mark_as_parsed()
     device = current_device()
-    is_gpu, is_only_causal = device.platform == "gpu", not inputs.packed and inputs.window is None
-    gpu_implementation = "mosaic_gpu" if is_mosaic_gpu(device) else "triton"
-    implementation = library.IMPLEMENTATIONS[gpu_implementation if is_gpu else "mosaic_tpu"]
+    is_tpu, is_only_causal = device.platform != "gpu", not inputs.packed and inputs.window is None
+    name = "mosaic_tpu" if is_tpu else "mosaic_gpu" if is_mosaic_gpu(device) else "triton"
+
+    def make_mask(q_BTHC: jax.Array, first_key_BT: jax.Array | None) -> Any:
+        order_T = jnp.arange(q_BTHC.shape[1])
+        if is_only_causal:
+            return library.base.Mask(is_causal=True)
+        if is_tpu:
+            return library.base.Mask(attention_mask(order_T, order_T, first_key_BT, inputs.window)[:, None])
+        first_BT = jnp.broadcast_to(first_visible_key(order_T, first_key_BT, inputs.window), q_BTHC.shape[:2])
+        return library.base.Mask(k_start=first_BT[:, None], is_causal=True)
 
     def attend(
         q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, first_key_BT: jax.Array | None = None
     ) -> jax.Array:
-        order_T = jnp.arange(q_BTHC.shape[1])
-        if is_only_causal:
-            mask = library.base.Mask(is_causal=True)
-        elif is_gpu:
-            first_BT = jnp.broadcast_to(first_visible_key(order_T, first_key_BT, inputs.window), q_BTHC.shape[:2])
-            mask = library.base.Mask(k_start=first_BT[:, None], is_causal=True)
-        else:
-            mask = library.base.Mask(attention_mask(order_T, first_key_BT, order_T, inputs.window)[:, None])
-        return implementation(q_BTHC, k_BSKC, v_BSKC, mask=mask, logits_scale=inputs.scale)
+        mask = make_mask(q_BTHC, first_key_BT)
+        return library.IMPLEMENTATIONS[name](q_BTHC, k_BSKC, v_BSKC, mask=mask, logits_scale=inputs.scale)
 
     @jax.checkpoint
     def attend_row_by_row(*arrays: jax.Array) -> jax.Array:
         return jax.lax.map(lambda row: attend(*(x[None] for x in row))[0], arrays)
 
-    return call_sharded_kernel(attend if is_gpu or is_only_causal else attend_row_by_row, inputs)
+    return call_sharded_kernel(attend_row_by_row if is_tpu and not is_only_causal else attend, inputs)
 
 
 def tokamax_unsupported_reason(spec: AttentionSpec) -> str | None:
