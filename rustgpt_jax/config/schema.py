@@ -157,9 +157,9 @@ class AttentionConfig:
     kernel: str = static_field(
         "auto",
         "Attention implementation; results differ by rounding only, and decoding with a cache always uses reference. "
-        "auto: cudnn for bfloat16 on NVIDIA GPUs, or, for packed documents from Hopper on, tokamax if it is installed "
-        "(cudnn would need a mask); tokamax on TPUs; triangular on CPUs from 128 to 2047 tokens; else as portable; "
-        "portable: blockwise from 2048 tokens, else reference; reference: all scores in memory; "
+        "auto: on NVIDIA GPUs in bfloat16, cudnn, except that packed documents use tokamax on Hopper and later if "
+        "installed (cudnn would need a mask); tokamax on TPUs; triangular on CPUs from 128 to 2047 tokens; else as "
+        "portable; portable: blockwise from 2048 tokens, else reference; reference: all scores in memory; "
         "triangular: for each quarter of the row, only scores with tokens before its end; blockwise: scores of "
         "512 tokens at a time; cudnn, tokamax: flash attention (arXiv 2307.08691) of these libraries.",
         choices=("auto", "portable", "reference", "triangular", "blockwise", "cudnn", "tokamax"),
@@ -622,8 +622,8 @@ class TrainingConfig:
     )
     loss_chunk_size: int | None = static_field(
         None,
-        "Tokens on each device whose logits, and their gradient, are computed at a time. None: as many as take half a "
-        "gibibyte.",
+        "Tokens on each device whose logits, and their gradient, are computed at a time. None: as many as fit in 0.5 "
+        "GiB.",
         low=1,
     )
 

@@ -45,7 +45,7 @@ def partition_spec(letters: str, shape: tuple[int, ...], mesh: dict[str, int]) -
 
 
 def token_shards(n_rows: int, length: int) -> tuple[int, int]:
-    """Return the numbers of shards of the rows and of the columns of tokens_BT over the mesh set by `jax.set_mesh`."""
+    """Return how many shards the rows and columns of tokens_BT have on the mesh set by `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return 1, 1

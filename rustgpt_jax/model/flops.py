@@ -84,11 +84,13 @@ def _equation_flops(equation: Any) -> float:
     if equation.primitive.name == "dot_general":
         dimensions = equation.params["dimension_numbers"]
     elif equation.primitive.name == "ragged_dot_general":
+        # Each row of the left is multiplied by the matrix of one group, so the axis of groups adds no products.
         ragged = equation.params["ragged_dot_dimension_numbers"]
         dimensions, shared = ragged.dot_dimension_numbers, ragged.rhs_group_dimensions
     else:
         return 0.0
     (_, contracted), (_, batch) = dimensions
     left, right = (variable.aval.shape for variable in equation.invars[:2])
+    # Each number of the left is multiplied once for each number in these axes of the right.
     outer = [size for axis, size in enumerate(right) if axis not in (*contracted, *batch, *shared)]
     return 2.0 * math.prod(left) * math.prod(outer)

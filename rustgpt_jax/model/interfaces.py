@@ -28,7 +28,7 @@ class BlockInputs(NamedTuple):
         segments_BT: Number of each token's document within its row, from 1. 0 is padding, which no other token sees.
         dropout_key: Key for dropout; None for no dropout.
         layer: Index of the layer, from 0; None if no component reads it.
-        first_key_BT: What `first_keys` returns, if it is computed already.
+        first_key_BT: Cached result of `first_keys`, or None.
     """
 
     positions_BT: jax.Array
@@ -46,7 +46,7 @@ class BlockInputs(NamedTuple):
         return jax.lax.cummax(jnp.where(is_start_BT, index_T[None], 0), axis=1)
 
     def as_one_document(self) -> "BlockInputs":
-        """Return the inputs with the tokens of a row, without padding, as one document."""
+        """Return the inputs with all tokens of a row, except padding, in one document."""
         positions_T = jnp.arange(self.positions_BT.shape[1], dtype=self.positions_BT.dtype)
         is_token_BT = (self.segments_BT > 0).astype(self.segments_BT.dtype)
         return self._replace(positions_BT=jnp.broadcast_to(positions_T, is_token_BT.shape), segments_BT=is_token_BT)

@@ -133,15 +133,7 @@ def _identity(x: jax.Array, slot: jax.Array) -> jax.Array:
     return x
 
 
-def _identity_fwd(x: jax.Array, slot: jax.Array) -> tuple[jax.Array, None]:
-    return _identity(x, slot), None
-
-
-def _identity_bwd(_: None, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return grad, tensor_stats(grad)
-
-
-_identity.defvjp(_identity_fwd, _identity_bwd)
+_identity.defvjp(lambda x, slot: (_identity(x, slot), None), lambda _, grad: (grad, tensor_stats(grad)))
 
 
 def record_stats(x: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array]:

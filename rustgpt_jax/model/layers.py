@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.interfaces import BlockInputs
-from rustgpt_jax.model.matmul import ROW_STATISTICS, matmul, recompute, saves_residuals, to_float32
+from rustgpt_jax.model.matmul import ROW_STATISTICS, matmul, recompute, recompute_in_backward, to_float32
 
 
 def normal_init(std: Any) -> nn.initializers.Initializer:
@@ -31,6 +31,9 @@ def broadcast_channels(vector: jax.Array, x: jax.Array) -> jax.Array:
 class Linear(nn.Module):
     """y = x W (+ b), with float32 parameters, computed in config.precision.matmul_dtype or else the model's dtype.
 
+    An activation before the layer is an argument of its call, so that the backward pass recomputes the activation and
+    the cast of W instead of reading them from memory (see `recompute_in_backward`).
+
     Attributes:
         config: Config of the block.
         features: Number of outputs.
@@ -46,11 +49,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, *inputs: jax.Array, activation: Callable[..., jax.Array] | None = None) -> jax.Array:
-        """Return activation(*inputs) W (+ b), where the elementwise activation is the identity by default.
-
-        Where the config selects neither `saves_residuals` nor rematerialization, the backward pass recomputes the
-        activation and the cast of W. (Within recomputed blocks, W would be gathered once more from sharded devices.)
-        """
+        """Return activation(*inputs) W (+ b), where the elementwise activation is the identity by default."""
         std = self.config.init_std
         if self.residual:
             std = std / (2 * self.config.n_layers) ** 0.5
@@ -59,8 +58,7 @@ class Linear(nn.Module):
         def multiply(kernel: Any, *inputs: jax.Array) -> jax.Array:
             return matmul(activation(*inputs) if activation else inputs[0], kernel, self.config)
 
-        is_recomputed = self.config.remat == "none" and not saves_residuals(self.config)
-        y = (recompute(multiply) if is_recomputed else multiply)(kernel, *inputs)
+        y = recompute_in_backward(multiply, self.config)(kernel, *inputs)
         if self.config.bias if self.has_bias is None else self.has_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + broadcast_channels(bias, y).astype(y.dtype)

@@ -33,10 +33,18 @@ def recompute(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let the backward pass recompute all that a function computes from its arguments, except row statistics.
 
     For elementwise functions and casts, recomputing takes less time than reading the results from memory, and XLA fuses
-    it with the backward pass. Barriers against common subexpressions would prevent that fusion.
+    it with the backward pass. `prevent_cse` would insert barriers that block this fusion.
     """
     policy = jax.checkpoint_policies.save_only_these_names(ROW_STATISTICS)
     return jax.checkpoint(function, policy=policy, prevent_cse=False)
+
+
+def recompute_in_backward(function: Callable[..., Any], config: ModelConfig) -> Callable[..., Any]:
+    """Apply `recompute`, unless the config selects rematerialization or residuals in memory.
+
+    Within a rematerialized block, weights would be gathered once more from sharded devices.
+    """
+    return function if config.remat != "none" or saves_residuals(config) else recompute(function)
 
 
 def softcap(x: jax.Array, cap: Any) -> jax.Array:
@@ -165,16 +173,10 @@ def _activation_saving_slope(activation: Activation, x: jax.Array) -> jax.Array:
     return activation(x)
 
 
-def _activation_fwd(activation: Activation, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jax.lax.optimization_barrier(jax.jvp(activation, (x,), (jnp.ones_like(x),)))
-
-
-def _activation_bwd(activation: Activation, slope: jax.Array, grad_y: jax.Array) -> tuple[jax.Array]:
-    del activation
-    return (grad_y * slope,)
-
-
-_activation_saving_slope.defvjp(_activation_fwd, _activation_bwd)
+_activation_saving_slope.defvjp(
+    lambda activation, x: jax.lax.optimization_barrier(jax.jvp(activation, (x,), (jnp.ones_like(x),))),
+    lambda activation, slope, grad_y: (grad_y * slope,),
+)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

@@ -194,7 +194,7 @@ def _hidden_states(
             x_BTD, stats[name] = intermediates.record_stats(x_BTD, slots[name])
         return x_BTD
 
-    # Looked up where the table is stored: all tokens in a shard of their channels, so that no device gathers the table.
+    # Each device looks up all tokens in its own shard of the channels, so the table is never gathered.
     x_BTD = shard_activations(shard_activations(params["embedding"]["table"], "VE")[tokens_BT], "BTE")
     if model.scale_embeddings:
         scale = model.d_model**0.5 if model.embedding_scale is None else model.embedding_scale
@@ -219,7 +219,10 @@ def logits(params: Params, hidden_BTD: jax.Array, model: ModelConfig) -> jax.Arr
 
 
 def output_matrix(params: Params) -> tuple[Any, str]:
-    """Return the matrix that computes logits, the output layer or else the embedding table, and its axes."""
+    """Return the matrix that maps hidden states to logits, and its axes.
+
+    It is that of the output layer, or the embedding table if they are tied.
+    """
     return (params["head"]["kernel"], "DV") if "head" in params else (params["embedding"]["table"], "VD")
 
 
