@@ -23,7 +23,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.generate import generate
 from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.interop import convert
-from rustgpt_jax.interop.architectures import ARCHITECTURES, IGNORED_KEYS
+from rustgpt_jax.interop.architectures import ARCHITECTURES
 from rustgpt_jax.interop.config_mapping import (
     HFConfigReader,
     expand_pattern,
@@ -170,6 +170,26 @@ class Recorded(dict[str, Any]):
     def get(self, key: str, default: Any = None) -> Any:
         self.asked.add(key)
         return super().get(key, default)
+
+
+# Config fields of `transformers` that do not affect logits: training, other heads, output options, names.
+IGNORED_KEYS = (
+    *("_name_or_path", "architectures", "dtype", "id2label", "label2id", "model_type", "problem_type"),
+    *("transformers_version", "use_cache", "return_dict", "output_attentions", "output_hidden_states"),
+    *("output_router_logits", "is_encoder_decoder", "chunk_size_feed_forward", "pretraining_tp"),
+    *(
+        "attention_dropout",
+        "attn_pdrop",
+        "embd_pdrop",
+        "resid_pdrop",
+        "hidden_dropout",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+    ),
+    *("initializer_range", "w_init_variance_scale", "final_w_init_variance_scale", "reorder_and_upcast_attn"),
+    *("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "_sliding_window_pattern"),
+)
 
 
 @pytest.mark.oracle

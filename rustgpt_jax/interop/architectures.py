@@ -35,24 +35,6 @@ from rustgpt_jax.model.presets import FAMILIES
 
 # Keys that change the computation or the storage in unsupported ways.
 UNSUPPORTED_KEYS = ("quantization_config", "adapter_config")
-# Config fields of `transformers` that do not affect logits: training, other heads, output options, names.
-IGNORED_KEYS = (
-    *("_name_or_path", "architectures", "dtype", "id2label", "label2id", "model_type", "problem_type"),
-    *("transformers_version", "use_cache", "return_dict", "output_attentions", "output_hidden_states"),
-    *("output_router_logits", "is_encoder_decoder", "chunk_size_feed_forward", "pretraining_tp"),
-    *(
-        "attention_dropout",
-        "attn_pdrop",
-        "embd_pdrop",
-        "resid_pdrop",
-        "hidden_dropout",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-    ),
-    *("initializer_range", "w_init_variance_scale", "final_w_init_variance_scale", "reorder_and_upcast_attn"),
-    *("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "_sliding_window_pattern"),
-)
 # Keys that set the number of iterations of loops that run before the tensors are checked.
 COUNTING_KEYS = ("num_hidden_layers", "n_layer", "num_experts", "num_local_experts")
 MAX_COUNT = 4096

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from rustgpt_jax.atomic_io import atomic_file
+from rustgpt_jax.atomic_io import atomic_file, translate_os_errors
 from rustgpt_jax.config.schema import unflatten
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.pytrees import flatten_paths
@@ -234,17 +234,14 @@ def write_safetensors(file: Path, tensors: Sequence[NewTensor], metadata: Mappin
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    try:
-        with open(file, "wb") as stream:
-            stream.write(len(text).to_bytes(8, "little") + text)
-            for tensor in tensors:
-                chunks = (chunk for part in tensor.parts() for chunk in _chunks(part))
-                n_written = sum(stream.write(_to_bytes(chunk, tensor.dtype)) for chunk in chunks)
-                assert n_written == tensor.nbytes, f"{tensor.name}: {n_written} of {tensor.nbytes} bytes"
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        raise UserError(f"{file} cannot be written: {error.strerror}.") from error
+    with translate_os_errors(file), open(file, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            chunks = (chunk for part in tensor.parts() for chunk in _chunks(part))
+            n_written = sum(stream.write(_to_bytes(chunk, tensor.dtype)) for chunk in chunks)
+            assert n_written == tensor.nbytes, f"{tensor.name}: {n_written} of {tensor.nbytes} bytes"
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _chunks(array: np.ndarray) -> Iterator[np.ndarray]:
