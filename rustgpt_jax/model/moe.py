@@ -43,11 +43,10 @@ class MixtureOfExperts(nn.Module):
     """Weighted sum of the gated feed-forward layers that a router selects for each token (arXiv 2401.04088).
 
     With `capacity_factor` 0, no token is dropped: the tokens are sorted by expert, and each expert processes all of its
-    own (arXiv 2211.15841). Tokens are independent of each other, and the cost is that of the selected experts, except
-    that `blocked` products process up to a block of padding per expert. On a mesh, each device sorts its own tokens and
+    own (arXiv 2211.15841). Tokens are independent of each other. On a mesh, each device sorts its own tokens and
     gathers all experts of a layer. With a capacity, each expert processes the first tokens of a row that are routed to
-    it, up to its capacity (arXiv 2006.16668): experts are not gathered, but whether a token is dropped depends on
-    the tokens before it, even those of other documents.
+    it, up to its capacity (arXiv 2006.16668): experts are not gathered, but whether a token is dropped depends on the
+    tokens before it, even those of other documents.
     """
 
     config: ModelConfig
