@@ -239,6 +239,9 @@ def test_remat_auto_weighs_attention_against_memory_traffic() -> None:
 
     assert (chosen(512), chosen(1024)) == ("dots_no_batch", "none")
     assert (chosen(512, bandwidth=1e15), chosen(1024, bfloat16=1e18)) == ("none", "dots_no_batch")
+    # A recurrence is recomputed without matrix products.
+    recipe = replace_paths(recipe, {"model.mixers": ("rg_lru",)})
+    assert chosen(512) == "none"
 
 
 def test_remat_auto_is_none_on_a_cpu() -> None:

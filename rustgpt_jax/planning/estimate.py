@@ -29,8 +29,10 @@ from rustgpt_jax.config.schema import Config, get_path, is_enabled, partition, r
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.evaluation.loss import chunk_size
 from rustgpt_jax.model.flops import matmul_flops, parameter_shapes, total_size, training_flops_per_token
+from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.planning import hlo
 from rustgpt_jax.planning.hlo import Collective, HloProgram, Instruction, find_collectives, parse_arrays, parse_lengths
+from rustgpt_jax.registry import lookup
 from rustgpt_jax.sharding.hardware_specs import Chip
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan, axis_sizes
 from rustgpt_jax.tracking.console import format_bytes, format_count
@@ -274,6 +276,9 @@ def choose_remat(config: Config, chip: Chip | None) -> tuple[str, str]:
     if chip is None:
         return "none", "recomputation saves time on known accelerators only"
     model, seq_len = config.model, config.seq_len
+    for name in model.mixers:
+        if not hasattr(lookup(MIXERS, name, "config.model.mixers"), "attention_spec"):
+            return "none", f"the roofline model counts only matrix products, and recomputing {name} takes more"
     one_row = {"training.batch_size": 1, "training.grad_accum_steps": 1, "model.n_layers": model.period}
     # This kernel saves what library kernels do.
     kernel = "portable" if is_enabled(model.dropout) else "blockwise"
