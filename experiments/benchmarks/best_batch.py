@@ -71,8 +71,9 @@ class Best(NamedTuple):
 def format_command(words: list[str]) -> str:
     """Return the command line to record with the results of a benchmark, without the folders of this machine."""
     script, *others = words
-    shown = [f"--text={Path(word).name}" if word.startswith("--text=") else word for word in others]
-    kept = [word for word in shown if not word.startswith("--out=")]
+    kept = [word for word in others if not word.startswith("--out=")]
+    for flag in ("--text=", "--rustgpt="):
+        kept = [flag + Path(word.removeprefix(flag)).name if word.startswith(flag) else word for word in kept]
     return " ".join([f"python experiments/benchmarks/{Path(script).name}", *kept])
 
 
