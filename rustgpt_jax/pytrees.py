@@ -82,7 +82,7 @@ def _hash_arrays(arrays: list[jax.Array]) -> list[tuple[jax.Array, ...]]:
     return [tuple(jnp.sum(each, dtype=jnp.uint32) for each in hash_elements(array)) for array in on_device]
 
 
-# A function of its own, so that it is traced once for all arrays of a shape.
+# Jitted separately, so that arrays of the same shape share one trace.
 @jax.jit
 def hash_elements(array: jax.Array) -> tuple[jax.Array, ...]:
     """Hash each element together with its position, once per salt. A 64-bit element counts as two of 32 bits.

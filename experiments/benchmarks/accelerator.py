@@ -3,9 +3,9 @@
 python experiments/benchmarks/accelerator.py
 
 The most important measurements come first, and the run ends after --minutes (8 by default; all take about an hour).
-First, with the smallest model: training here and in PyTorch at one batch size, decoding at batch 1, 16 small trials in
-one program and one after another, and whether a resumed and a repeated run are bit-identical. Then, for one size after
-another, everything else. --only=training,torch,decoding,sweep,reproduction,checks and --sizes=124m,350m,1.5b select
+First, with the smallest model: training here and in PyTorch at one batch size, decoding at batch 1, 16 small trials as
+one program and sequentially, and whether a resumed run and a repeated run are bit-identical. Then everything else, one
+size at a time. --only=training,torch,decoding,sweep,reproduction,checks and --sizes=124m,350m,1.5b select
 parts, and --add merges them with earlier results:
 
 training      GPT-2 with 124M, 350M and 1.5B parameters, sequences of 1024 tokens, bfloat16 over float32 parameters
@@ -368,7 +368,7 @@ class Bench:
         wanted = {"trials": extent.trials, "knobs": extent.trial_knobs, "repeats": extent.repeats}
         if found := self.attempt(f"{extent.trials} trials", partial(self.ask, "gpt2_jax", "sweep", **wanted)):
             self.keep({"section": "sweep"} | found)
-            self.say(f"{extent.trials} trials: fused {times(fused_ratio(found))} as fast as one after another")
+            self.say(f"{extent.trials} trials: fused is {times(fused_ratio(found))} as fast as sequential")
 
     def reproduce(self, size: str) -> None:
         """Repeat a run in another process, and resume it there from its checkpoint."""

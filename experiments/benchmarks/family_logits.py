@@ -1,4 +1,4 @@
-"""How closely do the logits of each model family match those of `transformers`, with the same weights?
+"""How closely do each model family's logits match those of `transformers` with the same weights?
 
 python -m experiments.benchmarks.family_logits
 

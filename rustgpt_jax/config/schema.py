@@ -263,9 +263,10 @@ class MoEConfig:
     )
     kernel: str = static_field(
         "auto",
-        "Matrix products of dropless experts. blocked: blocks of tokens of one expert, one after another, with up to a "
-        "block of padding per expert; ragged_dot: jax.lax.ragged_dot, for which XLA multiplies every token by every "
-        "expert on CPUs and, unless flags select a kernel, on GPUs. auto: ragged_dot on TPUs, otherwise blocked.",
+        "Implementation of the experts' matrix products without dropping. blocked: a scan over blocks of tokens that "
+        "share an expert, with up to one block of padding per expert; ragged_dot: jax.lax.ragged_dot, for which XLA "
+        "multiplies every token by every expert on CPUs and, unless flags select a kernel, on GPUs. auto: ragged_dot "
+        "on TPUs, otherwise blocked.",
         choices=("auto", "blocked", "ragged_dot"),
     )
     norm_topk_prob: bool = static_field(

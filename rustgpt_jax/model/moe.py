@@ -205,7 +205,7 @@ sum_rows.defvjp(
 # Grouped matrix products: rows sorted by group, each multiplied by the matrix of its group.
 #
 # XLA computes jax.lax.ragged_dot by multiplying every row by every matrix, with zeros for rows of other groups, except
-# on TPUs and, by flags, some GPUs. The alternative here multiplies blocks of rows of one group, one after another.
+# on TPUs and, with XLA flags, on some GPUs. The alternative here scans over blocks of rows that share a group.
 
 # Copying a group's matrix to a buffer takes as long as multiplying this many rows. On accelerators the ratio of FLOPs
 # to memory bandwidth is higher than on CPUs.

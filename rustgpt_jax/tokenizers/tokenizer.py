@@ -122,7 +122,7 @@ class Tokenizer:
             return None
 
     def id_to_token(self, index: int) -> str | None:
-        """Return the token for an id, or None if there is none."""
+        """Return the token with the given id, or None if the id is unknown."""
         return self.backend.id_to_token(index)
 
 

@@ -67,7 +67,7 @@ def _check_function(table: Mapping[str, Any], name: str, knob: str, *arguments: 
 
 
 class ResumePlan(NamedTuple):
-    """How a run continues: its config, its earlier configs, and messages about changes."""
+    """The config to resume a run with, its earlier configs, and messages about changes."""
 
     config: Config
     earlier: tuple[EarlierConfig, ...] = ()

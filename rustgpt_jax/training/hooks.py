@@ -68,7 +68,7 @@ class ProgressSink(Protocol):
 
 @dataclass
 class HookContext:
-    """The argument of the hooks, which are called one after another until one returns False.
+    """The argument passed to each hook. Hooks run in order until one returns False.
 
     They are called after a step with an evaluation or checkpoint, and at the end of a stage or run.
 

@@ -34,7 +34,7 @@ DECODING_GOALS = {
 }
 # Seconds of a prompt of one row, by dtype of weights.
 PROMPT_GOALS = {"float32": 1.2, "bfloat16": 1.2}
-# Seconds of RustGPT's job, as a fraction of the time of its own program.
+# Time to run RustGPT's job, as a fraction of what RustGPT itself takes.
 JOB_GOALS = {"compute": 0.4, "all": 0.6}
 # Seconds of `train` on shk for 40 steps, by what is timed and whether the compilation cache is full.
 START_GOALS = {("first step", True): 1.0, ("all", True): 2.8, ("all", False): 5.8}

@@ -249,7 +249,7 @@ def _startup(part: Row) -> Sheets:
 def _missing_jobs(part: Row) -> list[Cells]:
     missing = {"RustGPT's job": part.get("job fails")}
     if not part.get("rustgpt"):
-        missing["RustGPT's own program"] = "not at hand there; --rustgpt gives it"
+        missing["RustGPT's own program"] = "not available on this machine; pass its path with --rustgpt"
     return [{"": name, "why": why} for name, why in missing.items() if why]
 
 
