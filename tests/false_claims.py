@@ -4,7 +4,7 @@ python -m tests.false_claims [--sweeps=2000]
 
 Simulated sweeps go through the report's own `compare_with_best`. A sweep counts as a false claim if any setting that is
 not worse than the best one is said to be, and as a missed difference if any true difference from the best setting lies
-outside its interval. docs/statistics.md has the figures of one run of this command.
+outside its interval. docs/concepts/statistics.md has the figures of one run of this command.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""docs/new_layer.md works as written: its files, its commands, and the mistakes that it proposes."""
+"""docs/tutorials/new_layer.md works as written: its files, its commands, and the mistakes that it proposes."""
 
 import dataclasses
 import re
@@ -24,7 +24,7 @@ from rustgpt_jax.training.config_checks import validate_components
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = str(ROOT / "launch.py")
-PAGE = (ROOT / "docs" / "new_layer.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "tutorials" / "new_layer.md").read_text(encoding="utf-8")
 CODE = r"```python\n(.*?)```"
 # The sentence before each file's code names the file.
 FILES = dict(re.findall(rf"`(my_lab/\w+\.py)`(?:(?!```).)*{CODE}", PAGE, re.DOTALL))

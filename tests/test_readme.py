@@ -76,8 +76,9 @@ def test_readme_lists_every_config() -> None:
     assert configs == set(re.findall(r"^\| \[(\w+\.py)\]\(configs/", README, re.MULTILINE))
 
 
-PAGES = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")}
-GUARANTEES = PAGES["reproducibility.md"] + PAGES["scaling.md"] + PAGES["security.md"]
+DOCS = ROOT / "docs"
+PAGES = {str(page.relative_to(DOCS)): page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md")}
+GUARANTEES = PAGES["concepts/reproducibility.md"] + PAGES["how_to/scaling.md"] + PAGES["concepts/security.md"]
 
 
 def test_no_placeholders_are_left() -> None:

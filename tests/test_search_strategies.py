@@ -1,4 +1,4 @@
-"""Ways to report diverged points to a search, compared on problems with known optima (see docs/sweeps.md)."""
+"""Ways to report diverged points to a search, compared on problems with known optima (see docs/how_to/sweeps.md)."""
 
 import math
 import re
@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
 ]
 
-DOCS = Path(__file__).parent.parent / "docs" / "sweeps.md"
+DOCS = Path(__file__).parent.parent / "docs" / "how_to" / "sweeps.md"
 N_POINTS, BATCH = 60, 4
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -118,7 +118,7 @@ def test_search_learns_to_avoid_diverging_points() -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_comparison_in_the_docs_is_reproduced(problem: str) -> None:
-    """`python -m pytest -n 0 -m long -s tests/test_search_strategies.py` prints the table of docs/sweeps.md."""
+    """`python -m pytest -n 0 -m long -s tests/test_search_strategies.py` prints the table of docs/how_to/sweeps.md."""
     for strategy in STRATEGIES:
         runs = [asked(problem, strategy, seed) for seed in range(8)]
         diverged = np.mean([sum(math.isinf(loss) for _, loss in run[-30:]) for run in runs])

@@ -1,4 +1,4 @@
-"""Training as a Slurm job: the script of docs/reproducibility.md saves when warned, is requeued, and completes."""
+"""A Slurm job with the script of docs/concepts/reproducibility.md saves when warned, is requeued, and completes."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from test_slurm_cluster import output_of, state, submit, wait_for
 from rustgpt_jax.sweeps.slurm import make_job_script
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "reproducibility.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "concepts" / "reproducibility.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

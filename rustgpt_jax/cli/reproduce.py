@@ -6,7 +6,7 @@ from pathlib import Path
 from rustgpt_jax.cli.arguments import VerbParser, get_run_folder, whole_number
 from rustgpt_jax.errors import UserError
 
-TRUST = "Run the code snapshot in the run folder even if it differs from the installed code (docs/security.md)."
+TRUST = "Run the code snapshot in the run folder even if it is not the installed code (docs/concepts/security.md)."
 
 
 def add_replay_arguments(parser: VerbParser) -> None:

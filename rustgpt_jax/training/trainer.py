@@ -223,7 +223,7 @@ class Trainer:
         excluded = record_launch(self.folder, self.step, mode, width, self.plan.n_devices, self.plan.sizes)
         if excluded:
             listed = ", ".join(excluded[:MAX_LISTED]) + (", ..." if len(excluded) > MAX_LISTED else "")
-            progress.message(f"Not copied with the code of the run (docs/security.md explains why): {listed}.")
+            progress.message(f"Not copied with the code of the run (docs/concepts/security.md explains why): {listed}.")
         self._open_metrics()
 
     def _abstract_state(self) -> TrainState:

@@ -234,7 +234,7 @@ def describe_comparisons(results: Results, ranked: tuple[RankedSetting, ...]) ->
             f"These are differences of the {metric.name} in {metric.unit}, paired by seed. The p-values and the 95% "
             f"intervals hold for all {n_tests} comparisons at once and account for selecting the best setting on the "
             'same losses: if all settings were equal, the probability of any "better than" would be at most 5%, for '
-            "normal losses (docs/statistics.md)."
+            "normal losses (docs/concepts/statistics.md)."
         )
     return sentences
 

@@ -105,8 +105,8 @@ def compare_with_best(
     P-values and 95% intervals are based on the distribution of the smallest p-value of paired t-tests against the
     setting with the lowest mean, which is selected anew in each simulated sweep without effects and with the same seeds
     missing. The probability of any p-value below 0.05 for a setting that is not worse than the best one, and of any
-    interval that misses the true difference, is at most 5%. Assumes normal losses; docs/statistics.md has error rates
-    measured for unequal variances and non-normal losses.
+    interval that misses the true difference, is at most 5%. Assumes normal losses; docs/concepts/statistics.md has
+    error rates measured for unequal variances and non-normal losses.
 
     Args:
         losses: The losses of each setting by seed; the first setting is the best one.
