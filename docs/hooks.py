@@ -99,12 +99,12 @@ def argument_entry(action: argparse.Action) -> str:
 
 def verbs() -> str:
     """Return the reference of every verb, from the parser of its command line."""
-    from rustgpt_jax.cli.main import VERBS, build_parsers
+    from rustgpt_jax.cli.main import VERBS, _build_parsers
 
-    _, parsers = build_parsers()
+    _, parsers = _build_parsers()
     sections = []
     for name, parser in parsers.items():
-        # pylint-free access: argparse has no public way to list a parser's arguments.
+        # argparse has no public way to list a parser's arguments.
         actions = [each for each in parser._actions if each.help != argparse.SUPPRESS and each.dest != "help"]
         entries = [argument_entry(action) for action in actions]
         example = f"```\nrustgpt {name} {VERBS[name].example}\n```\n"

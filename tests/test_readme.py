@@ -1,14 +1,18 @@
-"""The README and docs: their code runs, and the files, names and tests that they mention exist."""
+"""The README and docs: their code runs, their links resolve, and the files, names and tests that they mention exist."""
 
 import ast
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from rustgpt_jax.cli.main import VERBS
+from rustgpt_jax.config.schema import FIELDS
 from rustgpt_jax.data.datasets import CORPORA
 from rustgpt_jax.model.layers import NORMS
 from rustgpt_jax.model.mixers import MIXERS
@@ -19,7 +23,14 @@ from rustgpt_jax.tokenizers import TOKENIZERS
 from rustgpt_jax.training.optimizers import OPTIMIZERS, SCHEDULES
 
 ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {str(page.relative_to(DOCS)): page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md")}
+GUARANTEES = PAGES["concepts/reproducibility.md"] + PAGES["how_to/scaling.md"] + PAGES["concepts/security.md"]
+# Every page by its path in the repository.
+TEXTS = {f"docs/{name}": text for name, text in PAGES.items()} | {
+    file.name: file.read_text(encoding="utf-8") for file in ROOT.glob("*.md")
+}
 TABLES = {
     "TOKENIZERS": TOKENIZERS,
     "CORPORA": CORPORA,
@@ -30,55 +41,101 @@ TABLES = {
     "OPTIMIZERS": OPTIMIZERS,
     "SCHEDULES": SCHEDULES,
 }
+PYTHON = r"```python\n(.*?)```"
+MAX_WORDS = 1000
 
 
-CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-NOTEBOOK = re.findall(r"In a notebook, in any folder.*?```python\n(.*?)```", README, re.DOTALL)[0]
+# The README.
 
 
-@pytest.mark.parametrize("code", [code for code in CODE if code != NOTEBOOK])
+def test_readme_is_short() -> None:
+    assert len(README.split()) <= MAX_WORDS
+
+
+@pytest.mark.parametrize("code", re.findall(PYTHON, README, re.DOTALL))
 def test_python_in_the_readme_runs(code: str) -> None:
     exec(compile(code, "README.md", "exec"), {})
 
 
 @pytest.mark.slow
-def test_notebook_in_the_readme_runs_in_any_folder(tmp_path: Path) -> None:
+def test_pure_functions_of_the_reference_run_in_any_folder(tmp_path: Path) -> None:
     """The package is on the path, as after an installation from its sources, but nothing beside it is."""
+    (code,) = re.findall(PYTHON, PAGES["reference/python.md"], re.DOTALL)
     (tmp_path / "installed").mkdir()
     (tmp_path / "installed" / "rustgpt_jax").symlink_to(ROOT / "rustgpt_jax")
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run(
-        [sys.executable, "-P", "-c", NOTEBOOK], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert re.fullmatch(r"(step \d: loss \d\.\d+\n){3}", done.stdout), done.stdout + done.stderr
 
 
-def test_readme_lists_every_family() -> None:
-    assert [name for name in FAMILIES if f"| `{name}`" not in README] == []
+# Links.
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_and_tests_of_a_page_exist(page: str) -> None:
+    text = re.sub(r"^(`{3,}).*?^\1`*$", "", TEXTS[page], flags=re.DOTALL | re.MULTILINE)
+    links = re.findall(r"\]\((?!\w+:|#)([^)\s#]+)", text)
+    broken = [link for link in links if not ((ROOT / page).parent / link).exists()]
+    broken += [test for test in re.findall(r"`(tests/[\w/]+\.py)[`:]", text) if not (ROOT / test).exists()]
+    assert not broken
+
+
+# Tables and the generated reference.
+
+
+def test_import_guide_lists_every_family() -> None:
+    assert [name for name in FAMILIES if f"| `{name}`" not in PAGES["how_to/import_export.md"]] == []
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_readme_lists_every_component(name: str) -> None:
-    (row,) = (line for line in README.splitlines() if line.startswith(f"| `{name}`"))
+def test_reference_lists_every_component(name: str) -> None:
+    (row,) = (line for line in PAGES["reference/components.md"].splitlines() if line.startswith(f"| `{name}`"))
     missing = [entry for entry in TABLES[name] if f"`{entry}`" not in row]
     assert not missing
 
 
-@pytest.mark.parametrize(
-    "link", re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"`(tests/\w+\.py)`", README)
-)
-def test_files_in_the_readme_exist(link: str) -> None:
-    assert (ROOT / link).exists()
+def test_reference_lists_every_recipe_and_experiment() -> None:
+    listed = re.findall(r"^\| \[\w+\.py\]\(\.\./\.\./(\w+/\w+\.py)\)", PAGES["reference/recipes.md"], re.MULTILINE)
+    files = [*(ROOT / "configs").glob("*.py"), *(ROOT / "experiments").glob("*.py")]
+    assert {str(file.relative_to(ROOT)) for file in files} - {"configs/base.py"} == set(listed)
 
 
-def test_readme_lists_every_config() -> None:
-    configs = {path.name for path in (ROOT / "configs").glob("*.py")} - {"base.py"}
-    assert configs == set(re.findall(r"^\| \[(\w+\.py)\]\(configs/", README, re.MULTILINE))
+def load_hooks() -> ModuleType:
+    """Return the module that generates the reference when the site is built."""
+    spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
+    assert spec is not None and spec.loader is not None
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    return hooks
 
 
-DOCS = ROOT / "docs"
-PAGES = {str(page.relative_to(DOCS)): page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md")}
-GUARANTEES = PAGES["concepts/reproducibility.md"] + PAGES["how_to/scaling.md"] + PAGES["concepts/security.md"]
+def test_generated_reference_has_every_knob_and_verb() -> None:
+    hooks = load_hooks()
+    assert "<!-- generated: knobs -->" in PAGES["reference/config.md"]
+    assert "<!-- generated: verbs -->" in PAGES["reference/command_line.md"]
+    knobs, verbs = hooks.knobs(), hooks.verbs()
+    assert [path for path in (*FIELDS, "stages") if f"`{path}`{{ #{path} }}\n:   " not in knobs] == []
+    assert re.findall(r"^## (\w+)$", verbs, re.MULTILINE) == list(VERBS)
+    assert "`--init_from=RUN[@STEP]`\n:   Begin a new run" in verbs and "%(default)s" not in verbs
+
+
+@pytest.mark.extras
+def test_site_builds_without_warnings(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocstrings_handlers.python")
+    pytest.importorskip("material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'id="optimizer.learning_rate"' in (tmp_path / "reference" / "config.html").read_text()
+    assert "Return the logits" in (tmp_path / "reference" / "python.html").read_text()
+    # Reading the site needs no network.
+    for page in tmp_path.rglob("*.html"):
+        assert not re.findall(r"<(?:script|img|link rel=\"stylesheet\")[^>]*(?:src|href)=\"https?:", page.read_text())
+
+
+# Guarantees and figures.
 
 
 def test_no_placeholders_are_left() -> None:
@@ -109,8 +166,8 @@ def test_smaller_forms_of_guarantees_run_by_default(name: str) -> None:
     assert markers_of(name).isdisjoint(("slow", "long", "faults"))
 
 
-def test_speeds_in_the_readme_are_those_of_the_table() -> None:
-    section = README.split("## How fast")[1].split("\n## ")[0]
+def test_summarized_speeds_are_those_of_the_table() -> None:
+    section = PAGES["performance.md"].split("## Summary")[1].split("\n## ")[0]
     goals = PAGES["performance.md"].split("<!-- begin: goals -->")[1].split("<!-- end: goals -->")[0]
     quoted = re.findall(r"\d\.\d\dx|-?\d+\.\d%", section)
     assert quoted and not [figure for figure in quoted if f"| {figure} (" not in goals]

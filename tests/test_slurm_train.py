@@ -23,7 +23,7 @@ def test_warned_job_is_requeued_and_completes(slurm: dict[str, str], tmp_path: P
     (script,) = re.findall(r"```\n(#SBATCH.*?)```", PAGE, re.DOTALL)
     steps = ("--config.training.steps=1200", "--config.logging.checkpoint_every=200", "--config.logging.log_every=100")
     arguments = f"--config={ROOT}/configs/tiny.py {' '.join(steps)} --run={tmp_path}/run"
-    training = "python launch.py train --config=configs/gpt2_124m.py --run=runs/gpt2"
+    training = "rustgpt train --config=gpt2_124m --run=runs/gpt2"
     assert training in script
     script = script.replace(training, f"{sys.executable} {ROOT}/launch.py train {arguments}")
     environment = slurm | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "RUSTGPT_JAX_CACHE": os.environ["RUSTGPT_JAX_CACHE"]}
