@@ -40,7 +40,13 @@ def describe_type(hint: Any) -> str:
     """Return a type as in a signature: `int | None`, `tuple[str, ...]`."""
     if isinstance(hint, types.UnionType):
         return " | ".join(describe_type(part) for part in typing.get_args(hint))
-    return "None" if hint is type(None) else hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+    return (
+        "None"
+        if hint is type(None)
+        else hint.__name__
+        if isinstance(hint, type) and not typing.get_args(hint)
+        else str(hint)
+    )
 
 
 def describe_range(low: float | None, high: float | None, choices: tuple[str, ...]) -> str:
@@ -158,7 +164,9 @@ def rewrite_links(text: str, origin: str) -> str:
 def linked_files(text: str, origin: str) -> set[str]:
     """Return the files of the repository outside docs/ that a page links to."""
     found: set[str] = set()
-    outside_fences(text, lambda part: found.update(link_target(origin, each[1]) for each in LINK.finditer(part)) or part)
+    outside_fences(
+        text, lambda part: found.update(link_target(origin, each[1]) for each in LINK.finditer(part)) or part
+    )
     return {path for path in found if not is_in_docs(path)}
 
 
@@ -168,7 +176,9 @@ def source_page(path: str) -> str:
     if path.endswith(".md"):
         return text
     language = {".py": "python", ".cc": "cpp", ".json": "json", ".toml": "toml"}.get(Path(path).suffix, "")
-    return f"---\nsearch:\n  exclude: true\n---\n\n# {Path(path).name}\n\n`{path}`\n\n``````{language}\n{text}\n``````\n"
+    return (
+        f"---\nsearch:\n  exclude: true\n---\n\n# {Path(path).name}\n\n`{path}`\n\n``````{language}\n{text}\n``````\n"
+    )
 
 
 def on_files(files: Any, *, config: Any) -> Any:
