@@ -8,7 +8,7 @@ with `pip install 'rustgpt_jax[bench]'`; missing ones are skipped with a message
 training   a step, compared with the same model in PyTorch (`performance/training.py`); --shapes=shk,mid,124M selects
 decoding   compared with transformers and llama.cpp with the same weights (`performance/decoding.py`)
 startup    time to the first step, and RustGPT's whole job (`performance/startup.py`)
-sweeps     many trials as one program (`sweep_throughput.py`)
+sweeps     many trials as one program (`sweep_throughput.py`); --sweep_models=tiny leaves out the slower model
 
 Tables are printed; docs/performance.json has all measurements, and docs/performance.md is generated from it, with the
 goals. Parts that are not measured keep their tables. --smoke runs everything with tiny models in --out.
@@ -41,6 +41,7 @@ FLAGS = flags.FLAGS
 # The number of `train` processes that are run, of the 16 that a sweep replaces.
 PROCESSES = 4
 CACHES = ("cold", "warm")
+SWEEP_MODELS = ("tiny", "shakespeare_char")
 SMOKE_TEXT = "Two households, both alike in dignity, in fair Verona, where we lay our scene.\n" * 200
 
 
@@ -49,6 +50,7 @@ def define_flags() -> None:
     flags.DEFINE_string("text", None, "A text file for configs/shakespeare_char.py, such as tiny Shakespeare.")
     flags.DEFINE_string("rustgpt", None, "RustGPT's program, built from its source, to take turns with our job.")
     flags.DEFINE_list("shapes", None, f"The models to train, some of {', '.join(FULL.shapes)}; all by default.")
+    flags.DEFINE_list("sweep_models", list(SWEEP_MODELS), f"The models to sweep, some of {', '.join(SWEEP_MODELS)}.")
     flags.DEFINE_string("out", "runs/benchmarks", "The folder for everything but the results.")
     flags.DEFINE_integer("rounds", None, "Turns of each contender in a race, instead of the default of the race.", 1)
     flags.DEFINE_integer("patience", 1800, "The time limit of a turn of a worker in seconds.", 1)
@@ -62,8 +64,10 @@ def get_config() -> ConfigDict:
 
 def sweeps(bench: Bench) -> Row:
     """Measure many trials as one program and as processes."""
-    configs = {"tiny": tiny.get_config()}
-    if not FLAGS.smoke:
+    configs = {}
+    if "tiny" in FLAGS.sweep_models:
+        configs["tiny"] = tiny.get_config()
+    if "shakespeare_char" in FLAGS.sweep_models and not FLAGS.smoke:
         configs["shakespeare_char"] = sweep_throughput.shakespeare(str(bench.needed_text()))
     found: dict[str, Any] = {"about": about(), "models": {}}
     for name, config in configs.items():
@@ -81,6 +85,7 @@ def run(parts: list[str], console: Console) -> int:
     check_names(parts, page.PARTS, "Unknown part")
     shapes = FLAGS.shapes or list(extent.shapes)
     check_names(shapes, extent.shapes, "--shapes: unknown")
+    check_names(FLAGS.sweep_models, SWEEP_MODELS, "--sweep_models: unknown")
     out.mkdir(parents=True, exist_ok=True)
     text, results, place = Path(FLAGS.text).absolute() if FLAGS.text else None, page.RESULTS, page.PAGE
     if FLAGS.smoke:
