@@ -336,6 +336,7 @@ def check_generation(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_interrupted_run_resumes_to_the_same_end_and_generates(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     process = start_training(folder)

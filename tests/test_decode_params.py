@@ -329,6 +329,7 @@ def test_weight_layout_follows_the_config() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_evaluation_shows_the_loss_of_narrow_weights(tmp_path: Path) -> None:
     train(tmp_path / "run", **{"training.steps": 2, "logging.eval_every": 2})
     trained = load_model(tmp_path / "run")

@@ -428,6 +428,7 @@ def test_broken_layer_is_named(broken_run: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_training_confirms_the_results_of_interventions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run diverges, because its learning rate is too high."""
     changes = {"optimizer.name": "sgd", "optimizer.learning_rate": 2.0, "optimizer.clip_norm": 0.0}

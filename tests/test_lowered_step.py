@@ -154,7 +154,7 @@ MESH_SIZES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_fsdp_gathers_the_output_matrix_once_and_looks_embeddings_up_where_they_are(tied: bool) -> None:
     command = [sys.executable, "-c", MESH_PROGRAM, json.dumps(MESH_SIZES | {"model.tie_embeddings": tied})]
     environment = os.environ | {

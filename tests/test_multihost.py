@@ -216,6 +216,7 @@ def test_user_error_is_reported_by_all_processes(train: Callable[..., Job], tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_error_in_one_process_ends_all(train: Callable[..., Job], tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

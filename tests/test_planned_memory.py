@@ -54,13 +54,9 @@ print(json.dumps([predicted, status("VmHWM") - before]))
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
-    "knobs",
-    [
-        "{}",
-        pytest.param('{"model.dtype": "bfloat16", "model.remat": "full"}', marks=pytest.mark.long),
-        pytest.param('{"training.grad_accum_steps": 4}', marks=pytest.mark.long),
-    ],
+    "knobs", ["{}", '{"model.dtype": "bfloat16", "model.remat": "full"}', '{"training.grad_accum_steps": 4}']
 )
 def test_predicted_memory_matches_a_process(knobs: str) -> None:
     command = [sys.executable, "-c", MEASURED, knobs]
@@ -88,11 +84,14 @@ CASES = {
     "remat": {"model.remat": "full", "training.loss_chunk_size": 16},
     "offload": {"optimizer.offload_state": True},
 }
+LONG_CASES = ("experts", "latent attention", "recurrent")
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.long) if case in LONG_CASES else case for case in CASES]
+)
 def test_plan_matches_the_program_of_a_run(case: str) -> None:
     config = small_config(**PORTABLE | CASES[case])
     length, steps = config.model.context_length, config.training.steps_per_jit_call

@@ -303,7 +303,9 @@ def test_plan_gives_the_reason_for_remat_auto() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "devices"), [("llama3_8b", 64), ("llama3_70b", 512)])
+@pytest.mark.parametrize(
+    ("recipe", "devices"), [("llama3_8b", 64), pytest.param("llama3_70b", 512, marks=pytest.mark.long)]
+)
 def test_large_models_can_be_planned(recipe: str, devices: int) -> None:
     done = launched(f"--config={ROOT}/configs/{recipe}.py", f"--devices={devices}", "--chip=h100")
     assert done.returncode == 0, done.stderr

@@ -27,6 +27,7 @@ def train(path: Path, profile: str | None = None, n_steps: int = 8) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_profile_traces_the_given_steps_and_changes_no_result(tmp_path: Path) -> None:
     printed = train(tmp_path / "traced", "3:5")
     assert "Tracing steps 4 to 5." in printed and "The trace is in" in printed

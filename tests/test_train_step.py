@@ -112,6 +112,7 @@ def test_no_hyperparameter_value_causes_a_compilation() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_enabling_a_term_compiles_once() -> None:
     # A static config that no other test uses.
     switches: dict[str, Any] = {**SGD, **dict.fromkeys(SWITCHES, 0.0), "training.steps_per_jit_call": 77}
