@@ -673,6 +673,12 @@ class LoggingConfig:
     eval_every: int = static_field(100, "Steps between evaluations, which also write samples.", low=1)
     eval_batches: int | None = static_field(None, "Validation batches in an evaluation. None: all.", low=1)
     checkpoint_every: int = static_field(100, "Steps between checkpoints.", low=1)
+    best_metric: str = static_field(
+        "valid/loss",
+        "Metric whose lowest value in a stage marks the best checkpoint. train/mean_loss: the mean of the training "
+        "losses logged since the previous evaluation, for models that are meant to memorize their text.",
+        choices=("valid/loss", "train/mean_loss"),
+    )
     sample_prompts: tuple[str, ...] = static_field(
         (),
         "Prompts that each evaluation continues; for dialogue data, questions to answer. On the command line, "

@@ -77,7 +77,7 @@ class HookContext:
         state: The state after the step.
         is_stop_requested: Returns whether a stop is requested.
         has_pending_evaluation: Whether the evaluation after this step was stopped earlier and has to be repeated.
-        is_best: Whether this state has the lowest validation loss of the stage. Set by `Evaluate`.
+        is_best: Whether this state has the lowest `logging.best_metric` of the stage. Set by `Evaluate`.
         is_evaluation_stopped: Whether the evaluation was stopped. Set by `Evaluate`.
     """
 
@@ -174,7 +174,7 @@ class LogMetrics:
 class Evaluate:
     """A hook that evaluates on the validation split of a stage, and writes samples.
 
-    Validation losses up to step `incomparable_until` are from other batches and do not count for the best loss.
+    Values of `logging.best_metric` up to step `incomparable_until` are from other batches and do not count.
     """
 
     data: StageData
@@ -185,10 +185,14 @@ class Evaluate:
 
     def __post_init__(self) -> None:
         # Other stages are evaluated on other text.
-        stage, lines = self.data.stage, iter_metrics(self.run.path, containing=b'"valid/loss"')
-        start = max(stage.first_step, self.incomparable_until)
-        comparable = (line for line in lines if start < line["step"] <= stage.end_step)
-        self._best_loss = min((line["valid/loss"] for line in comparable if "valid/loss" in line), default=np.inf)
+        self._metric = self.data.stage.config.logging.best_metric
+        start = max(self.data.stage.first_step, self.incomparable_until)
+        self._best_loss = min(self._read_metric(self._metric, start), default=np.inf)
+
+    def _read_metric(self, name: str, start: int) -> list[float]:
+        """Return the values of a metric after step `start` of the run, up to the end of the stage."""
+        lines = iter_metrics(self.run.path, containing=json.dumps(name).encode())
+        return [line[name] for line in lines if name in line and start < line["step"] <= self.data.stage.end_step]
 
     def is_due(self, step: int) -> bool:
         """Return whether to evaluate after a step."""
@@ -216,15 +220,18 @@ class Evaluate:
         if static.optimizer.name in EVAL_PARAMS:
             params = compiled_eval_params(static.optimizer, params, fetch_opt_state(static, state.opt_state))
         values = self._losses(params, is_stop_requested)
-        is_best = values.get("valid/loss", np.inf) < self._best_loss
+        if self._metric == "train/mean_loss":
+            values |= self._mean_train_loss(step)
+        is_best = values.get(self._metric, np.inf) < self._best_loss
         if values:
             self.log.writer.write(step, {"stage": self.data.stage.name, **values})
+        if "valid/loss" in values:
             self.log.progress.message(
                 f"step {step}  {self.data.stage.name}  validation loss {values['valid/loss']:.4f}"
                 f"  perplexity {values['valid/perplexity']:.2f}  {values['valid/bits_per_byte']:.3f} bits per byte"
             )
         if is_best:
-            self._best_loss = values["valid/loss"]
+            self._best_loss = values[self._metric]
         self._write_samples(params, step)
         self.log.restart_clock()
         return is_best
@@ -250,6 +257,12 @@ class Evaluate:
         )
         self.log.progress.update_evaluation(n_batches, n_batches)
         return values
+
+    def _mean_train_loss(self, step: int) -> dict[str, float]:
+        """Return the mean of the training losses logged since the previous evaluation, if there are any."""
+        every = self.data.stage.config.logging.eval_every
+        losses = self._read_metric("train/loss", max(self.data.stage.first_step, (step - 1) // every * every))
+        return {"train/mean_loss": sum(losses) / len(losses)} if losses else {}
 
     def _write_samples(self, params: Params, step: int) -> None:
         config = self.data.stage.config
