@@ -17,12 +17,12 @@ PACKAGE = "rustgpt_jax"
 LAYERS = (
     *("jax_internals", "errors", "atomic_io", "cache_dir", "process_setup", "registry", "pytrees"),
     *("config", "tokenizers", "data", "model", "sharding", "distributed", "workdir", "tracking", "inference"),
-    *("evaluation", "training", "interop", "planning", "sweeps", "reproduce", "conformance", "cli", "launch"),
+    *("evaluation", "training", "interop", "planning", "sweeps", "reproduce", "conformance", "api", "cli", "launch"),
 )
 WITHOUT_JAX = ("errors", "atomic_io", "cache_dir", "registry", "config", "tokenizers", "data")
 VAGUE_NAMES = ("util", "utils", "common", "helpers", "misc")
 # The package stays small: raise these only for a new capability.
-MAX_FILES = 140
+MAX_FILES = 165
 MAX_FILES_LOADED_BY_THE_LOOP = 53
 # File names that two packages share, because each holds its package's part of the same thing.
 SHARED_FILE_NAMES = {

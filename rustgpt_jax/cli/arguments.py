@@ -128,6 +128,7 @@ def read_config(
     Returns:
         The values of the config and the overrides, for `resolve`, and the origin of each value, by dotted path.
     """
+    from rustgpt_jax.config.schema import find_auto_values
     from rustgpt_jax.config.validation import parse_overrides
     from rustgpt_jax.workdir.config_files import COMMAND_LINE, load_config_file, load_run_config
 
@@ -143,21 +144,15 @@ def read_config(
         raise UserError("No config given: add --config=FILE, such as --config=configs/rustgpt.py.")
     overrides = parse_overrides(args.overrides)
     origins |= dict.fromkeys(overrides, COMMAND_LINE)
-    automatic = [path for path in ("model.dtype", "model.remat") if (values | overrides).get(path) == "auto"]
+    automatic = find_auto_values(values | overrides)
     if automatic:
         from rustgpt_jax.distributed import detect_cluster
-        from rustgpt_jax.sharding.hardware_specs import CHIPS, current_chip, resolve_auto_dtype
+        from rustgpt_jax.planning.estimate import resolve_auto_values
 
         if platform is None and (is_remote or detect_cluster(os.environ)):
             raise UserError(
                 f"config.{automatic[0]}='auto' depends on the device of this process, but the computation runs in "
                 "other processes: give a value."
             )
-        if "model.dtype" in automatic:
-            resolve_auto_dtype(values, overrides, origins, platform)
-        if "model.remat" in automatic:
-            from rustgpt_jax.planning.estimate import resolve_auto_remat
-
-            chip = current_chip() if platform is None else CHIPS.get(args.chip)
-            resolve_auto_remat(values, overrides, origins, chip)
+        resolve_auto_values(values, overrides, origins, platform, getattr(args, "chip", None))
     return values, overrides, origins

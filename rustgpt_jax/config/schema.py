@@ -1001,6 +1001,11 @@ def may_differ_by_stage(path: str) -> bool:
 # Written form.
 
 
+def find_auto_values(values: Mapping[str, Any]) -> list[str]:
+    """Return the paths whose value is 'auto', a choice that depends on the device."""
+    return [path for path in ("model.dtype", "model.remat") if values.get(path) == "auto"]
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Return a config as JSON-compatible dicts, lists and scalars. `resolve` reads it back."""
     plain = dataclasses.asdict(config)

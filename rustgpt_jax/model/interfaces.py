@@ -26,6 +26,7 @@ class BlockInputs(NamedTuple):
     Attributes:
         positions_BT: Position of each token in its document, from 0.
         segments_BT: Number of each token's document within its row, from 1. 0 is padding, which no other token sees.
+            The tokens of a document must be adjacent.
         dropout_key: Key for dropout; None for no dropout.
         layer: Index of the layer, from 0; None if no component reads it.
         first_key_BT: Cached result of `first_keys`, or None.

@@ -105,7 +105,8 @@ def apply(
         model: Config of the model.
         cache: Cache of the tokens before `tokens_BT`; None for no cache.
         positions_BT: Position of each token in its document, by default 0, 1, 2, ...
-        segments_BT: Document of each token in a packed row, from 1; 0 is padding. By default each row is one document.
+        segments_BT: Document of each token in a packed row, from 1; 0 is padding. The tokens of a document must be
+            adjacent. By default each row is one document.
         dropout_key: Key for dropout at rate `model.dropout`; None for no dropout.
     """
     hidden_BTD, cache, _ = hidden_states(

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from rustgpt_jax.config.schema import Config, get_path, is_enabled, partition, replace_paths
+from rustgpt_jax.config.schema import Config, find_auto_values, get_path, is_enabled, partition, replace_paths
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.evaluation.loss import chunk_size
 from rustgpt_jax.model.flops import matmul_flops, parameter_shapes, total_size, training_flops_per_token
@@ -33,7 +33,7 @@ from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.planning import hlo
 from rustgpt_jax.planning.hlo import Collective, HloProgram, Instruction, find_collectives, parse_arrays, parse_lengths
 from rustgpt_jax.registry import lookup
-from rustgpt_jax.sharding.hardware_specs import Chip
+from rustgpt_jax.sharding.hardware_specs import CHIPS, Chip, current_chip, resolve_auto_dtype
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan, axis_sizes
 from rustgpt_jax.tracking.console import format_bytes, format_count
 from rustgpt_jax.training.memory_estimate import batch_shapes, microbatch_loss, saved_bytes, state_shapes
@@ -256,6 +256,30 @@ def compute_collective_time(each: Collective, chip: Chip) -> float:
 
 
 # config.model.remat='auto'.
+
+
+def resolve_auto_values(
+    values: dict[str, Any],
+    overrides: dict[str, Any],
+    origins: dict[str, str],
+    platform: str | None = None,
+    chip_name: str | None = None,
+) -> None:
+    """Replace each value 'auto' by the choice for a platform and a chip.
+
+    Args:
+        values: The values of a config by dotted path; modified in place.
+        overrides: Values that replace them; modified in place.
+        origins: The origin of each value; modified in place.
+        platform: cpu, gpu or tpu; None for this process's device.
+        chip_name: The chip of the platform, in `CHIPS`.
+    """
+    automatic = find_auto_values(values | overrides)
+    if "model.dtype" in automatic:
+        resolve_auto_dtype(values, overrides, origins, platform)
+    if "model.remat" in automatic:
+        chip = current_chip() if platform is None else CHIPS.get(chip_name or "")
+        resolve_auto_remat(values, overrides, origins, chip)
 
 
 def resolve_auto_remat(

@@ -125,9 +125,11 @@ def query_machine() -> Machine:
 
 
 def use_cpu_devices(count: int) -> None:
-    """Split the CPU into this many devices, unless XLA_FLAGS does. Call this before JAX is used."""
-    if _devices_in_xla_flags() is None:
-        jax.config.update("jax_num_cpu_devices", count)
+    """Split the CPU into this many devices, unless XLA_FLAGS does or JAX is already in use, as in a notebook."""
+    # JAX raises RuntimeError once it has opened its devices.
+    with contextlib.suppress(RuntimeError):
+        if _devices_in_xla_flags() is None:
+            jax.config.update("jax_num_cpu_devices", count)
 
 
 def _devices_in_xla_flags() -> int | None:

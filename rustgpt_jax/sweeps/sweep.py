@@ -57,7 +57,10 @@ class SweepOptions:
 
 @dataclass(frozen=True)
 class SweepInfo:
-    """The definition of a sweep: its config file, the function that defines it, and where config values come from."""
+    """The definition of a sweep: its config file, the function that defines it, and where config values come from.
+
+    The config file is '' for a sweep that a Python program defines.
+    """
 
     config_file: str
     sweep: str
@@ -66,7 +69,7 @@ class SweepInfo:
     @property
     def name(self) -> str:
         """The name to display."""
-        stem = Path(self.config_file).stem
+        stem = Path(self.config_file).stem or "sweep"
         return stem if self.sweep == "sweep" else f"{stem} {self.sweep.removeprefix('sweep_')}"
 
 

@@ -27,12 +27,29 @@ from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_earlier
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model loaded from a run folder."""
+    """A model loaded from a run folder.
+
+    Attributes:
+        run: The run folder.
+        config: The config of the run, with the size of the vocabulary.
+        step: The step of the checkpoint.
+        generator: The model with its tokenizer, for generating text.
+    """
 
     run: RunDir
     config: Config
     step: int
     generator: TextGenerator
+
+    @property
+    def params(self) -> Params:
+        """The parameters, for `apply` with `config.model`."""
+        return self.generator.params
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer."""
+        return self.generator.tokenizer
 
     def with_config(self, config: Config) -> "LoadedModel":
         """Return the same model with another config for sampling and data.

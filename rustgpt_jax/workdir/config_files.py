@@ -25,8 +25,13 @@ def load_config_file(file: str) -> ValuesAndOrigins:
     Raises:
         UserError: The file does not exist or fails, or it does not define a config.
     """
-    values, defaults = dict(flatten_tree(_call_get_config(file))), dict(flatten_tree(schema.defaults()))
-    return values, {path: "base" if values.get(path) == defaults.get(path) else file for path in FIELDS}
+    return flatten_config(_call_get_config(file), file)
+
+
+def flatten_config(tree: Any, source: str) -> ValuesAndOrigins:
+    """Return the values of a config by dotted path, and their origins: `source`, or "base" for a default value."""
+    values, defaults = dict(flatten_tree(tree)), dict(flatten_tree(schema.defaults()))
+    return values, {path: "base" if values.get(path) == defaults.get(path) else source for path in FIELDS}
 
 
 def load_run_config(path: Path) -> ValuesAndOrigins:

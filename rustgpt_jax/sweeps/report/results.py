@@ -391,7 +391,12 @@ def describe_setting(knobs: Mapping[str, Any]) -> str:
 
 
 def format_rerun_command(results: Results, overrides: Overrides) -> str:
-    """Return the command that trains one trial alone, including the overrides of the sweep's command."""
+    """Return the command that trains one trial alone, including the overrides of the sweep's command.
+
+    For a sweep that a Python program defined, return the call of `rustgpt_jax.train`.
+    """
+    if not results.config_file:
+        return f"rustgpt_jax.train(config, workdir, {dict(overrides)!r})"
     kept = [(path, text) for path, text in _parse_overrides(results.command) if path not in overrides]
     own = [(path, _to_argument(path, value)) for path, value in overrides.items()]
     flags = (shlex.quote(f"--config.{path}={text}") for path, text in kept + own)
