@@ -1,4 +1,4 @@
-"""Launchers on this machine: threads of this process, or subprocesses."""
+"""Launchers on this machine: threads of this process, or subprocesses. Also what all launchers share."""
 
 import os
 import select
@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,12 +17,13 @@ from typing import TypeVar
 import jax
 
 from rustgpt_jax.data.preprocess import AssetCache
-from rustgpt_jax.sweeps.sweep_dir import DONE, Ledger, SweepDir
+from rustgpt_jax.sweeps.sweep_dir import DONE, Ledger, SweepDir, is_done_until
 from rustgpt_jax.sweeps.trial_batching import Chunk
 from rustgpt_jax.sweeps.worker import Worker
 from rustgpt_jax.workdir.run_dir import check_no_symlinks
 
-# A chunk fails after its process has died this many times.
+# A chunk fails after its process has died this many times, or after its job on a cluster has ended this many times in a
+# row without making progress.
 MAX_DEATHS = 3
 # A worker process is replaced after this many trials, since libraries leak a few KB per checkpoint.
 TRIALS_PER_PROCESS = 500
@@ -39,7 +40,7 @@ class Launch:
         assets: The tokenizers and data of the trials.
         code: The copy of the code that jobs run.
         n_workers: The number of worker processes, or of cluster jobs at a time.
-        slurm_options: Slurm options, such as {'partition': 'gpu', 'time': '60'}.
+        options: The options of the launcher, such as {'partition': 'gpu', 'time': '60'} for Slurm.
         is_stop_requested: A function that returns whether to save and stop.
     """
 
@@ -47,8 +48,43 @@ class Launch:
     assets: AssetCache
     code: Path
     n_workers: int
-    slurm_options: dict[str, str]
+    options: dict[str, str]
     is_stop_requested: Callable[[], bool]
+
+
+class ChunkRetries:
+    """Decides whether to run a chunk again whose job on a cluster ended before its trials did."""
+
+    def __init__(self, folder: SweepDir) -> None:
+        self._ledger = Ledger(folder.ledger_file)
+        self._states_before = dict(self._ledger.states())
+        self._deaths, self._steps = Counter[Chunk](), dict[Chunk, int]()
+
+    def unfinished(self, chunk: Chunk) -> list[str]:
+        """Return the trials that have neither reached the end of their chunk nor failed since this launch began."""
+        states = self._ledger.states()
+
+        def is_finished(trial: str) -> bool:
+            if states[trial]["event"] == "failed":
+                return states[trial] != self._states_before[trial]
+            return is_done_until(states[trial], chunk.until)
+
+        return [trial for trial in chunk.trials if not is_finished(trial)]
+
+    def should_retry(self, chunk: Chunk) -> bool:
+        """Count a job that ended early, and return whether to run the chunk again."""
+        states = self._ledger.states()
+        steps = sum(states[trial].get("step", 0) for trial in chunk.trials)
+        self._deaths[chunk] = 1 if steps > self._steps.get(chunk, 0) else self._deaths[chunk] + 1
+        self._steps[chunk] = steps
+        return self._deaths[chunk] < MAX_DEATHS
+
+    def record_failure(self, chunk: Chunk, error: str, log: Path) -> None:
+        """Record that the unfinished trials of a chunk failed, with the end of a log file if there is one."""
+        text = log.read_text(errors="replace")[-4000:] if log.exists() else ""
+        where = f"its log is {log}" if log.exists() else "it wrote no log"
+        details = {"error": f"{error}; {where}", "traceback": text}
+        self._ledger.append_all([(trial, "failed", details) for trial in self.unfinished(chunk)])
 
 
 def run_inline(launch: Launch, chunks: Sequence[Chunk]) -> None:

@@ -12,13 +12,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.sweeps.local_launchers import Launch
-from rustgpt_jax.sweeps.sweep_dir import Ledger, is_done_until
+from rustgpt_jax.sweeps.local_launchers import MAX_DEATHS, ChunkRetries, Launch
+from rustgpt_jax.sweeps.sweep_dir import Ledger
 from rustgpt_jax.sweeps.trial_batching import Chunk
 
 POLL_SECONDS = 2.0
@@ -28,8 +27,6 @@ FORGOTTEN = "FORGOTTEN"
 # PREEMPTED is not included: such a job may be requeued; if it is not, Slurm forgets it within minutes.
 ENDED_JOBS = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
 ENDED_JOBS.add(FORGOTTEN)
-# A chunk fails after this many jobs in a row have ended without making progress.
-MAX_DEATHS = 3
 # Slurm's default limit.
 MAX_ARRAY_SIZE = 1000
 
@@ -73,8 +70,7 @@ class _JobMonitor:
 
     def __init__(self, launch: Launch) -> None:
         self._launch, self._ledger = launch, Ledger(launch.folder.ledger_file)
-        self._states_before = dict(self._ledger.states())
-        self._deaths, self._steps = Counter[Chunk](), dict[Chunk, int]()
+        self._retries = ChunkRetries(launch.folder)
         self.jobs: dict[Chunk, set[str]] = {}
 
     def start(self, chunks: Sequence[Chunk]) -> None:
@@ -100,38 +96,16 @@ class _JobMonitor:
                 del self.jobs[chunk]
                 # The only trials that an ended job leaves unfinished are locked by other workers.
                 failed = {job: state for job, state in states.items() if state != "COMPLETED"}
-                if failed and self._unfinished(chunk) and self._should_retry(chunk, *failed.popitem()):
+                if failed and self._retries.unfinished(chunk) and self._should_retry(chunk, *failed.popitem()):
                     retried.append(chunk)
         self._submit(retried)
 
-    def _unfinished(self, chunk: Chunk) -> list[str]:
-        """Return the trials that have neither reached the end of their chunk nor failed since this launch began."""
-        states = self._ledger.states()
-
-        def is_finished(trial: str) -> bool:
-            if states[trial]["event"] == "failed":
-                return states[trial] != self._states_before[trial]
-            return is_done_until(states[trial], chunk.until)
-
-        return [trial for trial in chunk.trials if not is_finished(trial)]
-
     def _should_retry(self, chunk: Chunk, job: str, state: str) -> bool:
         """Return whether to resubmit a chunk; if not, record its trials as failed."""
-        states = self._ledger.states()
-        steps = sum(states[trial].get("step", 0) for trial in chunk.trials)
-        self._deaths[chunk] = 1 if steps > self._steps.get(chunk, 0) else self._deaths[chunk] + 1
-        self._steps[chunk] = steps
-        if self._deaths[chunk] < MAX_DEATHS:
+        if self._retries.should_retry(chunk):
             return True
-        log = self._launch.folder.jobs / f"{job}_0_log.err"
-        text = log.read_text(errors="replace")[-4000:] if log.exists() else ""
-        where = f"its log is {log}" if log.exists() else "it wrote no log"
-        error = (
-            f"its job ended {MAX_DEATHS} times before the trial was done; the last job, {job}, ended as {state}; "
-            f"{where}"
-        )
-        details = {"error": error, "traceback": text}
-        self._ledger.append_all([(trial, "failed", details) for trial in self._unfinished(chunk)])
+        error = f"its job ended {MAX_DEATHS} times before the trial was done; the last job, {job}, ended as {state}"
+        self._retries.record_failure(chunk, error, self._launch.folder.jobs / f"{job}_0_log.err")
         return False
 
     def _submit(self, chunks: Sequence[Chunk]) -> None:
@@ -152,7 +126,7 @@ def _submit_array(launch: Launch, chunks: Sequence[Chunk]) -> list[str]:
     path = os.pathsep.join(filter(None, [str(launch.code), os.environ.get("PYTHONPATH")]))
     python = shlex.join(["env", f"PYTHONPATH={path}", sys.executable, "-P"])
     # Options are passed through; those without a value are flags. srun does not inherit --cpus-per-task from sbatch.
-    options = {key.replace("-", "_"): value or True for key, value in launch.slurm_options.items()}
+    options = {key.replace("-", "_"): value or True for key, value in launch.options.items()}
     cores = [f"--cpus-per-task={options['cpus_per_task']}"] if "cpus_per_task" in options else []
     try:
         # submitit prints the output of sbatch before it raises an exception with it.

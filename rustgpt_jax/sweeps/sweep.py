@@ -52,7 +52,7 @@ class SweepOptions:
     mode: str = "auto"
     width: int | None = None
     n_workers: int | None = None
-    slurm_options: Mapping[str, str] | None = None
+    launcher_options: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,16 +91,16 @@ class Sweep:
         self._first_event = len(self.ledger.events())
         assets.set_folder(folder.tokenizers)
         code = save_code_snapshot(folder).absolute()
-        slurm_options, on_slurm = dict(options.slurm_options or {}), options.launcher == "slurm"
+        launcher_options, on_slurm = dict(options.launcher_options or {}), options.launcher == "slurm"
         gpus = find_visible_gpus()
         n_workers = options.n_workers or (DEFAULT_JOBS if on_slurm else len(gpus) or count_cores())
         if options.launcher == "inline":
             self._machine = detect_machine()
         else:
-            wants_gpus = any("gpu" in f"{key}={value}" for key, value in slurm_options.items() if key != "partition")
+            wants_gpus = any("gpu" in f"{key}={value}" for key, value in launcher_options.items() if key != "partition")
             remote = REMOTE_GPU if (wants_gpus if on_slurm else gpus) else REMOTE_CPU
             self._machine = dataclasses.replace(remote, n_devices=n_workers)
-        self._launch = Launch(folder, assets, code, n_workers, slurm_options, lambda: bool(stop))
+        self._launch = Launch(folder, assets, code, n_workers, launcher_options, lambda: bool(stop))
 
     def message(self, text: str) -> None:
         """Print a message to the user."""
