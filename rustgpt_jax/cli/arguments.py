@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from absl.flags import argparse_flags
 
+from rustgpt_jax.cli.output import DOCUMENT
 from rustgpt_jax.errors import UserError
 
 # Upper bounds for numeric flags; no realistic step, number of seconds or process count exceeds them.
@@ -18,7 +19,9 @@ MAX_WHOLE_NUMBER, MAX_PROCESSES = 10**9 - 1, 2**16
 def fail(message: str) -> NoReturn:
     """Print an error message and end the process with exit status 2."""
     sys.stdout.flush()
-    print(f"error: {UserError(message)}", file=sys.stderr, flush=True)
+    error = UserError(message)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    DOCUMENT.write_error(str(error), 2)
     # Not sys.exit: after a failed write, library threads wait for it, and their exit handlers print tracebacks.
     os._exit(2)
 

@@ -3,6 +3,7 @@
 import argparse
 
 from rustgpt_jax.cli.arguments import MAX_PROCESSES, VerbParser, read_config, whole_number
+from rustgpt_jax.cli.output import VerbResult
 from rustgpt_jax.errors import UserError
 
 
@@ -12,7 +13,7 @@ def add_explain_arguments(parser: VerbParser) -> None:
     parser.add_run()
 
 
-def run_explain(args: argparse.Namespace) -> int:
+def run_explain(args: argparse.Namespace) -> VerbResult:
     """Show a config: values and their origins, shapes, FLOPs and memory."""
     if args.config is not None and args.run is not None:
         raise UserError("explain takes either --config or a run.")
@@ -24,7 +25,7 @@ def run_explain(args: argparse.Namespace) -> int:
     from rustgpt_jax.tracking.console import PlainTextConsole
 
     print_config_summary(config, origins, PlainTextConsole())
-    return 0
+    return VerbResult(0, {})
 
 
 def add_plan_arguments(parser: VerbParser) -> None:
@@ -34,7 +35,7 @@ def add_plan_arguments(parser: VerbParser) -> None:
     parser.add_argument("--chip", metavar="NAME", help="The kind of chip, such as h100, b200 or v5p.")
 
 
-def run_plan(args: argparse.Namespace) -> int:
+def run_plan(args: argparse.Namespace) -> VerbResult:
     """Estimate whether a config fits given accelerators, and how fast it trains there.
 
     Returns:
@@ -55,7 +56,8 @@ def run_plan(args: argparse.Namespace) -> int:
     console = PlainTextConsole()
     if origins.get("model.remat", "").startswith("auto"):
         console.print(f"config.model.remat={config.model.remat!r}, {origins['model.remat']}.\n")
-    return 0 if print_plan(config, args.chip, args.devices, console) else 1
+    fits = print_plan(config, args.chip, args.devices, console)
+    return VerbResult(0 if fits else 1, {})
 
 
 def add_check_arguments(parser: VerbParser) -> None:
@@ -72,12 +74,13 @@ def add_check_arguments(parser: VerbParser) -> None:
     parser.add_switch("exhaustive", "Cover every length, batch size, dtype and mode; takes minutes per component.")
 
 
-def run_check(args: argparse.Namespace) -> int:
+def run_check(args: argparse.Namespace) -> VerbResult:
     """Check that a layer, an optimizer or another component is correct."""
     from rustgpt_jax.config.validation import parse_overrides
     from rustgpt_jax.conformance.checks import check_components
     from rustgpt_jax.tracking.console import PlainTextConsole
 
-    return check_components(
+    status = check_components(
         args.components, PlainTextConsole(), args.only, parse_overrides(args.overrides), args.exhaustive
     )
+    return VerbResult(status, {})

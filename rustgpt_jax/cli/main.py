@@ -21,6 +21,7 @@ from absl.flags import argparse_flags
 from rustgpt_jax.cache_dir import cache_limit
 from rustgpt_jax.cli import explain, models, reproduce, train
 from rustgpt_jax.cli.arguments import VerbParser, fail, read_config
+from rustgpt_jax.cli.output import DOCUMENT, INTERRUPTED, VerbResult
 from rustgpt_jax.errors import UserError, is_out_of_memory, suggest_names
 from rustgpt_jax.process_setup import keep_freed_memory
 
@@ -36,13 +37,13 @@ class Verb(NamedTuple):
 
     Attributes:
         add_arguments: Adds the verb's arguments to its parser.
-        run: Runs the verb and returns the exit status. The first line of its docstring is the verb's help.
+        run: Runs the verb. The first line of its docstring is the verb's help.
         example: Example arguments to show after `python launch.py VERB`.
         reads_overrides: Whether the verb reads `--config.x.y=VALUE`.
     """
 
     add_arguments: Callable[[VerbParser], None]
-    run: Callable[[argparse.Namespace], int]
+    run: Callable[[argparse.Namespace], VerbResult]
     example: str
     reads_overrides: bool = True
 
@@ -119,6 +120,7 @@ def _build_parsers() -> tuple[argparse_flags.ArgumentParser, dict[str, VerbParse
         verb.add_arguments(verb_parser)
         help = "A folder to search for components given by an import path. May be repeated."
         verb_parser.add_argument("--module_path", metavar="DIR", action="append", default=[], help=help)
+        verb_parser.add_switch("json", "Write one JSON document to standard output, and all text to standard error.")
     return parser, parsers
 
 
@@ -140,7 +142,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     flags: list[str] = []
     positionals: list[str] = []
     overrides: list[tuple[str, str]] = []
-    _check_words(argv[1:])
     words = iter(argv[1:])
     for word in words:
         flag, equals, value = word.partition("=")
@@ -163,6 +164,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     if len(argv) == 1:
         parser.print_help()
         parser.exit()
+    json_flags = [flag for flag in flags if flag in ("--json", "--nojson")]
+    verb = positionals[0] if positionals and positionals[0] in parsers else None
+    DOCUMENT.configure(verb, is_requested=json_flags[-1:] == ["--json"])
+    _check_words(argv[1:])
     if positionals and positionals[0] not in parsers:
         fail(f"Unknown verb {positionals[0]!r}.{suggest_names(positionals[0], parsers)}")
     args, unknown = parser.parse_known_args([*positionals[:1], *flags, *positionals[1:]])
@@ -201,6 +206,7 @@ def _reject_argument(verb: str, word: str, parsers: dict[str, VerbParser]) -> No
 
 def main(args: argparse.Namespace) -> int:
     """Run a verb and return the exit status."""
+    DOCUMENT.redirect_text()
     _extend_module_path(args)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # File names and texts in damaged folders may not be valid Unicode.
@@ -224,7 +230,7 @@ def main(args: argparse.Namespace) -> int:
         for folder in [given.get("run"), given.get("source"), initial, *given.get("runs", ())]:
             if folder:
                 check_no_special_files(Path(folder))
-        return VERBS[args.verb].run(args)
+        result = VERBS[args.verb].run(args)
     except UserError as error:
         fail(str(error))
     except OSError as error:
@@ -234,11 +240,15 @@ def main(args: argparse.Namespace) -> int:
         fail(f"{os.fsdecode(error.filename)}: {error.strerror}.")
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        return 130
+        DOCUMENT.write_error("The command was interrupted.", INTERRUPTED)
+        return INTERRUPTED
     except Exception as error:
         if not is_out_of_memory(error):
+            DOCUMENT.write_error(f"{type(error).__name__}: {error}", 1)
             raise
         fail(_describe_out_of_memory(args))
+    DOCUMENT.write_result(result)
+    return result.status
 
 
 def _extend_module_path(args: argparse.Namespace) -> None:
@@ -290,5 +300,8 @@ def _run_in_child(args: argparse.Namespace) -> int | None:
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code in (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS):
         fail(_describe_out_of_memory(args))
+    if code >= 0:
+        return code
     # Follow the shell's convention for processes killed by a signal.
-    return code if code >= 0 else 128 - code
+    DOCUMENT.write_error(f"The process was ended by {signal.Signals(-code).name}.", 128 - code)
+    return 128 - code

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rustgpt_jax.cli.arguments import VerbParser, get_run_folder, read_config, whole_number
+from rustgpt_jax.cli.output import VerbResult
 from rustgpt_jax.errors import UserError
 
 
@@ -26,17 +27,17 @@ def add_generate_arguments(parser: VerbParser) -> None:
     parser.add_argument("--num_samples", metavar="N", type=whole_number(1), default=1, help=help)
 
 
-def run_evaluate(args: argparse.Namespace) -> int:
+def run_evaluate(args: argparse.Namespace) -> VerbResult:
     """Measure loss, perplexity and bits per byte, and accuracy on dialogues."""
     trained = _load(args, generates=False)
     from rustgpt_jax.cli.evaluation_report import print_evaluation
     from rustgpt_jax.tracking.console import PlainTextConsole
 
     print_evaluation(trained, PlainTextConsole(), args.allow_oversubscription)
-    return 0
+    return VerbResult(0, {})
 
 
-def run_generate(args: argparse.Namespace) -> int:
+def run_generate(args: argparse.Namespace) -> VerbResult:
     """Continue text or answer questions."""
     trained = _load(args)
     from rustgpt_jax.inference.text_generator import select_weight_layout, stream_text
@@ -55,10 +56,10 @@ def run_generate(args: argparse.Namespace) -> int:
             print("\n", flush=True)
             for note in notes:
                 print(note, file=sys.stderr)
-    return 0
+    return VerbResult(0, {})
 
 
-def run_chat(args: argparse.Namespace) -> int:
+def run_chat(args: argparse.Namespace) -> VerbResult:
     """Chat with a model."""
     trained = _load(args)
     from rustgpt_jax.inference.chat import chat
@@ -66,7 +67,7 @@ def run_chat(args: argparse.Namespace) -> int:
 
     title = f"{Path(args.run).resolve().name} at step {trained.step:,}"
     chat(trained.generator, trained.config.sampling, PlainTextConsole(), title)
-    return 0
+    return VerbResult(0, {})
 
 
 def add_import_arguments(parser: VerbParser) -> None:
@@ -76,7 +77,7 @@ def add_import_arguments(parser: VerbParser) -> None:
     parser.add_config()
 
 
-def run_import(args: argparse.Namespace) -> int:
+def run_import(args: argparse.Namespace) -> VerbResult:
     """Create a run from a Hugging Face model."""
     if args.source is None or args.run is None:
         raise UserError("import needs --from=DIR, a Hugging Face folder, and --run=DIR, the folder of the new run.")
@@ -85,7 +86,7 @@ def run_import(args: argparse.Namespace) -> int:
     from rustgpt_jax.interop.convert import import_run
 
     import_run(Path(args.source), Path(args.run), values | overrides, origins, print)
-    return 0
+    return VerbResult(0, {})
 
 
 def add_export_arguments(parser: VerbParser) -> None:
@@ -102,7 +103,7 @@ def add_export_arguments(parser: VerbParser) -> None:
     )
 
 
-def run_export(args: argparse.Namespace) -> int:
+def run_export(args: argparse.Namespace) -> VerbResult:
     """Export a run as a Hugging Face model, or as a .gguf file for llama.cpp."""
     if args.run is None or args.to is None:
         raise UserError("export needs the folder of a run, and --to=DIR, a new folder, or --to=FILE.gguf.")
@@ -111,7 +112,7 @@ def run_export(args: argparse.Namespace) -> int:
 
     export = export_gguf if Path(args.to).suffix == ".gguf" else export_run
     export(Path(args.run), Path(args.to), args.checkpoint, args.dtype, print)
-    return 0
+    return VerbResult(0, {})
 
 
 def _load(args: argparse.Namespace, generates: bool = True) -> Any:

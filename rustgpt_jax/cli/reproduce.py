@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from rustgpt_jax.cli.arguments import VerbParser, get_run_folder, whole_number
+from rustgpt_jax.cli.output import VerbResult
 from rustgpt_jax.errors import UserError
 
 TRUST = "Run the code snapshot in the run folder even if it is not the installed code (docs/concepts/security.md)."
@@ -16,7 +17,7 @@ def add_replay_arguments(parser: VerbParser) -> None:
     parser.add_switch("intermediates", "Measure the activations and gradients of every layer.")
 
 
-def run_replay(args: argparse.Namespace) -> int:
+def run_replay(args: argparse.Namespace) -> VerbResult:
     """Recompute one step bit for bit, and compare it with its record.
 
     Returns:
@@ -29,7 +30,8 @@ def run_replay(args: argparse.Namespace) -> int:
     from rustgpt_jax.reproduce.replay import replay
     from rustgpt_jax.tracking.console import PlainTextConsole
 
-    return 0 if replay(folder, args.step, args.intermediates, PlainTextConsole()) else 1
+    is_same = replay(folder, args.step, args.intermediates, PlainTextConsole())
+    return VerbResult(0 if is_same else 1, {})
 
 
 def add_rerun_arguments(parser: VerbParser) -> None:
@@ -39,7 +41,7 @@ def add_rerun_arguments(parser: VerbParser) -> None:
     parser.add_switch("trust", TRUST)
 
 
-def run_rerun(args: argparse.Namespace) -> int:
+def run_rerun(args: argparse.Namespace) -> VerbResult:
     """Repeat a run from its folder alone, and compare the two runs.
 
     Returns:
@@ -48,7 +50,8 @@ def run_rerun(args: argparse.Namespace) -> int:
     from rustgpt_jax.reproduce.rerun import rerun
     from rustgpt_jax.tracking.console import PlainTextConsole
 
-    return rerun(get_run_folder(args), Path(args.to) if args.to else None, PlainTextConsole(), args.trust)
+    status = rerun(get_run_folder(args), Path(args.to) if args.to else None, PlainTextConsole(), args.trust)
+    return VerbResult(status, {})
 
 
 def add_diff_arguments(parser: VerbParser) -> None:
@@ -57,7 +60,7 @@ def add_diff_arguments(parser: VerbParser) -> None:
     parser.add_switch("trust", TRUST)
 
 
-def run_diff(args: argparse.Namespace) -> int:
+def run_diff(args: argparse.Namespace) -> VerbResult:
     """Show where two runs differ, down to the first tensor.
 
     Returns:
@@ -69,7 +72,8 @@ def run_diff(args: argparse.Namespace) -> int:
     from rustgpt_jax.tracking.console import PlainTextConsole
 
     first, second = map(Path, args.runs)
-    return 0 if diff(first, second, PlainTextConsole(), args.trust) else 1
+    is_same = diff(first, second, PlainTextConsole(), args.trust)
+    return VerbResult(0 if is_same else 1, {})
 
 
 def add_doctor_arguments(parser: VerbParser) -> None:
@@ -80,7 +84,7 @@ def add_doctor_arguments(parser: VerbParser) -> None:
     )
 
 
-def run_doctor(args: argparse.Namespace) -> int:
+def run_doctor(args: argparse.Namespace) -> VerbResult:
     """Find out why a step went wrong, and what would have prevented it."""
     folder = get_run_folder(args)
     _set_up_jax(folder)
@@ -88,7 +92,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     from rustgpt_jax.tracking.console import PlainTextConsole
 
     diagnose_run(folder, args.step, PlainTextConsole())
-    return 0
+    return VerbResult(0, {})
 
 
 def _set_up_jax(run: Path) -> None:

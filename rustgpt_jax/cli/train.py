@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rustgpt_jax.cli.arguments import MAX_PROCESSES, VerbParser, read_config, whole_number
+from rustgpt_jax.cli.output import VerbResult
 from rustgpt_jax.errors import UserError
 
 
@@ -37,7 +38,7 @@ def add_train_arguments(parser: VerbParser) -> None:
     parser.add_argument("--barrier_timeout", metavar="SECONDS", type=whole_number(1), default=600, help=help)
 
 
-def run_train(args: argparse.Namespace) -> int:
+def run_train(args: argparse.Namespace) -> VerbResult:
     """Train a run, or resume it from its last checkpoint."""
     from rustgpt_jax.config.validation import resolve
     from rustgpt_jax.distributed import detect_cluster
@@ -74,10 +75,10 @@ def run_train(args: argparse.Namespace) -> int:
         status = train(config, folder, origins, console, *options)
     if status == 0:
         console.print(f"Talk to it:  python launch.py chat {folder}", highlight=False)
-    return status
+    return VerbResult(status, {})
 
 
-def _submit(args: argparse.Namespace, folder: Path, config: Any) -> int:
+def _submit(args: argparse.Namespace, folder: Path, config: Any) -> VerbResult:
     """Submit the run to Slurm."""
     from rustgpt_jax.config.schema import uses_epochs
     from rustgpt_jax.sweeps.slurm import make_job_script, submit
@@ -87,13 +88,13 @@ def _submit(args: argparse.Namespace, folder: Path, config: Any) -> int:
     if not uses_epochs(config):
         plan_resume(folder, config, args.extend)
     validate_components(config)
-    flags = [flag for flag in args.flags if not flag.startswith(("--launcher=", "--slurm="))]
+    flags = [flag for flag in args.flags if not flag.startswith(("--launcher=", "--slurm=", "--json"))]
     overrides = [f"--config.{path}={text}" for path, text in args.overrides]
     command = [sys.executable, os.path.abspath(sys.argv[0]), "train", *flags, *overrides]
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     job = submit(make_job_script(folder, command, dict(args.slurm), Path.cwd()))
     print(f"Submitted as job {job}. Its log: {folder.absolute().with_name(f'{folder.name}.slurm-{job}.log')}")
-    return 0
+    return VerbResult(0, {})
 
 
 def add_sweep_arguments(parser: VerbParser) -> None:
@@ -115,7 +116,7 @@ def add_sweep_arguments(parser: VerbParser) -> None:
     parser.add_allow_oversubscription()
 
 
-def run_sweep(args: argparse.Namespace) -> int:
+def run_sweep(args: argparse.Namespace) -> VerbResult:
     """Run the unfinished trials of a sweep, and write its report."""
     from rustgpt_jax.sweeps.search_space import TPE, Search, SuccessiveHalving
     from rustgpt_jax.sweeps.trials import make_trials, sample_feasible_points
@@ -144,9 +145,9 @@ def run_sweep(args: argparse.Namespace) -> int:
     info = SweepInfo(args.config, function.__name__, origins)
     sweep_args = sweeps.SweepArgs(info, settings, args.dry_run, args.allow_oversubscription)
     name = "_".join([Path(args.config).stem, *function.__name__.split("_", 1)[1:]])
-    return sweeps.run_sweep(
-        values, spec, trials, fixed, Path(args.run or Path("runs") / name), sweep_args, PlainTextConsole()
-    )
+    folder = Path(args.run or Path("runs") / name)
+    status = sweeps.run_sweep(values, spec, trials, fixed, folder, sweep_args, PlainTextConsole())
+    return VerbResult(status, {})
 
 
 def add_report_arguments(parser: VerbParser) -> None:
@@ -154,7 +155,7 @@ def add_report_arguments(parser: VerbParser) -> None:
     parser.add_run("The sweep folder, such as runs/learning_rate.")
 
 
-def run_report(args: argparse.Namespace) -> int:
+def run_report(args: argparse.Namespace) -> VerbResult:
     """Summarize a sweep: a table, results.csv and report.html."""
     if args.run is None:
         raise UserError("No sweep given: add the folder of a sweep, such as runs/learning_rate.")
@@ -163,4 +164,4 @@ def run_report(args: argparse.Namespace) -> int:
 
     console = PlainTextConsole()
     console.print(f"Report: {report(Path(args.run), console)}", highlight=False)
-    return 0
+    return VerbResult(0, {})
