@@ -18,8 +18,17 @@ from rustgpt_jax.config.schema import SamplingConfig
 from rustgpt_jax.data import datasets
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference import chat as chat_module
-from rustgpt_jax.inference.chat import COMMANDS, SETTINGS, Conversation, Session, chat, completions, describe_sampling
-from rustgpt_jax.inference.text_generator import TextGenerator, generate_text
+from rustgpt_jax.inference.chat import (
+    COMMANDS,
+    SETTINGS,
+    Conversation,
+    Session,
+    Turn,
+    chat,
+    completions,
+    describe_sampling,
+)
+from rustgpt_jax.inference.text_generator import Ending, TextGenerator, generate_text
 from rustgpt_jax.model import transformer
 from rustgpt_jax.tokenizers import Message
 
@@ -90,14 +99,13 @@ def fake_model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
         requests: list[Request] = []
 
         def stream_text(
-            generator: TextGenerator, prompt: Sequence[int], sampling: SamplingConfig, warn: Callable[[str], object]
+            generator: TextGenerator, prompt: Sequence[int], sampling: SamplingConfig, on_end: Callable[[Ending], object]
         ) -> Iterator[str]:
             requests.append(Request(prompt, sampling))
             yield from pieces
-            if warning is not None:
-                warn(warning)
             if then:
                 raise then
+            on_end(Ending([0] * len(pieces), "stop" if warning is None else "context", warning))
 
         monkeypatch.setattr(chat_module, "stream_text", stream_text)
         monkeypatch.setattr(chat_module, "select_weight_layout", lambda sampling: None)
@@ -417,8 +425,9 @@ def test_a_pipe_prints_questions_and_replies(monkeypatch: pytest.MonkeyPatch, fa
     fake_model("Because.")
     monkeypatch.setattr(sys, "stdin", io.StringIO("Why?\n/seed\nWhy\x1b not?"))
     console = memory_console()
-    chat(DIALOGUES, CONFIG.sampling, console, "title")
+    turns = chat(DIALOGUES, CONFIG.sampling, console, "title")
     assert printed(console) == "> Why?\nBecause.\n\n> /seed\nseed 0\n> Why� not?\nBecause.\n\n"
+    assert turns == [Turn(message, "Because.", "stop", 1) for message in ("Why?", "Why\x1b not?")]
 
 
 def test_a_pipe_may_contain_any_bytes(monkeypatch: pytest.MonkeyPatch, fake_model: FakeModel) -> None:

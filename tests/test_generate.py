@@ -24,7 +24,7 @@ from rustgpt_jax.inference.generate import (
     stream_tokens,
 )
 from rustgpt_jax.inference.sampling import make_samplers
-from rustgpt_jax.inference.text_generator import TextGenerator, generate_text, stream_text
+from rustgpt_jax.inference.text_generator import Ending, TextGenerator, generate_text, stream_text
 from rustgpt_jax.model import transformer
 from rustgpt_jax.tokenizers import TOKENIZERS, Message, train_tokenizer
 
@@ -144,19 +144,21 @@ def test_sliding_does_not_depend_on_batch_streaming_or_stops() -> None:
 def test_finish_reason_is_reported(max_tokens: int, slide: bool, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sampling = text_sampling(max_tokens=max_tokens, past_context="slide" if slide else "stop")
     _, generator = text_generator("byte")
-    warnings = list[str]()
+    endings = list[Ending]()
     prompt = generator.encode_prompt("rain")
     options: dict[str, Any] = {"samplers": GREEDY, "key": jax.random.key(0), "max_tokens": max_tokens, "slide": slide}
     calls = stream_tokens(TEXT_PARAMS, [prompt], TEXT_MODEL, **options, tokens_per_call=8)
     assert [last for _, [last] in calls][-1] == ending
     monkeypatch.setattr(TextGenerator, "stop_ids", [])
-    text = "".join(stream_text(generator, prompt, sampling, warnings.append))
+    text = "".join(stream_text(generator, prompt, sampling, endings.append))
     assert text == generate_text(generator, [prompt], sampling)[0]
-    assert len(warnings) == (ending == "context")
-    if warnings:
+    [(tokens, finish_reason, warning)] = endings
+    assert finish_reason == ending and generator.decode(prompt, tokens) == text
+    assert (warning is not None) == (ending == "context")
+    if warning is not None:
         room = TEXT_MODEL.context_length - len(prompt)
         expected = f"The text ends after {room} of 99 tokens because the model's context of 64 is full"
-        assert warnings[0].startswith(expected)
+        assert warning.startswith(expected)
 
 
 @pytest.mark.parametrize("samplers", [GREEDY, WARM])

@@ -112,7 +112,7 @@ def test_damaged_checkpoint_is_skipped(copy: Path) -> None:
         if file.is_file() and file.stat().st_size > 100 and "state" in file.parts:
             file.write_bytes(file.read_bytes()[::-1])
     console = new_console()
-    assert replay(copy, STEPS, False, console)
+    assert replay(copy, STEPS, False, console).replayed.is_same
     assert f"The checkpoint of step {nearest} is damaged" in output_of(console)
     assert f"replayed from {describe_start(before)}\n" in output_of(console)
 
@@ -157,7 +157,7 @@ def test_missing_or_truncated_record_does_not_match(copy: Path, n_lines: int | N
     file, console = RunDir(copy).metrics_file, new_console()
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:n_lines])) if n_lines is not None else file.unlink()
-    assert not replay(copy, STEPS, False, console) or n_lines == -1
+    assert not replay(copy, STEPS, False, console).replayed.is_same or n_lines == -1
     last = json.loads(lines[n_lines - 1])["step"] if n_lines else 0
     reason = "is missing" if n_lines is None else "is empty" if n_lines == 0 else f"ends at step {last}"
     sentence = f"The step cannot be compared with the record: metrics.jsonl {reason}."
@@ -168,7 +168,7 @@ def test_step_that_is_not_logged_by_config_matches(copy: Path, monkeypatch: pyte
     monkeypatch.setattr(Stage, "is_logged", lambda self, step: step % 3 == 0)
     edit_metrics(copy, lambda line: line if line["step"] % 3 == 0 else None)
     console = new_console()
-    assert replay(copy, 2, False, console)
+    assert replay(copy, 2, False, console).replayed.is_same
     assert "Step 2 was not logged (config.logging.log_every=1), so it cannot be compared" in output_of(console)
 
 
@@ -311,7 +311,7 @@ with RecordedRun(path, new_console()) as run:
 @pytest.mark.slow
 def test_taps_show_every_layer_and_write_a_page(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, console = read_files(copy), new_console(100)
-    assert replay(copy, 4, True, console)
+    assert replay(copy, 4, True, console).replayed.is_same
     after = read_files(copy)
     page = after.pop("replay/step_4.html").decode()
     assert after == before
@@ -331,7 +331,7 @@ def test_taps_show_every_layer_and_write_a_page(copy: Path, tmp_path: Path, monk
     (copy / "replay").write_text("not a folder, even for root")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     console = new_console(width=1000)
-    assert replay(copy, 4, True, console)
+    assert replay(copy, 4, True, console).replayed.is_same
     (file,) = tmp_path.glob("rustgpt_jax_replay_*/step_4.html")
     assert f"All tensors of the step: {file}" in output_of(console) and file.read_text() == page
 

@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def rerun(path: Path, to: Path | None = None, is_trusted: bool = False) -> tuple[bool, str]:
     """Rerun a run. Returns whether it is the same, and the output."""
     console = new_console(200)
-    status = rerun_module.rerun(path, to, console, is_trusted)
+    status = rerun_module.rerun(path, to, console, is_trusted).status
     assert status in (0, 1)
     return status == 0, output_of(console)
 
@@ -245,7 +245,7 @@ def test_stopped_reruns_and_interrupted_runs_are_reported(
     for number in (signal.SIGUSR1, signal.SIGINT):
         monkeypatch.setattr(SnapshotCode, "run", lambda *_, number=number: FinishedProcess(75, number))
         console = new_console(200)
-        assert rerun_module.rerun(run.path, None, console) == 75
+        assert rerun_module.rerun(run.path, None, console).status == 75
         assert f"Stopped by {number.name}. The same command resumes" in output_of(console)
     monkeypatch.setattr(SnapshotCode, "run", lambda *_: FinishedProcess(0, None))
     assert "stopped at step" not in rerun(run.path)[1]
@@ -357,7 +357,7 @@ import sys
 from pathlib import Path
 from rich.console import Console
 from rustgpt_jax.reproduce.rerun import rerun
-sys.exit(rerun(Path(sys.argv[1]), None, Console()))
+sys.exit(rerun(Path(sys.argv[1]), None, Console()).status)
 """
 
 

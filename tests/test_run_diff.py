@@ -29,7 +29,7 @@ CODE = {"rustgpt_jax/model/kv_cache.py": "def visible(q, s):\n    return q >= s\
 def run_diff_verb(first: Path, second: Path, is_trusted: bool = False) -> tuple[bool, list[str]]:
     """Return whether two runs are the same, and the lines of the output."""
     console = new_console(300)
-    is_same = diff(first, second, console, is_trusted)
+    is_same = diff(first, second, console, is_trusted).is_same
     return is_same, output_of(console).splitlines()
 
 

@@ -521,7 +521,8 @@ def test_dry_run_of_a_search_prints_its_number_of_trials(tmp_path: Path, monkeyp
         trials = make_trials(tiny_tree(), spec.trials) if is_halving else sample_feasible_points(tiny_tree(), spec)
         console = Console(file=StringIO(), width=200)
         args = commands.SweepArgs(INFO, SweepOptions(), dry_run=True)
-        assert commands.run_sweep(tiny_tree(), spec, trials, {}, tmp_path / "sweep", args, console) == 0
+        status, plans = commands.run_sweep(tiny_tree(), spec, trials, {}, tmp_path / "sweep", args, console)
+        assert status == 0 and plans
         text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
         assert message in text and "Nothing was run." in text
         assert ("if none of them is pruned" in text) == is_halving

@@ -73,7 +73,7 @@ def test_diff_runs_no_code_of_a_run_folder(hostile: RunDir, trained: Path, tmp_p
     first = json.loads(metrics[0]) | {"train/loss": 9.0}
     hostile.metrics_file.write_text("\n".join([json.dumps(first), *metrics[1:]]) + "\n")
     console = Console(file=StringIO(), width=1000)
-    assert not diff(trained, hostile.path, console)
+    assert not diff(trained, hostile.path, console).is_same
     said = console.file.getvalue()
     assert "first tensor: not found." in said and "it differs in rustgpt_jax/__init__.py" in said and "--trust" in said
     assert not (tmp_path / "was_run").exists()

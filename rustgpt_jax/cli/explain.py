@@ -24,8 +24,7 @@ def run_explain(args: argparse.Namespace) -> VerbResult:
     from rustgpt_jax.planning.report import print_config_summary
     from rustgpt_jax.tracking.console import PlainTextConsole
 
-    print_config_summary(config, origins, PlainTextConsole())
-    return VerbResult(0, {})
+    return VerbResult(0, print_config_summary(config, origins, PlainTextConsole()).describe())
 
 
 def add_plan_arguments(parser: VerbParser) -> None:
@@ -38,8 +37,7 @@ def add_plan_arguments(parser: VerbParser) -> None:
 def run_plan(args: argparse.Namespace) -> VerbResult:
     """Estimate whether a config fits given accelerators, and how fast it trains there.
 
-    Returns:
-        The exit status: 1 if the step does not fit.
+    The exit status is 1 if the step does not fit.
     """
     from rustgpt_jax.config.validation import resolve
 
@@ -56,8 +54,8 @@ def run_plan(args: argparse.Namespace) -> VerbResult:
     console = PlainTextConsole()
     if origins.get("model.remat", "").startswith("auto"):
         console.print(f"config.model.remat={config.model.remat!r}, {origins['model.remat']}.\n")
-    fits = print_plan(config, args.chip, args.devices, console)
-    return VerbResult(0 if fits else 1, {})
+    plan = print_plan(config, args.chip, args.devices, console)
+    return VerbResult(0 if plan.found.fits else 1, plan.describe())
 
 
 def add_check_arguments(parser: VerbParser) -> None:
@@ -80,7 +78,19 @@ def run_check(args: argparse.Namespace) -> VerbResult:
     from rustgpt_jax.conformance.checks import check_components
     from rustgpt_jax.tracking.console import PlainTextConsole
 
-    status = check_components(
+    outcomes = check_components(
         args.components, PlainTextConsole(), args.only, parse_overrides(args.overrides), args.exhaustive
     )
-    return VerbResult(status, {})
+    n_passed = sum(outcome.is_ok for outcome in outcomes)
+    checks = [
+        {
+            "component": outcome.component.title,
+            "check": outcome.check,
+            "is_ok": outcome.is_ok,
+            "note": outcome.note,
+            "seconds": outcome.seconds,
+        }
+        for outcome in outcomes
+    ]
+    document = {"n_passed": n_passed, "n_failed": len(outcomes) - n_passed, "checks": checks}
+    return VerbResult(0 if n_passed == len(outcomes) else 1, document)

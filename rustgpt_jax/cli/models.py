@@ -33,30 +33,42 @@ def run_evaluate(args: argparse.Namespace) -> VerbResult:
     from rustgpt_jax.cli.evaluation_report import print_evaluation
     from rustgpt_jax.tracking.console import PlainTextConsole
 
-    print_evaluation(trained, PlainTextConsole(), args.allow_oversubscription)
-    return VerbResult(0, {})
+    evaluations = print_evaluation(trained, PlainTextConsole(), args.allow_oversubscription)
+    return VerbResult(0, _describe_model(trained) | {"evaluations": [each.describe() for each in evaluations]})
 
 
 def run_generate(args: argparse.Namespace) -> VerbResult:
     """Continue text or answer questions."""
     trained = _load(args)
-    from rustgpt_jax.inference.text_generator import select_weight_layout, stream_text
+    from rustgpt_jax.inference.text_generator import Ending, select_weight_layout, stream_text
     from rustgpt_jax.tracking.console import replace_control_characters
 
     sampling = trained.config.sampling
     writer = trained.generator.with_weight_layout(select_weight_layout(sampling))
+    samples = []
     for prompt in args.prompt or [""]:
         for sample in range(args.num_samples):
             # Use an explicit seed rather than a derived one, so that any single sample can be drawn again.
             drawn = dataclasses.replace(sampling, seed=(sampling.seed + sample) % 2**32)
-            notes = list[str]()
+            pieces, endings = list[str](), list[Ending]()
             print(prompt, end="\n" if writer.is_dialogue else "")
-            for piece in stream_text(writer, writer.encode_prompt(prompt), drawn, notes.append):
+            for piece in stream_text(writer, writer.encode_prompt(prompt), drawn, endings.append):
+                pieces.append(piece)
                 print(replace_control_characters(piece), end="", flush=True)
             print("\n", flush=True)
-            for note in notes:
-                print(note, file=sys.stderr)
-    return VerbResult(0, {})
+            (ending,) = endings
+            if ending.warning is not None:
+                print(ending.warning, file=sys.stderr)
+            samples.append(
+                {
+                    "prompt": prompt,
+                    "seed": drawn.seed,
+                    "text": "".join(pieces),
+                    "tokens": ending.tokens,
+                    "finish_reason": ending.finish_reason,
+                }
+            )
+    return VerbResult(0, _describe_model(trained) | {"samples": samples})
 
 
 def run_chat(args: argparse.Namespace) -> VerbResult:
@@ -66,8 +78,8 @@ def run_chat(args: argparse.Namespace) -> VerbResult:
     from rustgpt_jax.tracking.console import PlainTextConsole
 
     title = f"{Path(args.run).resolve().name} at step {trained.step:,}"
-    chat(trained.generator, trained.config.sampling, PlainTextConsole(), title)
-    return VerbResult(0, {})
+    turns = chat(trained.generator, trained.config.sampling, PlainTextConsole(), title)
+    return VerbResult(0, _describe_model(trained) | {"turns": [turn._asdict() for turn in turns]})
 
 
 def add_import_arguments(parser: VerbParser) -> None:
@@ -85,8 +97,10 @@ def run_import(args: argparse.Namespace) -> VerbResult:
     values, overrides, origins = read_config(args)
     from rustgpt_jax.interop.convert import import_run
 
-    import_run(Path(args.source), Path(args.run), values | overrides, origins, print)
-    return VerbResult(0, {})
+    log = _PrintedMessages()
+    architecture = import_run(Path(args.source), Path(args.run), values | overrides, origins, log.print)
+    document = {"source": args.source, "run": args.run, "architecture": architecture, "messages": log.messages}
+    return VerbResult(0, document)
 
 
 def add_export_arguments(parser: VerbParser) -> None:
@@ -110,9 +124,34 @@ def run_export(args: argparse.Namespace) -> VerbResult:
     from rustgpt_jax.interop.convert import export_run
     from rustgpt_jax.interop.gguf import export_gguf
 
-    export = export_gguf if Path(args.to).suffix == ".gguf" else export_run
-    export(Path(args.run), Path(args.to), args.checkpoint, args.dtype, print)
-    return VerbResult(0, {})
+    to, log = Path(args.to), _PrintedMessages()
+    kind, export = ("gguf", export_gguf) if to.suffix == ".gguf" else ("huggingface", export_run)
+    architecture = export(Path(args.run), to, args.checkpoint, args.dtype, log.print)
+    files = sorted(file for file in to.rglob("*") if file.is_file()) if to.is_dir() else [to]
+    document = {
+        "run": args.run,
+        "checkpoint": args.checkpoint,
+        "format": kind,
+        "architecture": architecture,
+        "files": [{"path": file, "bytes": file.stat().st_size} for file in files],
+        "messages": log.messages,
+    }
+    return VerbResult(0, document)
+
+
+class _PrintedMessages:
+    """Prints messages and keeps them."""
+
+    def __init__(self) -> None:
+        self.messages = list[str]()
+
+    def print(self, message: str) -> None:
+        print(message)
+        self.messages.append(message)
+
+
+def _describe_model(trained: Any) -> dict[str, Any]:
+    return {"run": trained.run.path, "step": trained.step, "is_dialogue": trained.generator.is_dialogue}
 
 
 def _load(args: argparse.Namespace, generates: bool = True) -> Any:

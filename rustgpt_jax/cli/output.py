@@ -66,6 +66,15 @@ class DocumentWriter:
         """Set the verb, None if it is unknown, and whether the user asked for a document."""
         self._verb, self._is_requested = verb, is_requested
 
+    @property
+    def is_requested(self) -> bool:
+        """True if a document is to be written."""
+        return self._is_requested
+
+    def cancel(self) -> None:
+        """Write no document: another process of the run writes it."""
+        self._is_requested = False
+
     def redirect_text(self) -> None:
         """Send text to standard error from here on, if a document is to be written.
 

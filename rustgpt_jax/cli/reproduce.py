@@ -20,8 +20,7 @@ def add_replay_arguments(parser: VerbParser) -> None:
 def run_replay(args: argparse.Namespace) -> VerbResult:
     """Recompute one step bit for bit, and compare it with its record.
 
-    Returns:
-        The exit status: 1 if the step differs from its record.
+    The exit status is 1 if the step differs from its record.
     """
     if args.step is None:
         raise UserError("No step given: add --step=K, a step of the run as numbered in metrics.jsonl.")
@@ -30,8 +29,8 @@ def run_replay(args: argparse.Namespace) -> VerbResult:
     from rustgpt_jax.reproduce.replay import replay
     from rustgpt_jax.tracking.console import PlainTextConsole
 
-    is_same = replay(folder, args.step, args.intermediates, PlainTextConsole())
-    return VerbResult(0 if is_same else 1, {})
+    found = replay(folder, args.step, args.intermediates, PlainTextConsole())
+    return VerbResult(0 if found.replayed.is_same else 1, {"run": folder, **found.describe()})
 
 
 def add_rerun_arguments(parser: VerbParser) -> None:
@@ -44,14 +43,20 @@ def add_rerun_arguments(parser: VerbParser) -> None:
 def run_rerun(args: argparse.Namespace) -> VerbResult:
     """Repeat a run from its folder alone, and compare the two runs.
 
-    Returns:
-        The exit status: 1 if the runs differ, or that of the training if a signal stopped it.
+    The exit status is 1 if the runs differ, or that of the training if a signal stopped it.
     """
     from rustgpt_jax.reproduce.rerun import rerun
     from rustgpt_jax.tracking.console import PlainTextConsole
 
-    status = rerun(get_run_folder(args), Path(args.to) if args.to else None, PlainTextConsole(), args.trust)
-    return VerbResult(status, {})
+    folder = get_run_folder(args)
+    status, new, comparison = rerun(folder, Path(args.to) if args.to else None, PlainTextConsole(), args.trust)
+    document = {
+        "run": folder,
+        "rerun": new,
+        "is_same": None if comparison is None else comparison.is_same,
+        "comparison": None if comparison is None else comparison.describe(),
+    }
+    return VerbResult(status, document)
 
 
 def add_diff_arguments(parser: VerbParser) -> None:
@@ -63,8 +68,7 @@ def add_diff_arguments(parser: VerbParser) -> None:
 def run_diff(args: argparse.Namespace) -> VerbResult:
     """Show where two runs differ, down to the first tensor.
 
-    Returns:
-        The exit status: 1 if they differ.
+    The exit status is 1 if they differ.
     """
     if len(args.runs) != 2:
         raise UserError("diff compares two runs: give both folders, such as `diff runs/a runs/b`.")
@@ -72,8 +76,8 @@ def run_diff(args: argparse.Namespace) -> VerbResult:
     from rustgpt_jax.tracking.console import PlainTextConsole
 
     first, second = map(Path, args.runs)
-    is_same = diff(first, second, PlainTextConsole(), args.trust)
-    return VerbResult(0 if is_same else 1, {})
+    found = diff(first, second, PlainTextConsole(), args.trust)
+    return VerbResult(0 if found.is_same else 1, {"first": first, "second": second, **found.describe()})
 
 
 def add_doctor_arguments(parser: VerbParser) -> None:
@@ -91,8 +95,7 @@ def run_doctor(args: argparse.Namespace) -> VerbResult:
     from rustgpt_jax.reproduce.diagnose import diagnose_run
     from rustgpt_jax.tracking.console import PlainTextConsole
 
-    diagnose_run(folder, args.step, PlainTextConsole())
-    return VerbResult(0, {})
+    return VerbResult(0, {"run": folder, **diagnose_run(folder, args.step, PlainTextConsole()).describe()})
 
 
 def _set_up_jax(run: Path) -> None:

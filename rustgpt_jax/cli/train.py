@@ -3,11 +3,12 @@
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from rustgpt_jax.cli.arguments import MAX_PROCESSES, VerbParser, read_config, whole_number
-from rustgpt_jax.cli.output import VerbResult
+from rustgpt_jax.cli.output import DOCUMENT, VerbResult
 from rustgpt_jax.errors import UserError
 
 
@@ -40,6 +41,7 @@ def add_train_arguments(parser: VerbParser) -> None:
 
 def run_train(args: argparse.Namespace) -> VerbResult:
     """Train a run, or resume it from its last checkpoint."""
+    began = time.monotonic()
     from rustgpt_jax.config.validation import resolve
     from rustgpt_jax.distributed import detect_cluster
     from rustgpt_jax.tracking.console import PlainTextConsole
@@ -65,7 +67,10 @@ def run_train(args: argparse.Namespace) -> VerbResult:
     enable_compilation_cache()
     initialize(args.coordinator_address, args.num_processes, args.process_id, args.barrier_timeout)
     console = PlainTextConsole(quiet=not is_process_zero())
+    if not is_process_zero():
+        DOCUMENT.cancel()
     with propagate_failures():
+        first_step = max(RunDir(folder).saved_steps, default=0)
         enable_autotune_cache(RunDir(folder))
         if args.init_from is not None:
             from rustgpt_jax.interop.warm_start import create_warm_started_run
@@ -75,7 +80,13 @@ def run_train(args: argparse.Namespace) -> VerbResult:
         status = train(config, folder, origins, console, *options)
     if status == 0:
         console.print(f"Talk to it:  python launch.py chat {folder}", highlight=False)
-    return VerbResult(status, {})
+    if not DOCUMENT.is_requested:
+        return VerbResult(status, {})
+    from rustgpt_jax.cli.documents import describe_run
+
+    document = describe_run(folder)
+    document |= {"first_step": first_step, "is_complete": status == 0, "seconds": time.monotonic() - began}
+    return VerbResult(status, document)
 
 
 def _submit(args: argparse.Namespace, folder: Path, config: Any) -> VerbResult:
@@ -93,8 +104,9 @@ def _submit(args: argparse.Namespace, folder: Path, config: Any) -> VerbResult:
     command = [sys.executable, os.path.abspath(sys.argv[0]), "train", *flags, *overrides]
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     job = submit(make_job_script(folder, command, dict(args.slurm), Path.cwd()))
-    print(f"Submitted as job {job}. Its log: {folder.absolute().with_name(f'{folder.name}.slurm-{job}.log')}")
-    return VerbResult(0, {})
+    log = folder.absolute().with_name(f"{folder.name}.slurm-{job}.log")
+    print(f"Submitted as job {job}. Its log: {log}")
+    return VerbResult(0, {"run": folder, "job": job, "log": log})
 
 
 def add_sweep_arguments(parser: VerbParser) -> None:
@@ -146,8 +158,13 @@ def run_sweep(args: argparse.Namespace) -> VerbResult:
     sweep_args = sweeps.SweepArgs(info, settings, args.dry_run, args.allow_oversubscription)
     name = "_".join([Path(args.config).stem, *function.__name__.split("_", 1)[1:]])
     folder = Path(args.run or Path("runs") / name)
-    status = sweeps.run_sweep(values, spec, trials, fixed, folder, sweep_args, PlainTextConsole())
-    return VerbResult(status, {})
+    status, plans = sweeps.run_sweep(values, spec, trials, fixed, folder, sweep_args, PlainTextConsole())
+    from rustgpt_jax.cli.documents import describe_plans, describe_sweep
+
+    if not args.dry_run:
+        return VerbResult(status, describe_sweep(folder))
+    n_trials = spec.n_runs if isinstance(spec, TPE) else len(trials)
+    return VerbResult(status, describe_plans(folder, n_trials, plans))
 
 
 def add_report_arguments(parser: VerbParser) -> None:
@@ -164,4 +181,6 @@ def run_report(args: argparse.Namespace) -> VerbResult:
 
     console = PlainTextConsole()
     console.print(f"Report: {report(Path(args.run), console)}", highlight=False)
-    return VerbResult(0, {})
+    from rustgpt_jax.cli.documents import describe_sweep
+
+    return VerbResult(0, describe_sweep(Path(args.run)))

@@ -207,8 +207,8 @@ def check_components(
     only: Sequence[str] = (),
     changes: Mapping[str, Any] | None = None,
     is_exhaustive: bool = False,
-) -> int:
-    """Run the `check` command: check components and print the results.
+) -> list[Outcome]:
+    """Run the `check` command: check components, print the results, and return them.
 
     Args:
         names: The components to check, as named by the user; all components if empty.
@@ -216,9 +216,6 @@ def check_components(
         only: Names of the checks to run; all checks if empty.
         changes: Overrides for the small model that components are checked in, such as `extra` or `model.extra`.
         is_exhaustive: True to cover all lengths, batch sizes, dtypes and modes, which takes minutes per component.
-
-    Returns:
-        The exit status: 1 if any check fails, else 0.
 
     Raises:
         UserError: A name is unknown.
@@ -239,4 +236,4 @@ def check_components(
     n_failed = sum(not outcome.is_ok for outcome in outcomes)
     console.print(make_table(outcomes))
     console.print(f"{len(outcomes) - n_failed} checks passed, {n_failed} failed", highlight=False)
-    return 1 if n_failed else 0
+    return outcomes

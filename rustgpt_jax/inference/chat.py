@@ -20,7 +20,13 @@ from rustgpt_jax.config.schema import SamplingConfig
 from rustgpt_jax.config.validation import parse_overrides, validate_value
 from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.inference.sampling import SAMPLERS, is_greedy
-from rustgpt_jax.inference.text_generator import TextGenerator, WeightLayout, select_weight_layout, stream_text
+from rustgpt_jax.inference.text_generator import (
+    Ending,
+    TextGenerator,
+    WeightLayout,
+    select_weight_layout,
+    stream_text,
+)
 from rustgpt_jax.model.flops import total_size
 from rustgpt_jax.tokenizers import Document, Message
 from rustgpt_jax.tracking.console import format_count, replace_control_characters
@@ -80,11 +86,30 @@ class Conversation:
         return json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
 
 
+class Turn(NamedTuple):
+    """A line of the user and the reply of the model, or the error.
+
+    Attributes:
+        message: The line.
+        reply: The reply; None after an error.
+        finish_reason: Why the reply ends: "stop", "max_tokens", "context" or "interrupted"; None after an error.
+        n_tokens: The number of tokens of the reply, None if it is unknown.
+        error: The error, None if there is none.
+    """
+
+    message: str
+    reply: str | None = None
+    finish_reason: str | None = None
+    n_tokens: int | None = None
+    error: str | None = None
+
+
 class Session:
-    """A chat session: the conversation and the sampling settings, which its user can change."""
+    """A chat session: the conversation, all turns since the start, and the settings, which its user can change."""
 
     def __init__(self, generator: TextGenerator, sampling: SamplingConfig, console: Console) -> None:
         self.conversation = Conversation()
+        self.turns = list[Turn]()
         self.sampling = sampling
         self._generator = generator
         self._decoder: tuple[WeightLayout, TextGenerator] | None = None
@@ -117,6 +142,7 @@ class Session:
             elif line.strip():
                 self._reply(Message("user", line.strip()) if self._generator.is_dialogue else Message("text", line))
         except UserError as error:
+            self.turns.append(Turn(line, error=str(error)))
             self.show(f"{error}\n", "red")
 
     def note(self, text: str) -> None:
@@ -139,8 +165,12 @@ class Session:
             self.note(f"(The context of {context} tokens is full: from now on the oldest messages are left out.)")
         if message.role == "text":
             self.show(message.text, "bold")
-        reply = self._generate(prompt)
+        reply, ending = self._generate(prompt)
         self.show("\n\n")
+        if ending is None:
+            self.turns.append(Turn(message.text, reply, "interrupted"))
+        else:
+            self.turns.append(Turn(message.text, reply, ending.finish_reason, len(ending.tokens)))
         if not reply:
             self.note("(The model wrote nothing, so the message is not kept.)")
         elif message.role == "text":
@@ -148,20 +178,21 @@ class Session:
         else:
             self.conversation = self.conversation.add(message, Message("assistant", reply))
 
-    def _generate(self, prompt: Sequence[int]) -> str:
-        """Generate a reply and print it as it is generated, until it ends or Ctrl-C is pressed."""
+    def _generate(self, prompt: Sequence[int]) -> tuple[str, Ending | None]:
+        """Generate a reply and print it as it is generated, until it ends, or until Ctrl-C, when it has no ending."""
         layout = select_weight_layout(self.sampling)
         if self._decoder is None or self._decoder[0] != layout:
             self._decoder = layout, self._generator.with_weight_layout(layout)
         sampling = dataclasses.replace(self.sampling, seed=self.conversation.reply_seed(self.sampling.seed))
-        reply, warnings = "", list[str]()
+        reply, endings = "", list[Ending]()
         with contextlib.suppress(KeyboardInterrupt):
-            for piece in stream_text(self._decoder[1], prompt, sampling, warnings.append):
+            for piece in stream_text(self._decoder[1], prompt, sampling, endings.append):
                 reply += piece
                 self.show(piece)
-        for warning in warnings:
-            self.note(f"\n({warning})")
-        return reply
+        ending = endings[0] if endings else None
+        if ending is not None and ending.warning is not None:
+            self.note(f"\n({ending.warning})")
+        return reply, ending
 
     def _help(self, _: str) -> None:
         verb = "answers" if self._generator.is_dialogue else "continues"
@@ -232,8 +263,8 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-def chat(generator: TextGenerator, sampling: SamplingConfig, console: Console, title: str) -> None:
-    """Chat over standard input and `console` until the user leaves or the input ends.
+def chat(generator: TextGenerator, sampling: SamplingConfig, console: Console, title: str) -> list[Turn]:
+    """Chat over standard input and `console` until the user leaves or the input ends, and return the turns.
 
     In a terminal, it first prints `title` and the sampling settings. Lines from a pipe are printed with their replies.
     """
@@ -243,13 +274,14 @@ def chat(generator: TextGenerator, sampling: SamplingConfig, console: Console, t
     session = Session(generator, sampling, console)
     if not sys.stdin.isatty():
         session.run(lambda: _read_piped_line(session))
-        return
+        return session.turns
     session.show(f"{title}, {format_count(total_size(generator.params))} parameters\n", "bold")
     verb = "answers" if generator.is_dialogue else "continues"
     session.note(f"The model {verb} what you write, with {describe_sampling(sampling)}.")
     session.note("/help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves.\n")
     with _line_editing(cache_folder() / "chat_history"):
         session.run(_read_typed_line)
+    return session.turns
 
 
 def describe_sampling(sampling: SamplingConfig) -> str:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from rustgpt_jax.config.schema import ModelConfig, SamplingConfig, for_inference
-from rustgpt_jax.inference.generate import generate, stream_tokens
+from rustgpt_jax.inference.generate import FinishReason, generate, stream_tokens
 from rustgpt_jax.inference.sampling import make_samplers
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block import layer_groups, linear_layers
@@ -168,15 +168,23 @@ def generate_text(generator: TextGenerator, prompts: Sequence[Sequence[int]], sa
     return [generator.decode(prompt, tokens) for prompt, tokens in zip(prompts, outputs, strict=True)]
 
 
+class Ending(NamedTuple):
+    """The end of a generated text: its tokens, why it ends, and a warning if the context is full."""
+
+    tokens: list[int]
+    finish_reason: FinishReason
+    warning: str | None = None
+
+
 def stream_text(
     generator: TextGenerator,
     prompt: Sequence[int],
     sampling: SamplingConfig,
-    warn: Callable[[str], object] = lambda _: None,
+    on_end: Callable[[Ending], object] = lambda _: None,
 ) -> Iterator[str]:
     """Yield the text that `generate_text` returns for one prompt in pieces, each as soon as it is final.
 
-    `warn` is called with a message if generation ends because the context is full.
+    `on_end` is called when generation ends.
     """
     options = _generate_options(generator, sampling) | {"tokens_per_call": STREAM_TOKENS_PER_CALL}
     shown = ""
@@ -186,11 +194,12 @@ def stream_text(
         if text.startswith(shown):
             yield text[len(shown) :]
             shown = text
-        if finish_reason == "context":
-            warn(
+        if finish_reason is not None:
+            warning = (
                 f"The text ends after {len(tokens)} of {sampling.max_tokens} tokens because the model's context of "
                 f"{generator.model.context_length} is full; use --config.sampling.past_context=slide to continue."
             )
+            on_end(Ending(list(tokens), finish_reason, warning if finish_reason == "context" else None))
 
 
 def _generate_options(generator: TextGenerator, sampling: SamplingConfig) -> dict[str, Any]:

@@ -130,10 +130,13 @@ def _quiet(transformers: Any) -> Any:
             log.enable_progress_bar()
 
 
-def import_run(source: Path, path: Path, tree: Any, origins: Mapping[str, str], log: Log) -> None:
+def import_run(source: Path, path: Path, tree: Any, origins: Mapping[str, str], log: Log) -> str:
     """Create a run folder with the model and tokenizer of a Hugging Face folder; `tree` holds the other config fields.
 
     The folder is created atomically.
+
+    Returns:
+        The name of the architecture.
 
     Raises:
         UserError: `source` is not a Hugging Face folder, the model is unsupported, the tensors do not match the config,
@@ -159,9 +162,10 @@ def import_run(source: Path, path: Path, tree: Any, origins: Mapping[str, str], 
         run.import_file.write_text(json.dumps(record, indent=2) + "\n")
         log(_check_logits(source, lambda: read_parameters(run.parameters_file, shapes), model))
     log(f"{path}: a run at step 0")
+    return name
 
 
-def export_run(path: Path, folder: Path, which: str, dtype: str | None, log: Log) -> None:
+def export_run(path: Path, folder: Path, which: str, dtype: str | None, log: Log) -> str:
     """Write a run to a folder that `transformers` can load: config, tensors, tokenizer and chat template.
 
     Args:
@@ -170,6 +174,9 @@ def export_run(path: Path, folder: Path, which: str, dtype: str | None, log: Log
         which: The checkpoint: 'last', 'best' or a step.
         dtype: The dtype; None for the dtype of the imported tensors if the run was not trained, else float32.
         log: Called with messages.
+
+    Returns:
+        The name of the architecture.
 
     Raises:
         UserError: The run has no parameters, no architecture of `transformers` can represent the model, or the logits
@@ -203,6 +210,7 @@ def export_run(path: Path, folder: Path, which: str, dtype: str | None, log: Log
         finish=finish,
     )
     log(f"{folder}: {architecture.name}")
+    return architecture.name
 
 
 def _known_tokens(special_tokens: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:

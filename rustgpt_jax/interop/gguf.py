@@ -303,8 +303,12 @@ GGUF_ARCHITECTURES = {
 }
 
 
-def export_gguf(path: Path, file: Path, which: str, dtype: str | None, log: Callable[[str], None]) -> None:
-    """Write a run as a GGUF file atomically, in float32 by default. Raises UserError if the file already exists."""
+def export_gguf(path: Path, file: Path, which: str, dtype: str | None, log: Callable[[str], None]) -> str:
+    """Write a run as a GGUF file atomically, in float32 by default, and return the name of llama.cpp's architecture.
+
+    Raises:
+        UserError: The file already exists.
+    """
     if file.exists():
         raise UserError(f"{file} already exists; choose another name.")
     trained = load_model(path, which)
@@ -315,6 +319,7 @@ def export_gguf(path: Path, file: Path, which: str, dtype: str | None, log: Call
         trained.generator.params, model, file, dtype=dtype or "float32", tokenizer=tokenizer, is_dialogue=is_dialogue
     )
     log(f"{file}: {name}{_convert_tokenizer(tokenizer, is_dialogue)[2]}")
+    return name
 
 
 def write_gguf(

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
@@ -50,7 +51,38 @@ def _table(title: str, *columns: str) -> Table:
 # The `explain` command.
 
 
-def print_config_summary(config: Config, origins: Mapping[str, str], console: Console) -> None:
+class ConfigSummary(NamedTuple):
+    """A config whose epochs are converted to steps, the origins of its values, and the vocabulary size of its model."""
+
+    config: Config
+    origins: Mapping[str, str]
+    vocab_size: int | None
+
+    def describe(self) -> dict[str, Any]:
+        """Return the values of the config, the shapes of the parameters, and FLOPs and memory, as JSON has them."""
+        config = replace_paths(self.config, {"model.vocab_size": self.vocab_size})
+        shapes, state = parameter_shapes(config.model), state_shapes(config)
+        overrides = {stage.name: dict(stage.overrides) for stage in config.stages}
+        return {
+            "config": {
+                path: {"value": value, "origin": self.origins.get(path)}
+                for path, value in flatten(self.config).items()
+            },
+            "stages": [_describe_stage(stage, overrides.get(stage.name, {})) for stage in stages(config)],
+            "parameters": {
+                path: {"shape": leaf.shape, "size": total_size(leaf)} for path, leaf in flatten_paths(shapes).items()
+            },
+            "n_parameters": total_size(shapes),
+            "memory_bytes": {
+                "parameters": total_bytes(state.params),
+                "gradients": total_bytes(state.params),
+                "optimizer": total_bytes(state.opt_state),
+            },
+            "cache": cache_folder(),
+        }
+
+
+def print_config_summary(config: Config, origins: Mapping[str, str], console: Console) -> ConfigSummary:
     """Print the fields of a config with their origins, the shapes of the parameters, and FLOPs and memory.
 
     Only shapes are computed. If the vocabulary depends on the corpus, the tokenizer is trained, and if the number of
@@ -79,6 +111,7 @@ def print_config_summary(config: Config, origins: Mapping[str, str], console: Co
     # Build all tables before printing any, since an invalid component raises.
     for table in [*tables, _parameter_table(full_config), _cost_table(full_config)]:
         console.print(table)
+    return ConfigSummary(config, origins, full_config.model.vocab_size)
 
 
 def _parameter_table(config: Config) -> Table:
@@ -106,9 +139,29 @@ def _cost_table(config: Config) -> Table:
     return table
 
 
+def _describe_stage(stage: Stage, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    config = stage.config
+    forward = _forward_flops_per_token(config)
+    tokens = config.training.steps * config.training.batch_size * config.seq_len
+    return {
+        "name": stage.name,
+        "overrides": overrides,
+        "steps": config.training.steps,
+        "batch_size": config.training.batch_size,
+        "seq_len": config.seq_len,
+        "tokens": tokens,
+        "forward_flops_per_token": forward,
+        "total_flops": 3 * forward * tokens,
+    }
+
+
+def _forward_flops_per_token(config: Config) -> float:
+    return forward_flops_per_token(dataclasses.replace(config.model, remat="none"), config.seq_len)
+
+
 def _stage_costs(stage: Stage) -> tuple[str, str, str]:
     config, length = stage.config, stage.config.seq_len
-    forward = forward_flops_per_token(dataclasses.replace(config.model, remat="none"), length)
+    forward = _forward_flops_per_token(config)
     steps, batch_size = config.training.steps, config.training.batch_size
     tokens = steps * batch_size * length
     return (
@@ -122,8 +175,48 @@ def _stage_costs(stage: Stage) -> tuple[str, str, str]:
 # The `plan` command.
 
 
-def print_plan(config: Config, chip_name: str, n_devices: int, console: Console) -> bool:
-    """Print the resources of a step of a config per chip, and return whether it fits.
+class StepPlan(NamedTuple):
+    """The estimate of a step and, if it does not fit, the changes that were tried."""
+
+    chip_name: str
+    found: Estimate
+    tried: Sequence[tuple[Suggestion, Estimate]]
+
+    def describe(self) -> dict[str, Any]:
+        """Return the resources of the step per device, as JSON has them."""
+        found = self.found
+        compiled, memory = found.compiled, dataclasses.asdict(found.memory)
+        return {
+            "chip": self.chip_name,
+            "devices": found.n_devices,
+            "mesh": found.mesh,
+            "n_parameters": found.n_parameters,
+            "fits": found.fits,
+            "memory_bytes": memory | {"peak": found.memory.peak, "available": found.room},
+            "seconds": dataclasses.asdict(found.seconds)
+            | {"overlapped": found.seconds.overlapped, "exposed": found.seconds.exposed},
+            "limit": found.seconds.limit,
+            "model_flops_utilization": [
+                found.utilization(found.seconds.exposed),
+                found.utilization(found.seconds.overlapped),
+            ],
+            "flops": {"model": found.model_flops, "compiled": compiled.flops},
+            "traffic_bytes": {"memory": compiled.traffic, "collectives": sum(e.total for e in compiled.collectives)},
+            "warnings": compiled.warnings,
+            "suggestions": [
+                {
+                    "overrides": change.values,
+                    "fits": changed.fits,
+                    "peak_bytes": changed.memory.peak,
+                    "seconds": changed.seconds.overlapped,
+                }
+                for change, changed in self.tried
+            ],
+        }
+
+
+def print_plan(config: Config, chip_name: str, n_devices: int, console: Console) -> StepPlan:
+    """Print the resources of a step of a config per chip, and return them.
 
     No parameters are allocated and no data are read. JAX, which must not have been used, gets virtual devices.
 
@@ -145,11 +238,12 @@ def print_plan(config: Config, chip_name: str, n_devices: int, console: Console)
     with show_spinner(console, "compiling the step"):
         found = run_estimate(config)
     print_estimate(found, chip_name, console)
+    tried = list[tuple[Suggestion, Estimate]]()
     if not found.fits:
         with show_spinner(console, "trying changes that save memory"):
-            tried = list(_try_suggestions(found, run_estimate))
+            tried += _try_suggestions(found, run_estimate)
         print_suggestions(tried, found.room, console)
-    return found.fits
+    return StepPlan(chip_name, found, tried)
 
 
 def set_vocab_size(config: Config) -> Config:

@@ -53,6 +53,11 @@ class MetricComparison(NamedTuple):
     agreed: int
     first_difference: FirstDifference | None
 
+    def describe(self) -> dict[str, Any]:
+        """Return the comparison as JSON has it."""
+        first = self.first_difference
+        return self._asdict() | {"first_difference": None if first is None else first._asdict()}
+
 
 def compare_records(
     first: Path, second: Path, tolerance: float = 0.0, names: Container[str] | None = None

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -244,8 +244,57 @@ class InterventionTrial:
         survived = [result for result in self.results if self.find_first_bad_step(result) is None]
         return sorted(survived, key=lambda result: float(result.losses[-1]))
 
+    def describe(self) -> list[dict[str, Any]]:
+        """Return the interventions as JSON has them."""
+        results = {result.intervention: result for result in self.results}
+        described = []
+        for each in self.interventions:
+            result = results.get(each)
+            bad_step = None if result is None else self.find_first_bad_step(result)
+            described.append(
+                {
+                    "name": each.name,
+                    "knobs": dict(each.knobs),
+                    "not_tried": each.unavailable_reason,
+                    "survived": None if result is None else bad_step is None,
+                    "failed_at": bad_step,
+                    "last_loss": None if result is None or bad_step is not None else float(result.losses[-1]),
+                }
+            )
+        return described
 
-def diagnose_run(path: Path, step: int | None, console: Console) -> None:
+
+class Diagnosis(NamedTuple):
+    """What is wrong with a run.
+
+    Attributes:
+        anomaly: The step that was examined and why; None if the run is healthy.
+        sentences: What was found.
+        page: The page that shows the tensors of the step.
+        trial: The interventions that were tried, or None.
+        flags: The command-line flags of the best intervention; empty if none survived.
+    """
+
+    anomaly: Anomaly | None = None
+    sentences: Sequence[str] = ()
+    page: Path | None = None
+    trial: InterventionTrial | None = None
+    flags: Sequence[str] = ()
+
+    def describe(self) -> dict[str, Any]:
+        """Return the diagnosis as JSON has it."""
+        return {
+            "is_healthy": self.anomaly is None,
+            "step": None if self.anomaly is None else self.anomaly.step,
+            "reason": None if self.anomaly is None else self.anomaly.reason,
+            "findings": self.sentences,
+            "page": self.page,
+            "interventions": [] if self.trial is None else self.trial.describe(),
+            "flags": self.flags,
+        }
+
+
+def diagnose_run(path: Path, step: int | None, console: Console) -> Diagnosis:
     """Diagnose a run at a given step or at its worst step, and suggest interventions.
 
     Writes RUN/replay/step_K.html. If nothing stands out in the record, prints that the run is healthy.
@@ -264,7 +313,7 @@ def diagnose_run(path: Path, step: int | None, console: Console) -> None:
         if anomaly is None:
             show(f"{path} is healthy: every recorded loss and gradient is finite, and no loss stands out.")
             show("To examine a step anyway, give --step=K.")
-            return
+            return Diagnosis()
         if anomaly.rewind is not None:
             run.undo_rewind(anomaly.rewind)
         show(f"Examining step {anomaly.step} of {path}, because {anomaly.reason}.")
@@ -272,16 +321,19 @@ def diagnose_run(path: Path, step: int | None, console: Console) -> None:
             replayed, internals = replay_one_step(run, anomaly.step, with_intermediates=True)
             assert internals is not None
             sentences = describe_anomaly(run, anomaly, replayed, internals)
-        for sentence in (replayed.verdict, *sentences):
+        sentences = [replayed.verdict, *sentences]
+        for sentence in sentences:
             show(sentence)
-        show(f"All tensors of the step: {write_page(path, replayed, internals.tensors)}")
+        page = write_page(path, replayed, internals.tensors)
+        show(f"All tensors of the step: {page}")
         failure = find_failure(run, replayed)
         if failure is None:
             show("Its loss does not stand out from those recorded before it, so no intervention is tried.")
-            return
+            return Diagnosis(anomaly, sentences, page)
         with show_spinner(console, "trying interventions, all in one program"):
             trial = try_interventions(run, failure)
-        for sentence in describe_earlier_failure(trial, failure, replayed.step, path):
+        earlier = describe_earlier_failure(trial, failure, replayed.step, path)
+        for sentence in earlier:
             show(sentence)
         threshold = trial.threshold
         since = f" from step {threshold.since} on" if threshold.since > trial.first else ""
@@ -290,8 +342,12 @@ def diagnose_run(path: Path, step: int | None, console: Console) -> None:
             f"A loss above {threshold.loss:.3g}{since} counts as a failure: {threshold.meaning}."
         )
         _print_trial(trial, console)
-        for sentence in format_advice(trial, run.config, run.get_stage(failure.step)[0].stage.name):
+        stage = run.get_stage(failure.step)[0].stage.name
+        for sentence in format_advice(trial, run.config, stage):
             show(sentence)
+        helpful = [each for each in trial.list_survivors() if each.intervention.name != CONTROL]
+        flags = list(format_flags(helpful[0].intervention, run.config, stage)) if helpful else []
+        return Diagnosis(anomaly, [*sentences, *map(str.strip, earlier)], page, trial, flags)
 
 
 def describe_anomaly(run: RecordedRun, anomaly: Anomaly, replayed: ReplayedStep, internals: StepInternals) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console, RenderableType
 from rich.table import Table
@@ -105,19 +105,42 @@ class ReplayedStep:
         return f"Not bit-identical: {names}. Possible reasons: {'; '.join(self.reasons)}."
 
 
+class StepReplay(NamedTuple):
+    """A recomputed step and, if its intermediates were measured, its tensors and the page that shows them."""
+
+    replayed: ReplayedStep
+    tensors: Sequence[StepTensor]
+    page: Path | None
+
+    def describe(self) -> dict[str, Any]:
+        """Return the step as JSON has it."""
+        replayed = self.replayed
+        return {
+            "step": replayed.step,
+            "stage": replayed.stage,
+            "from_step": replayed.from_step,
+            "is_same": replayed.is_same,
+            "verdict": replayed.verdict,
+            "metrics": replayed.metrics,
+            "recorded": replayed.recorded if replayed.record is not None else None,
+            "differing": replayed.unequal,
+            "missing": replayed.lacking,
+            "possible_reasons": replayed.reasons,
+            "tensors": [tensor._asdict() for tensor in self.tensors],
+            "page": self.page,
+        }
+
+
 def is_finite(metrics: Mapping[str, Any]) -> bool:
     """Return whether the loss, gradient and update are finite, given the metrics of a step or a line of the record."""
     return all(math.isfinite(metrics.get(f"train/{name}", 0.0)) for name in MUST_BE_FINITE)
 
 
-def replay(path: Path, step: int, with_intermediates: bool, console: Console) -> bool:
+def replay(path: Path, step: int, with_intermediates: bool, console: Console) -> StepReplay:
     """Recompute a step of a run and print its metrics.
 
     With intermediates, also measure the step's tensors and write them to RUN/replay/step_K.html, or to a temporary
     folder if the run folder is not writable.
-
-    Returns:
-        True if the step matches its record bitwise, or the run does not log the step.
 
     Raises:
         UserError: As for `RecordedRun`, or the run does not have the step.
@@ -141,10 +164,12 @@ def replay(path: Path, step: int, with_intermediates: bool, console: Console) ->
         table.add_row(name.removeprefix("train/"), f"{value:.9g}", recorded, verdict)
     console.print(table, highlight=False)
     print_line(console, replayed.verdict)
-    if internals is not None:
-        print_tensors(internals.tensors, console)
-        print_line(console, f"All tensors of the step: {write_page(path, replayed, internals.tensors)}")
-    return replayed.is_same
+    if internals is None:
+        return StepReplay(replayed, (), None)
+    print_tensors(internals.tensors, console)
+    page = write_page(path, replayed, internals.tensors)
+    print_line(console, f"All tensors of the step: {page}")
+    return StepReplay(replayed, internals.tensors, page)
 
 
 def replay_one_step(run: RecordedRun, step: int, with_intermediates: bool) -> tuple[ReplayedStep, StepInternals | None]:

@@ -3,12 +3,16 @@
 import hashlib
 import shutil
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from rustgpt_jax.atomic_io import atomic_folder
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.reproduce.compare_metrics import (
+    ArrayComparison,
+    FirstDifference,
+    MetricComparison,
     compare_checkpoints,
     compare_records,
     compare_samples,
@@ -28,18 +32,55 @@ MAX_NAMED = 4
 INITIAL_FILES = ("config.json", "tokenizer.json", "parameters.safetensors", "import.json", "autotune.textproto")
 
 
-def rerun(path: Path, to: Path | None, console: Console, is_trusted: bool = False) -> int:
+class RunComparison(NamedTuple):
+    """The comparison of a run with its rerun.
+
+    Attributes:
+        is_same: Whether the results are the same.
+        metrics: The comparison of the recorded metrics.
+        tolerance: The relative tolerance of that comparison; 0 if it is bitwise.
+        n_texts: The number of samples that are equal.
+        text: The first sample that differs, or None.
+        arrays: The comparison of the last common checkpoints; None if the comparison is not bitwise.
+    """
+
+    is_same: bool
+    metrics: MetricComparison
+    tolerance: float = 0.0
+    n_texts: int = 0
+    text: FirstDifference | None = None
+    arrays: ArrayComparison | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Return the comparison as JSON has it."""
+        return {
+            "metrics": self.metrics.describe(),
+            "tolerance": self.tolerance,
+            "n_texts": self.n_texts,
+            "first_different_text": None if self.text is None else self.text._asdict(),
+            "checkpoint": self.arrays._asdict() if self.arrays is not None and self.arrays.n_arrays else None,
+        }
+
+
+class Rerun(NamedTuple):
+    """A rerun: the exit status, its folder, and the comparison, or None if a signal stopped the training."""
+
+    status: int
+    path: Path
+    comparison: RunComparison | None
+
+
+def rerun(path: Path, to: Path | None, console: Console, is_trusted: bool = False) -> Rerun:
     """Repeat a run in the folder `to` and compare the results.
+
+    The exit status is 0 if the results are the same, 1 if not, or that of the training if a signal stopped it; the same
+    command then resumes the rerun.
 
     Args:
         path: The folder of the run.
         to: The folder of the rerun; NAME.rerun next to the run by default.
         console: The console to print to.
         is_trusted: Whether the user allowed running code that is not installed here.
-
-    Returns:
-        The exit status: 0 if the results are the same, 1 if not, or that of the training if a signal stopped it; the
-        same command then resumes the rerun.
 
     Raises:
         UserError: The code is missing, or neither installed here nor trusted; `to` contains anything but a rerun of
@@ -62,9 +103,9 @@ def rerun(path: Path, to: Path | None, console: Console, is_trusted: bool = Fals
         _create_folder(run, new, launch)
         status = _train(run, new, code, console)
     if status:
-        return status
-    is_same = _compare_fused(run, new, console) if launch.mode == "fused" else _compare(run, new, console)
-    return 0 if is_same else 1
+        return Rerun(status, new.path, None)
+    found = _compare_fused(run, new, console) if launch.mode == "fused" else _compare(run, new, console)
+    return Rerun(0 if found.is_same else 1, new.path, found)
 
 
 def _create_folder(run: RunDir, new: RunDir, launch: Launch) -> None:
@@ -113,7 +154,7 @@ def _total_steps(run: RunDir) -> int:
         return 0
 
 
-def _compare(run: RunDir, new: RunDir, console: Console) -> bool:
+def _compare(run: RunDir, new: RunDir, console: Console) -> RunComparison:
     """Print for how many steps two runs are identical and, if they differ, the differences of their inputs."""
     metrics, arrays = compare_records(run.path, new.path), compare_checkpoints(run, new)
     n_texts, text = compare_samples(run.path, new.path, metrics.last_step)
@@ -129,15 +170,16 @@ def _compare(run: RunDir, new: RunDir, console: Console) -> bool:
         print_line(console, f"After step {arrays.step:,}, {same}{unequal}.")
     is_recorded = _check_record(run, console)
     sections = compare_metadata(run, new)
+    found = RunComparison(False, metrics, 0.0, n_texts, text, arrays)
     if first is not None or arrays.unequal or not metrics.last_step:
         for section in sections:
             print_section(section, console)
-        return False
+        return found
     data = next(section for section in sections if section.kind == "data")
     if data.differences:
         print_line(console, "The data differ, but no step read the changed part:")
         print_section(data, console)
-    return is_recorded and not data.differences
+    return found._replace(is_same=is_recorded and not data.differences)
 
 
 def _check_record(run: RunDir, console: Console) -> bool:
@@ -153,7 +195,7 @@ def _check_record(run: RunDir, console: Console) -> bool:
     return not missing
 
 
-def _compare_fused(run: RunDir, new: RunDir, console: Console) -> bool:
+def _compare_fused(run: RunDir, new: RunDir, console: Console) -> RunComparison:
     """Compare two runs within a tolerance; the first was trained fused with others and so is not bit-exact."""
     metrics = compare_records(run.path, new.path, FUSED_TOLERANCE)
     print_line(
@@ -163,8 +205,8 @@ def _compare_fused(run: RunDir, new: RunDir, console: Console) -> bool:
     if metrics.first_difference is None:
         counts = f"{metrics.n_values:,} recorded values"
         print_line(console, f"within {FUSED_TOLERANCE:g} for {metrics.last_step:,} steps: {counts}")
-        return metrics.last_step > 0
+        return RunComparison(metrics.last_step > 0, metrics, FUSED_TOLERANCE)
     print_line(console, f"within {FUSED_TOLERANCE:g} for {metrics.agreed:,} steps. {metrics.first_difference}")
     for section in compare_metadata(run, new):
         print_section(section, console)
-    return False
+    return RunComparison(False, metrics, FUSED_TOLERANCE)

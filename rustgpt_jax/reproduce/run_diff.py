@@ -12,7 +12,13 @@ from rich.console import Console
 from rustgpt_jax.atomic_io import read_json
 from rustgpt_jax.data.preprocess import read_data_record
 from rustgpt_jax.errors import UserError, short_repr
-from rustgpt_jax.reproduce.compare_metrics import ABSENT, compare_checkpoints, compare_records
+from rustgpt_jax.reproduce.compare_metrics import (
+    ABSENT,
+    ArrayComparison,
+    MetricComparison,
+    compare_checkpoints,
+    compare_records,
+)
 from rustgpt_jax.reproduce.step_trace import PARTS, TensorDifference, find_first_tensor
 from rustgpt_jax.tracking.console import print_line
 from rustgpt_jax.training.run_inputs import read_import_record
@@ -275,13 +281,65 @@ INPUTS = {
 NOT_COMPILED = ("batch", "before")
 
 
-def diff(first: Path, second: Path, console: Console, is_trusted: bool = False) -> bool:
-    """Print the differences between two runs, from their configs to the first tensor, and the likely cause.
+class StepComparison(NamedTuple):
+    """The comparison of what two runs computed.
+
+    Attributes:
+        is_same: Whether metrics and checkpoints are the same.
+        losses: The comparison of the losses.
+        metrics: The comparison of all metrics.
+        arrays: The comparison of the last common checkpoints.
+        tensor: The first tensor that differs, or None if it is not known.
+        cause: A sentence about the likely cause of the difference; None if there is none.
+    """
+
+    is_same: bool
+    losses: MetricComparison
+    metrics: MetricComparison
+    arrays: ArrayComparison
+    tensor: TensorDifference | None = None
+    cause: str | None = None
+
+
+class RunDiff(NamedTuple):
+    """The differences between two runs: those of their inputs, by kind, and of what they computed."""
+
+    sections: list[Section]
+    steps: StepComparison
+
+    @property
+    def is_same(self) -> bool:
+        """True if the runs are known to be the same; False if they differ or something could not be compared."""
+        return self.steps.is_same and not any(section.differences or section.missing for section in self.sections)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the differences as JSON has them."""
+        steps = self.steps
+        return {
+            "is_same": self.is_same,
+            "inputs": [
+                {
+                    "kind": section.kind,
+                    "not_compared": section.missing or None,
+                    "differences": [
+                        {name: getattr(each, name) for name in ("name", "first", "second", "matters")}
+                        for each in section.differences
+                    ],
+                }
+                for section in self.sections
+            ],
+            "losses": steps.losses.describe(),
+            "metrics": steps.metrics.describe(),
+            "checkpoint": steps.arrays._asdict() if steps.arrays.n_arrays else None,
+            "first_tensor": None if steps.tensor is None else steps.tensor._asdict(),
+            "cause": steps.cause,
+        }
+
+
+def diff(first: Path, second: Path, console: Console, is_trusted: bool = False) -> RunDiff:
+    """Print and return the differences between two runs, from their configs to the first tensor, and the likely cause.
 
     Steps are recomputed only with code that is also installed here, unless the runs' code `is_trusted`.
-
-    Returns:
-        True if the runs are known to be the same; False if they differ or something could not be compared.
 
     Raises:
         UserError: A folder is not a run.
@@ -294,11 +352,12 @@ def diff(first: Path, second: Path, console: Console, is_trusted: bool = False) 
     sections = compare_metadata(*runs)
     for section in sections:
         print_section(section, console)
-    is_same = _compare_steps(*runs, sections, console, is_trusted)
-    return is_same and not any(section.differences or section.missing for section in sections)
+    return RunDiff(sections, _compare_steps(*runs, sections, console, is_trusted))
 
 
-def _compare_steps(first: RunDir, second: RunDir, sections: list[Section], console: Console, is_trusted: bool) -> bool:
+def _compare_steps(
+    first: RunDir, second: RunDir, sections: list[Section], console: Console, is_trusted: bool
+) -> StepComparison:
     losses = compare_records(first.path, second.path, names=LOSSES)
     metrics, arrays = compare_records(first.path, second.path), compare_checkpoints(first, second)
     print_line(console, f"losses: {losses.first_difference or f'the same for {losses.last_step:,} steps'}")
@@ -307,7 +366,7 @@ def _compare_steps(first: RunDir, second: RunDir, sections: list[Section], conso
         if arrays.n_arrays:
             verdict = f"after step {arrays.step:,} all {arrays.n_arrays} arrays are the same"
         print_line(console, f"checkpoints: {verdict}")
-        return True
+        return StepComparison(True, losses, metrics, arrays)
     last_equal, first_different = metrics.last_step, arrays.step
     if metrics.first_difference:
         last_equal, first_different = metrics.agreed, metrics.first_difference.step
@@ -322,8 +381,9 @@ def _compare_steps(first: RunDir, second: RunDir, sections: list[Section], conso
         if tensor is not None:
             verdict = f"step {tensor.step:,}, {INPUTS[tensor.part].label}: {tensor.name}"
     print_line(console, f"first tensor: {verdict}")
-    print_line(console, _describe_cause(tensor, _likely_causes(tensor, sections)))
-    return False
+    cause = _describe_cause(tensor, _likely_causes(tensor, sections))
+    print_line(console, cause)
+    return StepComparison(False, losses, metrics, arrays, tensor, cause)
 
 
 def _likely_causes(tensor: TensorDifference | None, sections: Iterable[Section]) -> list[Difference]:

@@ -32,8 +32,8 @@ def print_preview(
     width: int | None,
     console: Console,
     spec: Spec = (),
-) -> None:
-    """Print the trials and the cost of each shape class on a machine, without using a device.
+) -> list[Plan]:
+    """Print the trials and the cost of each shape class on a machine, without using a device, and return the plans.
 
     For a TPE search, `trials` are sample points, and the cost is estimated from the first that can run.
 
@@ -67,6 +67,7 @@ def print_preview(
             f"{format_count(spec.n_runs * cost.total_flops)} FLOPs"
         )
     console.print(f"\n{total}. Nothing was run.", highlight=False)
+    return plans
 
 
 def _make_table(title: str, *columns: str) -> Table:
@@ -107,7 +108,7 @@ class SweepArgs:
 
 def run_sweep(
     tree: Any, spec: Spec, trials: Sequence[Trial], fixed: Overrides, path: Path, args: SweepArgs, console: Console
-) -> int:
+) -> tuple[int, list[Plan]]:
     """Run a sweep in a folder and write its report.
 
     Args:
@@ -120,7 +121,8 @@ def run_sweep(
         console: The console for the preview, the progress and the report.
 
     Returns:
-        The exit status: 1 if a trial failed, or the exit status for the signal that stopped the sweep.
+        The exit status: 1 if a trial failed, or the exit status for the signal that stopped the sweep. And the plans
+        of a dry run, which are empty otherwise.
     """
     options, is_tpe = args.options, isinstance(spec, TPE)
     check_options(options)
@@ -138,8 +140,7 @@ def run_sweep(
             search.check_components(trials)
         _check_each(trials, lambda trial: check_trials([trial], assets), is_tpe)
     if args.dry_run:
-        print_preview(trials, assets, detect_machine(), options.mode, options.width, console, spec)
-        return 0
+        return 0, print_preview(trials, assets, detect_machine(), options.mode, options.width, console, spec)
     with open_sweep(path, args.info, options, assets, console) as sweep:
         match spec:
             case SuccessiveHalving():
@@ -152,7 +153,7 @@ def run_sweep(
             case _:
                 sweep.add(trials)
                 sweep.run(trials)
-    return _finish(sweep, path, options.launcher, console)
+    return _finish(sweep, path, options.launcher, console), []
 
 
 def _check_each(trials: Sequence[Trial], check: Callable[[Trial], None], is_tpe: bool) -> None:

@@ -78,7 +78,7 @@ class Checkpoints:
         with _translate_io_errors(self._folder, "written" if is_writer else "read"), _orbax_lock:
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "about"))
         # Cached, so that all processes of a run delete the same checkpoints.
-        self._best = _read_best(self._best_file)
+        self._best = read_best_steps(self._best_file)
         self._scheduled: dict[int, bool] = {}
 
     def __enter__(self) -> "Checkpoints":
@@ -367,8 +367,8 @@ def _describe_error(error: Exception) -> str:
     return known or (line if len(line) <= MAX_REASON_CHARS else f"{line[:MAX_REASON_CHARS]}...")
 
 
-def _read_best(file: Path) -> list[int] | None:
-    """Read the steps of the best checkpoint and the previous best; [] without a file, None if it is damaged."""
+def read_best_steps(file: Path) -> list[int] | None:
+    """Return the steps of the best checkpoint and the previous best; [] without a file, None if it is damaged."""
     try:
         steps = json.loads(file.read_bytes())
     except FileNotFoundError:
