@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -290,9 +290,13 @@ def _exit(message: str, status: int, before_exit: Any = None) -> NoReturn:
     with _exit_lock:
         sys.stdout.flush()
         print(message, file=sys.stderr, flush=True)
+        for listener in exit_listeners:
+            listener(message.removeprefix("error: "), status)
         if before_exit is not None:
             before_exit()
         os._exit(status)
 
 
 _exit_lock = threading.Lock()
+# Called with the message and the exit status before this process exits at once.
+exit_listeners: list[Callable[[str, int], object]] = []

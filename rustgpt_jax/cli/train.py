@@ -58,7 +58,7 @@ def run_train(args: argparse.Namespace) -> VerbResult:
         return _submit(args, folder, config)
     if args.launcher != "inline":
         raise UserError(f"--launcher={args.launcher}: train runs inline, or as a job of slurm.")
-    from rustgpt_jax.distributed import initialize, is_process_zero, propagate_failures
+    from rustgpt_jax.distributed import exit_listeners, initialize, is_process_zero, propagate_failures
     from rustgpt_jax.process_setup import enable_compilation_cache
     from rustgpt_jax.training.run_training import train
     from rustgpt_jax.workdir.environment import enable_autotune_cache
@@ -67,7 +67,9 @@ def run_train(args: argparse.Namespace) -> VerbResult:
     enable_compilation_cache()
     initialize(args.coordinator_address, args.num_processes, args.process_id, args.barrier_timeout)
     console = PlainTextConsole(quiet=not is_process_zero())
-    if not is_process_zero():
+    if is_process_zero():
+        exit_listeners.append(DOCUMENT.write_error)
+    else:
         DOCUMENT.cancel()
     with propagate_failures():
         first_step = max(RunDir(folder).saved_steps, default=0)
@@ -82,11 +84,44 @@ def run_train(args: argparse.Namespace) -> VerbResult:
         console.print(f"Talk to it:  python launch.py chat {folder}", highlight=False)
     if not DOCUMENT.is_requested:
         return VerbResult(status, {})
-    from rustgpt_jax.cli.documents import describe_run
-
     document = describe_run(folder)
     document |= {"first_step": first_step, "is_complete": status == 0, "seconds": time.monotonic() - began}
     return VerbResult(status, document)
+
+
+def describe_run(path: Path) -> dict[str, Any]:
+    """Return the state of a run: its steps, last and best metrics, checkpoints and files, as JSON has them."""
+    from rustgpt_jax.tracking.metric_writer import iter_metrics, last_metrics
+    from rustgpt_jax.training.checkpointing import read_best_steps
+    from rustgpt_jax.workdir.run_dir import RunDir, load_stages
+
+    run = RunDir(path)
+    saved = run.saved_steps
+    best_step = next((step for step in read_best_steps(run.checkpoints / "best") or () if step in saved), None)
+    best, last_evaluation = None, dict[str, Any]()
+    for line in iter_metrics(path, containing=b'"valid/loss"'):
+        last_evaluation = line
+        best = line if line["step"] == best_step else best
+    last = last_evaluation | last_metrics(path)
+    files = {
+        "config": run.config_file,
+        "metrics": run.metrics_file,
+        "samples": run.samples_file,
+        "tokenizer": run.tokenizer_file,
+        "checkpoints": run.checkpoints,
+        "loss_curves": run.loss_png,
+        "tensorboard": run.tensorboard,
+    }
+    return {
+        "run": path,
+        "step": max(saved, default=0),
+        "total_steps": load_stages(path)[-1].end_step,
+        "last": last or None,
+        "best": best,
+        "tokens_per_second": last.get("train/tokens_per_second"),
+        "checkpoints": {"last": max(saved, default=None), "best": best_step, "steps": saved},
+        "files": {name: file if file.exists() else None for name, file in files.items()},
+    }
 
 
 def _submit(args: argparse.Namespace, folder: Path, config: Any) -> VerbResult:
@@ -151,6 +186,7 @@ def run_sweep(args: argparse.Namespace) -> VerbResult:
     else:
         trials = make_trials(values, spec.trials if isinstance(spec, SuccessiveHalving) else spec, fixed)
     from rustgpt_jax.sweeps import sweep_command as sweeps
+    from rustgpt_jax.sweeps.report import describe_sweep
     from rustgpt_jax.sweeps.sweep import SweepInfo, SweepOptions
 
     settings = SweepOptions(args.launcher, args.mode, args.width, args.workers, dict(args.slurm))
@@ -159,12 +195,11 @@ def run_sweep(args: argparse.Namespace) -> VerbResult:
     name = "_".join([Path(args.config).stem, *function.__name__.split("_", 1)[1:]])
     folder = Path(args.run or Path("runs") / name)
     status, plans = sweeps.run_sweep(values, spec, trials, fixed, folder, sweep_args, PlainTextConsole())
-    from rustgpt_jax.cli.documents import describe_plans, describe_sweep
-
     if not args.dry_run:
         return VerbResult(status, describe_sweep(folder))
     n_trials = spec.n_runs if isinstance(spec, TPE) else len(trials)
-    return VerbResult(status, describe_plans(folder, n_trials, plans))
+    classes = [plan.describe() for plan in plans]
+    return VerbResult(status, {"sweep": folder, "n_trials": n_trials, "shape_classes": classes})
 
 
 def add_report_arguments(parser: VerbParser) -> None:
@@ -176,11 +211,9 @@ def run_report(args: argparse.Namespace) -> VerbResult:
     """Summarize a sweep: a table, results.csv and report.html."""
     if args.run is None:
         raise UserError("No sweep given: add the folder of a sweep, such as runs/learning_rate.")
-    from rustgpt_jax.sweeps.report import report
+    from rustgpt_jax.sweeps.report import describe_sweep, report
     from rustgpt_jax.tracking.console import PlainTextConsole
 
     console = PlainTextConsole()
     console.print(f"Report: {report(Path(args.run), console)}", highlight=False)
-    from rustgpt_jax.cli.documents import describe_sweep
-
     return VerbResult(0, describe_sweep(Path(args.run)))

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -96,6 +97,20 @@ class Plan:
         cost = self.shape_class.cost
         steps_at_once = self.width if self.mode == "fused" else 1
         return 2 * self.width * cost.state_bytes + steps_at_once * cost.working_bytes
+
+    def describe(self) -> dict[str, Any]:
+        """Return the plan with the cost of its trials, as JSON has them."""
+        cost = self.shape_class.cost
+        return {
+            "trials": [{"id": trial.id, "knobs": trial.overrides} for trial in self.shape_class.trials],
+            "mode": self.mode,
+            "width": self.width,
+            "reason": self.reason,
+            "memory_bytes": self.memory,
+            "n_parameters": cost.parameters,
+            "tokens_per_trial": cost.tokens,
+            "flops_per_trial": cost.total_flops,
+        }
 
     def chunks(self, wanted: Iterable[str], until: int | None = None) -> list[Chunk]:
         """Divide all trials of the class into chunks, and return the chunks with only the wanted trials."""

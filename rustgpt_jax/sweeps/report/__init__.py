@@ -1,12 +1,13 @@
 """The report of a sweep: a table in the terminal, results.csv, and report.html, a single self-contained file."""
 
 import ast
+import dataclasses
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -40,6 +41,7 @@ from rustgpt_jax.sweeps.report.results import (
     read_results,
     write_csv,
 )
+from rustgpt_jax.sweeps.sweep_dir import SweepDir
 from rustgpt_jax.tracking.console import replace_control_characters
 
 MAX_ROWS, MAX_ERRORS = 20, 5
@@ -79,6 +81,65 @@ def report(folder: Path, console: Console) -> Path:
     target = folder / "report.html"
     write_atomically(target, render_page(results).encode(errors="backslashreplace"))
     return target
+
+
+def describe_sweep(path: Path) -> dict[str, Any]:
+    """Return the results of a sweep, as JSON has them: its trials, its settings, best first, and the best trial."""
+    results = read_results(path)
+    ranked = rank_settings(results) if results.finished else ()
+    metric = METRICS[results.metric]
+    best = None
+    if ranked:
+        finished = [trial for trial in ranked[0].setting.trials if trial.final_loss is not None]
+        best = _describe_trial(path, min(finished, key=lambda trial: trial.final_loss or 0.0))
+    return {
+        "sweep": path,
+        "name": results.name,
+        "metric": {"name": results.metric, "description": metric.name, "unit": metric.unit},
+        "knobs": results.swept,
+        "counts": results.counts,
+        "best": best,
+        "settings": [_describe_setting(row) for row in ranked],
+        "trials": [_describe_trial(path, trial) for trial in results.trials],
+        "comparisons": describe_comparisons(results, ranked) if ranked else [],
+        "notes": list_notes(results, ranked) if ranked else [],
+        "files": {"report": _existing(path / "report.html"), "results": _existing(path / "results.csv")},
+    }
+
+
+def _existing(path: Path) -> Path | None:
+    return path if path.exists() else None
+
+
+def _describe_setting(row: RankedSetting) -> dict[str, Any]:
+    comparison = None if row.comparison is None else dataclasses.asdict(row.comparison)
+    return {
+        "knobs": row.setting.knobs,
+        "mean_loss": row.interval.mean,
+        "interval": [row.interval.low, row.interval.high] if row.interval.n > 1 else None,
+        "n_finished": row.interval.n,
+        "n_diverged": row.setting.n_diverged,
+        "trials": [trial.id for trial in row.setting.trials],
+        "difference_from_best": comparison,
+        "is_significantly_worse": row.is_significantly_worse,
+    }
+
+
+def _describe_trial(path: Path, trial: TrialResult) -> dict[str, Any]:
+    return {
+        "id": trial.id,
+        "run": SweepDir(path).trial(trial.id).path,
+        "status": trial.status,
+        "knobs": trial.knobs,
+        "step": trial.step,
+        "total_steps": trial.total_steps,
+        "final_loss": trial.final_loss,
+        "best_loss": trial.best_loss,
+        "train_loss": trial.train_loss,
+        "valid_loss": trial.valid_loss,
+        "bits_per_byte": trial.bits_per_byte,
+        "error": trial.error,
+    }
 
 
 def _make_terminal_table(results: Results, ranked: tuple[RankedSetting, ...]) -> Table:
@@ -189,7 +250,7 @@ def _render_section(title: str, sentences: list[str], rest: str = "") -> str:
     return f"<section><h2>{title}</h2><ul>{items}</ul>{rest}</section>" if sentences else ""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Column:
     """A column of the settings table.
 
