@@ -1,10 +1,11 @@
-"""The verbs that inspect a config or a component without training: `explain`, `plan` and `check`."""
+"""The verbs that inspect a config, a component or the output without training: `explain`, `plan`, `check`, `schema`."""
 
 import argparse
+import json
 
 from rustgpt_jax.cli.arguments import MAX_PROCESSES, VerbParser, read_config, whole_number
-from rustgpt_jax.cli.output import VerbResult
-from rustgpt_jax.errors import UserError
+from rustgpt_jax.cli.output import SCHEMAS, VerbResult, load_schema
+from rustgpt_jax.errors import UserError, suggest_names
 
 
 def add_explain_arguments(parser: VerbParser) -> None:
@@ -94,3 +95,20 @@ def run_check(args: argparse.Namespace) -> VerbResult:
     ]
     document = {"n_passed": n_passed, "n_failed": len(outcomes) - n_passed, "checks": checks}
     return VerbResult(0 if n_passed == len(outcomes) else 1, document)
+
+
+def add_schema_arguments(parser: VerbParser) -> None:
+    """Add the argument of `schema`."""
+    parser.add_argument("name", metavar="VERB", nargs="?", help="The verb.")
+
+
+def run_schema(args: argparse.Namespace) -> VerbResult:
+    """Print the JSON Schema of the document that a verb writes with --json."""
+    names = sorted(file.stem for file in SCHEMAS.glob("*.json") if file.stem != "document")
+    if args.name is None:
+        raise UserError(f"No verb given: add one of {', '.join(names)}.")
+    if args.name not in names:
+        raise UserError(f"Unknown verb {args.name!r}.{suggest_names(args.name, names)}")
+    schema = load_schema(args.name)
+    print(json.dumps(schema, indent=2))
+    return VerbResult(0, {"schema": schema})

@@ -75,6 +75,7 @@ VERBS = {
     "diff": Verb(reproduce.add_diff_arguments, reproduce.run_diff, "runs/a runs/b", reads_overrides=False),
     "doctor": Verb(reproduce.add_doctor_arguments, reproduce.run_doctor, "runs/rustgpt", reads_overrides=False),
     "check": Verb(explain.add_check_arguments, explain.run_check, "mixers/attention"),
+    "schema": Verb(explain.add_schema_arguments, explain.run_schema, "train", reads_overrides=False),
     "import": Verb(models.add_import_arguments, models.run_import, "--from=DIR --run=runs/llama"),
     "export": Verb(
         models.add_export_arguments, models.run_export, "runs/rustgpt --to=rustgpt.gguf", reads_overrides=False

@@ -1,7 +1,8 @@
 """The result of a verb: its exit status and, with `--json`, one JSON document on standard output.
 
 With `--json`, everything else that the process, its libraries and its child processes print goes to standard error.
-docs/reference/json.md describes the document, and the folder schemas its results.
+docs/reference/json.md describes the document. The folder schemas has its JSON Schema, document.json, and one file for the
+result of each verb.
 """
 
 import json
@@ -9,10 +10,12 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 SCHEMA_VERSION = 1
 INTERRUPTED = 130
+SCHEMAS = Path(__file__).parent / "schemas"
 
 
 class VerbResult(NamedTuple):
@@ -25,6 +28,15 @@ class VerbResult(NamedTuple):
 
     status: int
     document: dict[str, Any]
+
+
+def load_schema(verb: str) -> dict[str, Any]:
+    """Return the JSON Schema of the document of a verb."""
+    schema, result = (json.loads((SCHEMAS / f"{name}.json").read_text(encoding="utf-8")) for name in ("document", verb))
+    schema["title"] = f"The document of {verb} --json"
+    schema["properties"]["verb"] = {"description": "The verb.", "const": verb}
+    schema["$defs"]["result"] = result
+    return schema
 
 
 def to_json(value: Any) -> Any:
