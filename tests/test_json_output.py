@@ -1,22 +1,28 @@
-"""`--json`: one document on standard output, described by the schemas that ship with the package."""
+"""`--json`: one document on standard output, described by the schemas that ship with the package; and AGENTS.md."""
 
+import csv
 import dataclasses
 import json
 import math
+import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from test_cli import LAUNCH, TINY, environment, run_all, start_training
 
 from rustgpt_jax.cli.main import VERBS, parse_args
 from rustgpt_jax.cli.output import SCHEMAS, load_schema, to_json
+from rustgpt_jax.training.load_model import load_model
 
 # The schemas.
 
@@ -255,3 +261,52 @@ def test_a_preempted_run_has_a_result(tmp_path: Path) -> None:
     assert document["status"] == process.returncode == 75
     assert not document["result"]["is_complete"]
     assert document["result"]["checkpoints"]["last"] == document["result"]["step"] > 0
+
+
+# AGENTS.md.
+
+RATE = "optimizer.learning_rate"
+
+
+def verb_of(file: Path) -> str:
+    return "sweep" if file.stem == "plan" else file.stem
+
+
+def run_page(folder: Path) -> dict[str, dict[str, Any]]:
+    """Run the code blocks of AGENTS.md in a folder, and return the documents by the names of their files."""
+    for name, command in {"rustgpt": f"{sys.executable} {LAUNCH}", "python": sys.executable}.items():
+        (folder / "bin").mkdir(exist_ok=True)
+        (folder / "bin" / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        (folder / "bin" / name).chmod(0o755)
+    variables = environment() | {"PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    page = (Path(LAUNCH).parent / "AGENTS.md").read_text()
+    for language, code in re.findall(r"```(bash|python)\n(.*?)```", page, re.DOTALL):
+        if language == "python":
+            (folder / "rates.py").write_text(code)
+            continue
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", code], cwd=folder, env=variables, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    return {file.stem: parse(file.read_text(), verb_of(file))["result"] for file in folder.glob("*.json")}
+
+
+@pytest.mark.slow
+def test_an_agent_trains_sweeps_decides_and_exports_with_the_commands_of_the_page(tmp_path: Path) -> None:
+    results = run_page(tmp_path)
+    assert results["train"]["is_complete"] and results["train"]["step"] == 60
+    losses: dict[float, list[float]] = {}
+    for trial in results["sweep"]["trials"]:
+        losses.setdefault(trial["knobs"][RATE], []).append(trial["final_loss"])
+    better = min(losses, key=lambda rate: fmean(losses[rate]))
+    assert better == 1e-2 == results["sweep"]["best"]["knobs"][RATE] == results["sweep"]["settings"][0]["knobs"][RATE]
+    assert {row["trial"]: float(row["valid_loss"]) for row in csv.DictReader(open(tmp_path / "runs/rates/results.csv"))} == {
+        trial["id"]: trial["final_loss"] for trial in results["sweep"]["trials"]
+    }
+    assert results["plan"]["n_trials"] == 4
+    assert results["evaluate"]["evaluations"][0]["metrics"]["loss"] == results["sweep"]["best"]["final_loss"]
+    assert results["generate"]["samples"][0]["text"]
+    assert {file["path"] for file in results["export"]["files"]} >= {"winner/config.json", "winner/model.safetensors"}
+    trained = load_model(tmp_path / results["sweep"]["best"]["run"]).generator.params["embedding"]["table"]
+    exported = load_file(tmp_path / "winner/model.safetensors")
+    assert any(array.shape == trained.shape and (array == trained).all() for array in exported.values())
