@@ -99,7 +99,10 @@ def fake_model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
         requests: list[Request] = []
 
         def stream_text(
-            generator: TextGenerator, prompt: Sequence[int], sampling: SamplingConfig, on_end: Callable[[Ending], object]
+            generator: TextGenerator,
+            prompt: Sequence[int],
+            sampling: SamplingConfig,
+            on_end: Callable[[Ending], object],
         ) -> Iterator[str]:
             requests.append(Request(prompt, sampling))
             yield from pieces

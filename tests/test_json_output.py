@@ -20,7 +20,7 @@ import pytest
 from safetensors.numpy import load_file
 from test_cli import LAUNCH, TINY, environment, run_all, start_training
 
-from rustgpt_jax.cli.main import VERBS, parse_args
+from rustgpt_jax.cli.main import VERBS
 from rustgpt_jax.cli.output import SCHEMAS, load_schema, to_json
 from rustgpt_jax.training.load_model import load_model
 
@@ -300,9 +300,9 @@ def test_an_agent_trains_sweeps_decides_and_exports_with_the_commands_of_the_pag
         losses.setdefault(trial["knobs"][RATE], []).append(trial["final_loss"])
     better = min(losses, key=lambda rate: fmean(losses[rate]))
     assert better == 1e-2 == results["sweep"]["best"]["knobs"][RATE] == results["sweep"]["settings"][0]["knobs"][RATE]
-    assert {row["trial"]: float(row["valid_loss"]) for row in csv.DictReader(open(tmp_path / "runs/rates/results.csv"))} == {
-        trial["id"]: trial["final_loss"] for trial in results["sweep"]["trials"]
-    }
+    rows = csv.DictReader((tmp_path / "runs/rates/results.csv").read_text().splitlines())
+    final_losses = {trial["id"]: trial["final_loss"] for trial in results["sweep"]["trials"]}
+    assert {row["trial"]: float(row["valid_loss"]) for row in rows} == final_losses
     assert results["plan"]["n_trials"] == 4
     assert results["evaluate"]["evaluations"][0]["metrics"]["loss"] == results["sweep"]["best"]["final_loss"]
     assert results["generate"]["samples"][0]["text"]

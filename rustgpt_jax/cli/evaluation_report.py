@@ -77,10 +77,13 @@ def print_evaluation(
     for row in found:
         name = row.stage if row.weight_dtype is None else f"{row.stage}, weights in {row.weight_dtype}"
         losses = [f"{value:.4f}" for value in row.metrics.values()] or ["no validation text", "", ""]
-        counts = [f"{right} of {total} ({right / total:.1%})" if total else "none" for right, total in row.answers.values()]
-        table.add_row(name, *losses, *counts)
+        table.add_row(name, *losses, *(_format_count(*count) for count in row.answers.values()))
     console.print(table)
     return found
+
+
+def _format_count(right: int, total: int) -> str:
+    return f"{right} of {total} ({right / total:.1%})" if total else "none"
 
 
 def _measure_loss(writer: TextGenerator, data: StageData, console: Console) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """The result of a verb: its exit status and, with `--json`, one JSON document on standard output.
 
 With `--json`, everything else that the process, its libraries and its child processes print goes to standard error.
-docs/reference/json.md describes the document. The folder schemas has its JSON Schema, document.json, and one file for the
-result of each verb.
+docs/reference/json.md describes the document. The folder schemas has its JSON Schema, document.json, and one file for
+the result of each verb.
 """
 
 import json

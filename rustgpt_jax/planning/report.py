@@ -65,8 +65,7 @@ class ConfigSummary(NamedTuple):
         overrides = {stage.name: dict(stage.overrides) for stage in config.stages}
         return {
             "config": {
-                path: {"value": value, "origin": self.origins.get(path)}
-                for path, value in flatten(self.config).items()
+                path: {"value": value, "origin": self.origins.get(path)} for path, value in flatten(self.config).items()
             },
             "stages": [_describe_stage(stage, overrides.get(stage.name, {})) for stage in stages(config)],
             "parameters": {
