@@ -137,6 +137,7 @@ SMALL = (
     "--config.model.attention.n_kv_heads=None",
     "--config.model.context_length=16",
     "--config.training.steps=8",
+    "--config.schedule.warmup_steps=2",
     "--config.logging.log_every=1",
     "--config.logging.eval_every=4",
     "--config.logging.checkpoint_every=4",
