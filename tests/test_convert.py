@@ -14,12 +14,13 @@ import pytest
 from conftest import small_tree
 from rich.console import Console
 
-from rustgpt_jax.config.schema import config_hash
+from rustgpt_jax.config.schema import config_hash, replace_paths
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.text_generator import generate_text
 from rustgpt_jax.interop import convert
 from rustgpt_jax.interop.convert import LogitComparison, export_run, import_run
+from rustgpt_jax.interop.warm_start import create_warm_started_run
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training.load_model import load_model
 from rustgpt_jax.training.run_training import train
@@ -95,6 +96,23 @@ def test_an_untrained_run_is_exported_as_it_was_imported(folder: Path, back: Run
     for name in FILES:
         assert filecmp.cmp(folder / name, tmp_path / "again" / name, shallow=False), name
         assert filecmp.cmp(tmp_path / "again" / name, tmp_path / "thrice" / name, shallow=False), name
+
+
+@pytest.mark.parametrize("is_same_model", [True, False])
+def test_a_run_started_from_an_import_is_exported(
+    is_same_model: bool, folder: Path, back: RunDir, tmp_path: Path
+) -> None:
+    config = load_config(back.path)
+    if not is_same_model:
+        config = replace_paths(config, {"model.norm": "layernorm", "model.feedforwards": ("gelu",), "model.bias": True})
+    create_warm_started_run(str(back.path), tmp_path / "run", config, {}, quiet)
+    if is_same_model:
+        export_run(tmp_path / "run", tmp_path / "again", "last", None, quiet)
+        for name in FILES:
+            assert filecmp.cmp(folder / name, tmp_path / "again" / name, shallow=False), name
+    else:
+        with pytest.raises(UserError, match="No supported Hugging Face architecture"):
+            export_run(tmp_path / "run", tmp_path / "again", "last", None, quiet)
 
 
 def test_origins_name_the_imported_folder(folder: Path, back: RunDir) -> None:

@@ -192,7 +192,9 @@ def export_run(path: Path, folder: Path, which: str, dtype: str | None, log: Log
         params, is_dialogue = trained.generator.params, trained.generator.is_dialogue
     record = read_import_record(run)
     is_imported = isinstance(record.get("architecture"), str) and isinstance(record.get("special_tokens"), dict)
-    if run.import_file.exists() and not is_imported:
+    # A warm start records them only if its model and tokenizer are those of an import.
+    is_warm_start = "loaded" in record and not {"architecture", "special_tokens"} & record.keys()
+    if run.import_file.exists() and not (is_imported or is_warm_start):
         raise UserError(f"{run.import_file} is damaged: it does not name the imported architecture and special tokens.")
 
     def finish(temporary: Path) -> None:

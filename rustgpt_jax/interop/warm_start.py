@@ -10,7 +10,7 @@ import numpy as np
 
 from rustgpt_jax.atomic_io import atomic_folder
 from rustgpt_jax.cache_dir import cache_folder
-from rustgpt_jax.config.schema import FIELDS, Config, ModelConfig, diff, partition, stages
+from rustgpt_jax.config.schema import FIELDS, Config, ModelConfig, diff, for_inference, partition, stages
 from rustgpt_jax.data.preprocess import fill_vocab_size, load_or_train_tokenizer, resolve_epochs_of_text
 from rustgpt_jax.data.token_store import hash_tokenizer
 from rustgpt_jax.errors import UserError
@@ -108,6 +108,10 @@ def create_warm_started_run(source: str, path: Path, config: Config, origins: Ma
         record = {"source": source, "step": loaded.step, "tokenizer": hash_tokenizer(tokenizer), **report._asdict()}
         names = (*report.loaded, *report.partially_loaded)
         record["fingerprints"] = fingerprint_tree({name: params[name] for name in names})
+        if is_same_tokenizer and for_inference(full_config.model) == for_inference(loaded.config.model):
+            # An export then writes the same architecture and special tokens as the imported folder has.
+            source_record = read_import_record(RunDir(folder))
+            record |= {key: source_record[key] for key in ("architecture", "special_tokens") if key in source_record}
         new.import_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     for message in (
         *resolved.messages,
