@@ -22,7 +22,7 @@ from conftest import small_config
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rustgpt_jax.config.schema import Config, partition
+from rustgpt_jax.config.schema import Config, partition, replace_paths
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.evaluation import loss
 from rustgpt_jax.interop.convert import export_run
@@ -258,20 +258,23 @@ def test_resume_is_bit_exact_for_any_interruptions(
 
 
 @pytest.mark.parametrize(
-    ("step", "boundary"),
+    ("step", "boundary", "best_metric"),
     # A step without a scheduled checkpoint, the last step of a stage, which has one, and the end of the run.
     [
-        (4, None),
-        pytest.param(3, 3, marks=pytest.mark.slow),
-        pytest.param(10, None, marks=pytest.mark.slow),
+        (4, None, "train/mean_loss"),
+        pytest.param(3, 3, "valid/loss", marks=pytest.mark.slow),
+        pytest.param(10, None, "valid/loss", marks=pytest.mark.slow),
     ],
 )
 def test_resume_after_a_stop_during_evaluation_is_bit_exact(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, boundary: int | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, boundary: int | None, best_metric: str
 ) -> None:
-    config = config_of("facts", "byte", 1, boundary)
+    config = replace_paths(config_of("facts", "byte", 1, boundary), {"logging.best_metric": best_metric})
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert train(config, straight)[0]
+    values = {line["step"]: line[best_metric] for line in metrics(straight) if line.get(best_metric)}
+    last_stage = {step: value for step, value in values.items() if step > (boundary or 0)}
+    assert int(stored_state(config, straight, "best").step) == min(last_stage, key=last_stage.__getitem__)
     sums = loss.eval_loss_sums
 
     def first_batch_then_signal(*arguments: Any) -> Any:
