@@ -82,6 +82,14 @@ def test_links_and_tests_of_a_page_exist(page: str) -> None:
     assert not broken
 
 
+def test_every_page_is_in_the_nav() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:")[1]
+    assert sorted(re.findall(r"[:-] ([\w/.-]+\.(?:md|ipynb))$", nav, re.MULTILINE)) == sorted(
+        [*PAGES, *(f"source/{name}" for name in ("AGENTS.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"))]
+        + [str(file.relative_to(DOCS)) for file in DOCS.rglob("*.ipynb")]
+    )
+
+
 # Tables and the generated reference.
 
 
