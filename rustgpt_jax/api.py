@@ -172,7 +172,7 @@ def sweep(
     folder = Path(workdir)
     info = SweepInfo("", "sweep", origins)
     arguments = SweepArgs(info, SweepOptions(launcher, mode, None, None, {}), dry_run=False)
-    status = run_sweep(values, spec, planned, {}, folder, arguments, _make_console(is_quiet))
+    status, _ = run_sweep(values, spec, planned, {}, folder, arguments, _make_console(is_quiet))
     if status not in (0, 1):
         raise KeyboardInterrupt(f"The sweep in {workdir} was interrupted; the same call continues it.")
     with open(folder / "results.csv", newline="", encoding="utf-8") as file:
