@@ -1,18 +1,18 @@
 """GPT-2 124M (OpenAI 2019) on any text, for an accelerator: half a million tokens a step, 300 billion in all.
 
-python launch.py train --config=configs/gpt2_124m.py --config.data.paths='openwebtext/*.jsonl'
+rustgpt train --config=gpt2_124m --config.data.paths='openwebtext/*.jsonl'
 
 Plan for about 20 GB of device memory at these settings; raise config.training.grad_accum_steps for less.
 """
 
 from ml_collections import ConfigDict
 
-from configs import base
+from rustgpt_jax import load_config
 
 
 def get_config() -> ConfigDict:
     """12 layers, 12 heads, 768 wide, context 1024, learned positions, LayerNorm with biases, GELU, tied embeddings."""
-    config = base.get_config()
+    config = load_config("base")
     config.tokenizer.name = "bpe"
     config.tokenizer.vocab_size = 50257
     config.data.corpus = "files"

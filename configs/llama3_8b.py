@@ -1,18 +1,18 @@
 """Llama 3 8B (arXiv 2407.21783) on any text, for 64 accelerators: half a million tokens a step.
 
-python launch.py plan --config=configs/llama3_8b.py --devices=64 --chip=h100
-python launch.py train --config=configs/llama3_8b.py --config.data.paths='text/*.jsonl'
+rustgpt plan --config=llama3_8b --devices=64 --chip=h100
+rustgpt train --config=llama3_8b --config.data.paths='text/*.jsonl'
 """
 
 from ml_collections import ConfigDict
 
-from configs import base
+from rustgpt_jax import load_config
 from rustgpt_jax.model.presets import FAMILIES
 
 
 def get_config() -> ConfigDict:
     """32 layers of width 4096, 32 query heads, 8 key-value heads, context 8192; parameters sharded over all devices."""
-    config = base.get_config()
+    config = load_config("base")
     config.tokenizer.name = "bpe"
     config.tokenizer.vocab_size = 128_256
     config.data.corpus = "files"

@@ -1,18 +1,18 @@
 """A small modern model on real text: the source of the running Python's standard library, with byte-pair encoding.
 
-python launch.py train --config=configs/python_stdlib.py
+rustgpt train --config=python_stdlib
 
 Nothing is downloaded: the corpus is part of every Python installation. Training takes about 12 minutes on two cores.
 """
 
 from ml_collections import ConfigDict
 
-from configs import base
+from rustgpt_jax import load_config
 
 
 def get_config() -> ConfigDict:
     """RoPE, RMSNorm, SwiGLU, QK-norm and grouped heads, trained with Muon."""
-    config = base.get_config()
+    config = load_config("base")
     config.tokenizer.name = "bpe"
     config.tokenizer.vocab_size = 4096
     config.data.corpus = "python_stdlib"

@@ -1,17 +1,17 @@
 """RustGPT's task: pretrain on facts, then learn to answer questions, in about a minute on two cores.
 
-python launch.py train --config=configs/rustgpt.py
-python launch.py chat runs/rustgpt
+rustgpt train --config=rustgpt
+rustgpt chat runs/rustgpt
 """
 
 from ml_collections import ConfigDict
 
-from configs import base
+from rustgpt_jax import load_config
 
 
 def get_config() -> ConfigDict:
     """A small word-level model, pretrained on facts, then instruction-tuned on dialogues."""
-    config = base.get_config()
+    config = load_config("base")
     config.tokenizer.name = "word"
     config.tokenizer.vocab_size = None
     config.data.valid_fraction = 0.05

@@ -1,18 +1,18 @@
 """nanoGPT's small recipe for a CPU, on any text file: 0.8M parameters, 2,000 steps, characters as tokens.
 
-python launch.py train --config=configs/shakespeare_char.py --config.data.paths=tinyshakespeare.txt
+rustgpt train --config=shakespeare_char --config.data.paths=tinyshakespeare.txt
 
 nanoGPT's README gives a validation loss of 1.88 on tiny Shakespeare (first 90% training, the rest validation).
 """
 
 from ml_collections import ConfigDict
 
-from configs import base
+from rustgpt_jax import load_config
 
 
 def get_config() -> ConfigDict:
     """GPT-2's architecture without biases, AdamW, a cosine schedule from 1e-3 to 1e-4."""
-    config = base.get_config()
+    config = load_config("base")
     config.tokenizer.name = "char"
     config.tokenizer.vocab_size = None
     config.data.corpus = "files"

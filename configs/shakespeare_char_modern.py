@@ -1,18 +1,18 @@
 """A modern architecture and optimizer with about as many parameters and tokens as shakespeare_char.py.
 
-python launch.py train --config=configs/shakespeare_char_modern.py --config.data.paths=tinyshakespeare.txt
+rustgpt train --config=shakespeare_char_modern --config.data.paths=tinyshakespeare.txt
 
 experiments/shakespeare.py compares the two over three seeds.
 """
 
 from ml_collections import ConfigDict
 
-from configs import shakespeare_char
+from rustgpt_jax import load_config
 
 
 def get_config() -> ConfigDict:
     """RoPE, RMSNorm, SwiGLU and QK-norm, trained with Muon and a learning rate that decays linearly to zero."""
-    config = shakespeare_char.get_config()
+    config = load_config("shakespeare_char")
     config.model.norm = "rmsnorm"
     config.model.norm_eps = 1e-6
     config.model.positions = ("rope",)

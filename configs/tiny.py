@@ -1,16 +1,16 @@
 """A run that takes seconds, for tests and first experiments: a two-layer byte-level model on the bundled facts.
 
-python launch.py train --config=configs/tiny.py
+rustgpt train --config=tiny
 """
 
 from ml_collections import ConfigDict
 
-from configs import base
+from rustgpt_jax import load_config
 
 
 def get_config() -> ConfigDict:
     """Return the default config with a smaller model and fewer steps."""
-    config = base.get_config()
+    config = load_config("base")
     config.tokenizer.name = "byte"
     config.tokenizer.vocab_size = None
     config.model.context_length = 32

@@ -1,6 +1,6 @@
 """How sensitive is the loss to the learning rate at several widths, and do QK-norm or a z-loss reduce this?
 
-python launch.py sweep --config=experiments/learning_rate.py
+rustgpt sweep --config=learning_rate
 
 Three widths, seven learning rates from 3e-4 to 3e-1, two seeds, three variants: 126 models of two layers, trained on
 the bytes of the running Python's standard library. The learning-rate sensitivity (arXiv 2309.14322) is the mean over
@@ -23,7 +23,7 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from configs import base
+from rustgpt_jax import load_config
 from rustgpt_jax.sweeps import Overrides, chain, product, seeds, values
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -31,7 +31,7 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 def get_config() -> ConfigDict:
     """Return the config of a two-layer byte-level GPT that trains in seconds."""
-    config = base.get_config()
+    config = load_config("base")
     config.tokenizer.name = "byte"
     config.tokenizer.vocab_size = None
     config.data.corpus = "python_stdlib"

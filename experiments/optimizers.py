@@ -1,6 +1,6 @@
 """Which optimizer reaches the lowest loss in a fixed number of steps, with the same tuning budget for each?
 
-python launch.py sweep --config=experiments/optimizers.py
+rustgpt sweep --config=optimizers
 
 AdamW, Lion, Muon and schedule-free AdamW train the same model on the same data for the same number of steps. Each has
 the same tuning budget: five learning rates, a factor of 3 apart, around its usual one, with three seeds each. Weight
@@ -26,7 +26,7 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from experiments import learning_rate
+from rustgpt_jax import load_config
 from rustgpt_jax.sweeps import Overrides, chain, product, seeds, values
 
 FACTORS = (1 / 9, 1 / 3, 1, 3, 9)
@@ -36,7 +36,7 @@ ADAMW, LION, MUON, SCHEDULE_FREE = 9e-3, 9e-4, 2e-2, 9e-3
 
 def get_config() -> ConfigDict:
     """Return the config of experiments/learning_rate.py with more steps."""
-    config = learning_rate.get_config()
+    config = load_config("learning_rate")
     config.model.d_model = 64
     config.model.attention.n_heads = 4
     config.model.attention.qk_norm = "head"

@@ -19,15 +19,15 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from configs import shakespeare_char, shakespeare_char_modern
+from rustgpt_jax import load_config
 
 FLAGS = flags.FLAGS
-RECIPES = {"nanoGPT": shakespeare_char, "modern": shakespeare_char_modern}
+RECIPES = {"nanoGPT": "shakespeare_char", "modern": "shakespeare_char_modern"}
 
 
 def get_config() -> ConfigDict:
     """Return the config of the baseline recipe."""
-    return shakespeare_char.get_config()
+    return load_config("shakespeare_char")
 
 
 def train_recipe(name: str, seed: int, console: Console) -> float:
@@ -36,7 +36,7 @@ def train_recipe(name: str, seed: int, console: Console) -> float:
     from rustgpt_jax.tracking.metric_writer import read_metrics
     from rustgpt_jax.training.run_training import train
 
-    config = RECIPES[name].get_config()
+    config = load_config(RECIPES[name])
     config.seed = seed
     config.data.paths = (FLAGS.data,)
     folder = Path(FLAGS.out) / f"{name}_{seed}"

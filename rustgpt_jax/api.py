@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from rustgpt_jax.cache_dir import cache_folder
+from rustgpt_jax.config.config_files import ValuesAndOrigins, flatten_config
 from rustgpt_jax.config.schema import Config, SamplingConfig, stages, to_dict
 from rustgpt_jax.config.validation import resolve as resolve_values
 from rustgpt_jax.data.preprocess import AssetCache, StageData, fill_vocab_size, prepare_stage
@@ -36,7 +37,6 @@ from rustgpt_jax.tracking.console import PlainTextConsole
 from rustgpt_jax.tracking.metric_writer import read_metrics as read_run_metrics
 from rustgpt_jax.training.load_model import LoadedModel, load_model
 from rustgpt_jax.training.run_training import train as train_run
-from rustgpt_jax.workdir.config_files import ValuesAndOrigins, flatten_config
 
 __all__ = [
     "Data",

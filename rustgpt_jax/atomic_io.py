@@ -1,8 +1,9 @@
-"""Atomic writes: after a crash, and to other processes, a file or folder is either complete or absent."""
+"""Reading and writing files. Writes are atomic: after a crash, a file or folder is either complete or absent."""
 
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -120,3 +121,12 @@ def publish_folder(temporary: Path, path: Path, is_valid: Callable[[Path], bool]
         os.rename(path, damaged)
         os.rename(temporary, path)
         shutil.rmtree(damaged, ignore_errors=True)
+
+
+def is_special(path: Path) -> bool:
+    """Return whether a path is a pipe, device or socket, which may block or never reach the end when read."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))

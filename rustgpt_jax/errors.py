@@ -3,7 +3,9 @@
 import difflib
 import errno
 import reprlib
+import sys
 from collections.abc import Iterable
+from pathlib import PurePath
 from typing import Any
 
 from rustgpt_jax.jax_internals import is_out_of_memory_message
@@ -25,6 +27,17 @@ class UserError(Exception):
             n_last = MAX_CHARACTERS // 3
             message = f"{message[: MAX_CHARACTERS - n_last]} ... {message[-n_last:]}"
         super().__init__(message)
+
+
+def program_name() -> str:
+    """Return how the command line was started, for messages that suggest a command.
+
+    This is `python launch.py` in a checkout, or `python -m rustgpt_jax`; else `rustgpt`, also in other programs.
+    """
+    *_, folder, name = ("", *PurePath(sys.argv[0]).parts)[-2:] if sys.argv[0] else ("", "")
+    if name == "launch.py":
+        return "python launch.py"
+    return "python -m rustgpt_jax" if (folder, name) == ("rustgpt_jax", "__main__.py") else "rustgpt"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from configs import tiny
 from rustgpt_jax.config.schema import to_dict
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps import seeds
-from rustgpt_jax.workdir.config_files import load_run_config
+from rustgpt_jax.workdir.run_dir import load_run_config
 
 OVERRIDES = {
     "training.steps": 4,

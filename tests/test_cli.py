@@ -149,7 +149,7 @@ MISTAKES = {
     "runs too long": (["diff", "x" * 5000, "other"], ": File name too long."),
     "prompt not UTF-8": (["generate", "other", "--prompt=a\udcffb"], "The argument --prompt=a\\udcffb is not UTF-8."),
     "vocabulary too large": (["--config.tokenizer.vocab_size=2147483647"], "vocab_size must be at most"),
-    "no sweep": (["sweep"], "No sweep given: add --config=FILE"),
+    "no sweep": (["sweep"], "No sweep given: add --config=NAME or --config=FILE"),
     "config without sweep": (["sweep", TINY], "tiny.py has no sweep(), a function that yields overrides"),
     "sweep that is not there": ([*SWEEP, "--sweep=rate"], "swept.py has no sweep 'rate'. Did you mean 'rates'?"),
     "sweep that fails": ([*SWEEP, "--sweep=broken"], "swept.py: sweep_broken() fails: ZeroDivisionError"),
@@ -417,7 +417,7 @@ def test_help_of_a_verb_shows_its_flags_and_a_valid_example(verb: str, capsys: p
         parse_args(["launch.py", verb, "--help"])
     output = capsys.readouterr().out
     assert end.value.code == 0
-    assert f"Example:  python launch.py {verb} {VERBS[verb].example}" in output
+    assert f"Example:  rustgpt {verb} {VERBS[verb].example}" in output
     assert "--module_path DIR" in output and "%" not in output
     assert ("Default: last." in " ".join(output.split())) == ("--checkpoint" in output)
     assert parse_args(["launch.py", verb, *shlex.split(VERBS[verb].example)]).verb == verb

@@ -9,6 +9,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import hypothesis
@@ -108,6 +109,29 @@ def test_snapshot_matches_the_running_code(tmp_path: Path, monkeypatch: pytest.M
 def test_archive_contains_only_the_code(code: Path, tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run")
     assert read_code(run.code / f"{save_code_snapshot(run)['code']}.zip") == FILES
+
+
+def test_snapshot_of_an_installed_package_is_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = {
+        "rustgpt_jax/__init__.py": b"",
+        "rustgpt_jax/configs/base.py": b"1\n",
+        "rustgpt_jax/data/facts.json": b"{}",
+    }
+    # Other packages in the same folder, of which one has the name of a folder of a checkout.
+    others = {"configs/base.py": b"2\n", "neighbor.py": b"3\n", "neighbor-1.dist-info/METADATA": b""}
+    site = write(tmp_path / "site", package | others)
+    own = write(tmp_path / "own", {"experiments/__init__.py": b"4\n"})
+    for name, file in {"neighbor": site / "neighbor.py", "own_lab": own / "experiments" / "__init__.py"}.items():
+        module = ModuleType(name)
+        module.__file__ = str(file)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(code_snapshot, "_root", lambda: site)
+    monkeypatch.setenv("RUSTGPT_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(own)
+    run = run_folder(tmp_path / "run")
+    about = save_code_snapshot(run)
+    assert about["git"] is None
+    assert read_code(run.code / f"{about['code']}.zip") == package | {"experiments/__init__.py": b"4\n"}
 
 
 @given(

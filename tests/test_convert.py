@@ -150,7 +150,7 @@ def test_unfinished_checkpoints_are_ignored(folder: Path, tmp_path: Path) -> Non
 
 
 def test_imported_tokenizers_are_not_trained(back: RunDir, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="launch.py import"):
+    with pytest.raises(UserError, match="rustgpt import"):
         train(load_config(back.path), tmp_path / "new", {}, Console(file=StringIO()))
     assert not (tmp_path / "new").exists()
     assert config_hash(load_config(back.path)) != config_hash(resolve(small_tree(**RECIPE)))

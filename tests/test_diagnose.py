@@ -277,7 +277,7 @@ def test_earlier_failure_is_reported() -> None:
     failure = Failure(6, DivergenceThreshold(8.0, "a known loss"), 1.0)
     trial = trial_of(result_of(CONTROL, 2, math.nan, 1))
     sentence, command = describe_earlier_failure(trial, failure, 6, Path("my runs/a"))
-    assert "at step 5." in sentence and command == "    python launch.py doctor 'my runs/a' --step=5"
+    assert "at step 5." in sentence and command == "    rustgpt doctor 'my runs/a' --step=5"
     survived = trial_of(result_of(CONTROL, 2, 2, 2, 2))
     assert "at step 6." in describe_earlier_failure(survived, failure, 9, Path("a"))[0]
     assert describe_earlier_failure(trial, replace(failure, step=5), 5, Path("a")) == []

@@ -11,6 +11,7 @@ from conftest import small_tree
 from rich.console import Console
 from test_loop import TINY, Interruption, assert_same_bits, metrics, stored_state, tiny, train
 
+from rustgpt_jax.config.config_files import load_config_file
 from rustgpt_jax.config.schema import Config, stages, uses_epochs
 from rustgpt_jax.config.validation import parse_overrides, resolve
 from rustgpt_jax.data.preprocess import AssetCache
@@ -25,7 +26,6 @@ from rustgpt_jax.sweeps.search import check_rungs
 from rustgpt_jax.sweeps.search_space import SuccessiveHalving
 from rustgpt_jax.sweeps.sweep_command import print_preview
 from rustgpt_jax.sweeps.trials import describe_overrides, make_trials
-from rustgpt_jax.workdir.config_files import load_config_file
 from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_origins
 
 pytestmark = pytest.mark.usefixtures("quick_codegen")

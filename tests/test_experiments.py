@@ -34,7 +34,7 @@ def test_experiment_has_a_question_a_finding_and_a_valid_config(name: str) -> No
     experiment = importlib.import_module(name)
     question, command, *_ = (experiment.__doc__ or "").split("\n\n")
     assert question.endswith("?")
-    assert command.startswith("python ")
+    assert command.startswith(("python -m experiments.", "python experiments/", "rustgpt sweep "))
     resolve(experiment.get_config())
 
 

@@ -121,7 +121,7 @@ def test_policy_stop_ends_at_the_non_finite_step(tmp_path: Path) -> None:
     config = make_config("stop")
     for _ in range(2):
         with pytest.raises(
-            UserError, match=r"step 6 is not finite.* last checkpoint is from step 4\. .*launch.py doctor "
+            UserError, match=r"step 6 is not finite.* last checkpoint is from step 4\. .*rustgpt doctor "
         ):
             train(config, tmp_path)
         assert math.isnan(metrics(tmp_path)[-1]["train/loss"]) and metrics(tmp_path)[-1]["step"] == 6

@@ -44,10 +44,10 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"model.n_layer": 3}, ["config.model.n_layer:", "unknown field", "config.model.n_layers?"]),
     ({"learning_rate": 1.0}, ["config.learning_rate:", "config.optimizer.learning_rate?"]),
     ({"optimiser.learning_rate": 1.0}, ["config.optimiser.learning_rate:", "config.optimizer.learning_rate?"]),
-    ({"model.qqq": 1}, ["config.model.qqq:", "launch.py explain"]),
+    ({"model.qqq": 1}, ["config.model.qqq:", "`rustgpt explain` lists every knob"]),
     ({"model": 3}, ["config.model", "group"]),
     ({"model.n_layers": {"x": 1}}, ["config.model.n_layers must be a whole number"]),
-    ({"model.n_layers": MISSING}, ["config.model.n_layers has no value", "configs/base.py"]),
+    ({"model.n_layers": MISSING}, ["config.model.n_layers has no value", "load_config('base')"]),
     ({"model": MISSING}, ["config.model.vocab_size has no value"]),
     # Types.
     ({"model.n_layers": "2"}, ["config.model.n_layers must be a whole number, got '2'"]),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from test_loop import VOCABULARY, stored_state, tiny, train
 
+from rustgpt_jax.config.config_files import COMMAND_LINE
 from rustgpt_jax.data.preprocess import load_or_train_tokenizer
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.warm_start import _initial_array, _match_layers, _unstack, create_warm_started_run
@@ -15,7 +16,6 @@ from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.reproduce.run_diff import diff_configs
 from rustgpt_jax.training.load_model import load_model
-from rustgpt_jax.workdir.config_files import COMMAND_LINE
 from rustgpt_jax.workdir.run_dir import RunDir, create_run_dir, load_config
 
 pytestmark = pytest.mark.usefixtures("quick_codegen")

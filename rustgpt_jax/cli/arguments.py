@@ -56,7 +56,8 @@ class VerbParser(argparse_flags.ArgumentParser):
 
     def add_config(self) -> None:
         """Add --config."""
-        self.add_argument("--config", metavar="FILE", help="A Python file that defines get_config().")
+        help = "A recipe, such as rustgpt, or a Python file that defines get_config()."
+        self.add_argument("--config", metavar="NAME|FILE", help=help)
 
     def add_checkpoint(self) -> None:
         """Add --checkpoint."""
@@ -131,9 +132,10 @@ def read_config(
     Returns:
         The values of the config and the overrides, for `resolve`, and the origin of each value, by dotted path.
     """
+    from rustgpt_jax.config.config_files import COMMAND_LINE, load_config_file
     from rustgpt_jax.config.schema import find_auto_values
     from rustgpt_jax.config.validation import parse_overrides
-    from rustgpt_jax.workdir.config_files import COMMAND_LINE, load_config_file, load_run_config
+    from rustgpt_jax.workdir.run_dir import load_run_config
 
     if getattr(args, "config", None) is not None:
         values, origins = load_config_file(args.config)
@@ -144,7 +146,7 @@ def read_config(
     elif args.run is not None:
         values, origins = load_run_config(Path(args.run))
     else:
-        raise UserError("No config given: add --config=FILE, such as --config=configs/rustgpt.py.")
+        raise UserError("No config given: add --config=NAME, such as --config=rustgpt, or --config=FILE.")
     overrides = parse_overrides(args.overrides)
     origins |= dict.fromkeys(overrides, COMMAND_LINE)
     automatic = find_auto_values(values | overrides)

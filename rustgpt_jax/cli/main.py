@@ -1,4 +1,4 @@
-"""Command line: `python launch.py VERB [flags]`.
+"""The command line: `rustgpt VERB [flags]`.
 
 JAX is imported by the `run` functions of the verbs that need it, so that help and usage errors are immediate.
 """
@@ -12,17 +12,18 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from absl import logging
+from absl import app, logging
 from absl.flags import argparse_flags
 
 from rustgpt_jax.cache_dir import cache_limit
 from rustgpt_jax.cli import explain, models, reproduce, train
 from rustgpt_jax.cli.arguments import VerbParser, fail, read_config
 from rustgpt_jax.cli.output import DOCUMENT, INTERRUPTED, VerbResult
-from rustgpt_jax.errors import UserError, is_out_of_memory, suggest_names
+from rustgpt_jax.errors import UserError, is_out_of_memory, program_name, suggest_names
 from rustgpt_jax.process_setup import keep_freed_memory
 
 # Imports and tracing create many long-lived objects, so collect garbage less often than by default.
@@ -38,7 +39,7 @@ class Verb(NamedTuple):
     Attributes:
         add_arguments: Adds the verb's arguments to its parser.
         run: Runs the verb. The first line of its docstring is the verb's help.
-        example: Example arguments to show after `python launch.py VERB`.
+        example: Example arguments to show after `rustgpt VERB`.
         reads_overrides: Whether the verb reads `--config.x.y=VALUE`.
     """
 
@@ -49,15 +50,11 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "train": Verb(
-        train.add_train_arguments, train.run_train, "--config=configs/rustgpt.py --config.optimizer.learning_rate=3e-4"
-    ),
-    "sweep": Verb(train.add_sweep_arguments, train.run_sweep, "--config=experiments/learning_rate.py --dry_run"),
+    "train": Verb(train.add_train_arguments, train.run_train, "--config=rustgpt --config.optimizer.learning_rate=3e-4"),
+    "sweep": Verb(train.add_sweep_arguments, train.run_sweep, "--config=learning_rate --dry_run"),
     "report": Verb(train.add_report_arguments, train.run_report, "runs/learning_rate", reads_overrides=False),
-    "explain": Verb(explain.add_explain_arguments, explain.run_explain, "--config=configs/rustgpt.py"),
-    "plan": Verb(
-        explain.add_plan_arguments, explain.run_plan, "--config=configs/llama3_8b.py --devices=64 --chip=h100"
-    ),
+    "explain": Verb(explain.add_explain_arguments, explain.run_explain, "--config=rustgpt"),
+    "plan": Verb(explain.add_plan_arguments, explain.run_plan, "--config=llama3_8b --devices=64 --chip=h100"),
     "evaluate": Verb(models.add_arguments, models.run_evaluate, "runs/rustgpt --checkpoint=best"),
     "generate": Verb(
         models.add_generate_arguments,
@@ -84,45 +81,59 @@ VERBS = {
 
 DESCRIPTION = "Train and study GPT language models. A run is a pure function of its config."
 EPILOG = """\
-`python launch.py VERB --help` lists the flags of a verb. RUN is a run folder, such as runs/rustgpt.
+`{program} VERB --help` lists the flags of a verb. RUN is a run folder, such as runs/rustgpt.
+
+--config=NAME is a recipe that ships with the package, such as rustgpt or tiny; --config=FILE is a Python file that
+defines get_config().
 
 --config.x.y=VALUE overrides a value of the config, such as --config.optimizer.learning_rate=3e-4;
 rustgpt_jax/config/schema.py documents them all. --config.stages.NAME.x.y=VALUE overrides it for one stage. A list takes
 one item per flag, commas included (--config.data.paths=a.txt --config.data.paths=b.txt), or a quoted Python list
 ("--config.logging.sample_prompts=['Hi, you', 'Once']"); only component names may be separated by commas.
 
-Quick start:  python launch.py train --config=configs/rustgpt.py
+Quick start:  {program} train --config=rustgpt
 """
-OVERRIDES = "--config.x.y=VALUE overrides a value of the config (see `python launch.py --help`)."
 
 
 def _build_parsers() -> tuple[argparse_flags.ArgumentParser, dict[str, VerbParser]]:
     """Return the parser of the command line, and the parsers of the verbs by name."""
+    program = program_name()
+    overrides = f"--config.x.y=VALUE overrides a value of the config (see `{program} --help`)."
     parser = argparse_flags.ArgumentParser(
-        prog="launch.py",
-        usage="python launch.py VERB [flags]",
+        prog=program,
+        usage=f"{program} VERB [flags]",
         description=DESCRIPTION,
-        epilog=EPILOG,
+        epilog=EPILOG.format(program=program),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"rustgpt {_version()}", help="Show the version and exit."
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", parser_class=VerbParser)
     parsers = {}
     for name, verb in VERBS.items():
         summary = (verb.run.__doc__ or "").partition("\n")[0]
-        example = f"Example:  python launch.py {name} {verb.example}"
+        example = f"Example:  {program} {name} {verb.example}"
         parsers[name] = verb_parser = verbs.add_parser(
             name,
-            prog=f"launch.py {name}",
+            prog=f"{program} {name}",
             help=f"{summary[:1].lower()}{summary[1:].rstrip('.')}",
             description=summary,
-            epilog=f"{OVERRIDES}\n\n{example}" if verb.reads_overrides else example,
+            epilog=f"{overrides}\n\n{example}" if verb.reads_overrides else example,
         )
         verb.add_arguments(verb_parser)
         help = "A folder to search for components given by an import path. May be repeated."
         verb_parser.add_argument("--module_path", metavar="DIR", action="append", default=[], help=help)
         verb_parser.add_switch("json", "Write one JSON document to standard output, and all text to standard error.")
     return parser, parsers
+
+
+def _version() -> str:
+    try:
+        return metadata.version("rustgpt_jax")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -173,7 +184,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         fail(f"Unknown verb {positionals[0]!r}.{suggest_names(positionals[0], parsers)}")
     args, unknown = parser.parse_known_args([*positionals[:1], *flags, *positionals[1:]])
     if args.verb is None:
-        fail("No verb given; `python launch.py --help` lists them.")
+        fail(f"No verb given; `{program_name()} --help` lists them.")
     if unknown:
         _reject_argument(args.verb, unknown[0], parsers)
     if overrides and not VERBS[args.verb].reads_overrides:
@@ -202,7 +213,13 @@ def _reject_argument(verb: str, word: str, parsers: dict[str, VerbParser]) -> No
         fail(f"{verb} does not read --{name}; verbs that do: {', '.join(readers)}.")
     known = {flag.removeprefix("--") for parser in parsers.values() for flag in parser.takes_value if flag[:2] == "--"}
     near = difflib.get_close_matches(name, known, n=1)
-    fail(f"Unknown flag --{name}." + (f" Did you mean --{near[0]}?" if near else f" See `launch.py {verb} --help`."))
+    hint = f" Did you mean --{near[0]}?" if near else f" See `{program_name()} {verb} --help`."
+    fail(f"Unknown flag --{name}.{hint}")
+
+
+def run_command() -> None:
+    """Run the command line of this process, and exit with the verb's exit status."""
+    app.run(main, flags_parser=parse_args)
 
 
 def main(args: argparse.Namespace) -> int:

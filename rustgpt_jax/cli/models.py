@@ -93,7 +93,7 @@ def run_import(args: argparse.Namespace) -> VerbResult:
     """Create a run from a Hugging Face model."""
     if args.source is None or args.run is None:
         raise UserError("import needs --from=DIR, a Hugging Face folder, and --run=DIR, the folder of the new run.")
-    args.config = args.config or str(Path(__file__).resolve().parents[2] / "configs" / "base.py")
+    args.config = args.config or "base"
     values, overrides, origins = read_config(args)
     from rustgpt_jax.interop.convert import import_run
 

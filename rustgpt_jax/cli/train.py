@@ -9,13 +9,13 @@ from typing import Any
 
 from rustgpt_jax.cli.arguments import MAX_PROCESSES, VerbParser, read_config, whole_number
 from rustgpt_jax.cli.output import DOCUMENT, VerbResult
-from rustgpt_jax.errors import UserError
+from rustgpt_jax.errors import UserError, program_name
 
 
 def add_train_arguments(parser: VerbParser) -> None:
     """Add the flags of `train`."""
     parser.add_config()
-    parser.add_argument("--run", metavar="DIR", help="The run folder. Default: runs/NAME for --config=NAME.py.")
+    parser.add_argument("--run", metavar="DIR", help="The run folder. Default: runs/ and the name of the config.")
     parser.add_argument(
         "--init_from",
         metavar="RUN[@STEP]",
@@ -81,7 +81,7 @@ def run_train(args: argparse.Namespace) -> VerbResult:
         options = args.barrier_timeout, args.profile, args.allow_oversubscription, args.extend
         status = train(config, folder, origins, console, *options)
     if status == 0:
-        console.print(f"Talk to it:  python launch.py chat {folder}", highlight=False)
+        console.print(f"Talk to it:  {program_name()} chat {folder}", highlight=False)
     if not DOCUMENT.is_requested:
         return VerbResult(status, {})
     document = describe_run(folder)
@@ -136,7 +136,9 @@ def _submit(args: argparse.Namespace, folder: Path, config: Any) -> VerbResult:
     validate_components(config)
     flags = [flag for flag in args.flags if not flag.startswith(("--launcher=", "--slurm=", "--json"))]
     overrides = [f"--config.{path}={text}" for path, text in args.overrides]
-    command = [sys.executable, os.path.abspath(sys.argv[0]), "train", *flags, *overrides]
+    is_checkout = program_name() == "python launch.py"
+    program = [os.path.abspath(sys.argv[0])] if is_checkout else ["-P", "-m", "rustgpt_jax"]
+    command = [sys.executable, *program, "train", *flags, *overrides]
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     job = submit(make_job_script(folder, command, dict(args.slurm), Path.cwd()))
     log = folder.absolute().with_name(f"{folder.name}.slurm-{job}.log")
@@ -147,7 +149,7 @@ def _submit(args: argparse.Namespace, folder: Path, config: Any) -> VerbResult:
 def add_sweep_arguments(parser: VerbParser) -> None:
     """Add the flags of `sweep`."""
     parser.add_config()
-    parser.add_argument("--run", metavar="DIR", help="The sweep folder. Default: runs/NAME for --config=NAME.py.")
+    parser.add_argument("--run", metavar="DIR", help="The sweep folder. Default: runs/ and the name of the config.")
     help = "The sweep to run: the config file's function sweep_NAME()."
     parser.add_argument("--sweep", metavar="NAME", default="sweep", help=help)
     parser.add_argument("--launcher", metavar="inline|processes|slurm", default="inline", help="Where the trials run.")
@@ -165,13 +167,13 @@ def add_sweep_arguments(parser: VerbParser) -> None:
 
 def run_sweep(args: argparse.Namespace) -> VerbResult:
     """Run the unfinished trials of a sweep, and write its report."""
+    from rustgpt_jax.config.config_files import load_sweep_function
     from rustgpt_jax.sweeps.search_space import TPE, Search, SuccessiveHalving
     from rustgpt_jax.sweeps.trials import make_trials, sample_feasible_points
     from rustgpt_jax.tracking.console import PlainTextConsole
-    from rustgpt_jax.workdir.config_files import load_sweep_function
 
     if args.config is None:
-        raise UserError("No sweep given: add --config=FILE, a config file that defines sweep().")
+        raise UserError("No sweep given: add --config=NAME or --config=FILE, a config file that defines sweep().")
     values, fixed, origins = read_config(args, is_remote=args.launcher == "slurm")
     function = load_sweep_function(args.config, args.sweep)
     try:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from rustgpt_jax.config import schema
 from rustgpt_jax.config.schema import FIELDS, Config
-from rustgpt_jax.errors import UserError, short_repr, suggest_names
+from rustgpt_jax.errors import UserError, program_name, short_repr, suggest_names
 
 # Ranges of the types of traced values: int32 for counts, float32 for all other numbers.
 MAX_COUNT, MAX_NUMBER = 2**31 - 1, 3.4e38
@@ -56,7 +56,9 @@ def resolve(tree: Tree, overrides: Mapping[str, Any] = MappingProxyType({})) -> 
         values[where][knob] = value
     for path in FIELDS:
         if path not in values["config"]:
-            raise UserError(f"config.{path} has no value. Recipes start from configs/base.py, which has every knob.")
+            raise UserError(
+                f"config.{path} has no value. Recipes start from load_config('base'), which has every knob."
+            )
     for where, own in values.items():
         own.update((knob, validate_value(knob, value, f"{where}.{knob}")) for knob, value in own.items())
     listed = (schema.StageConfig(name, tuple(sorted(values[f"config.stages.{name}"].items()))) for name in stages)
@@ -285,7 +287,7 @@ def unknown_key_message(path: str, where: str = "config") -> str:
     near = difflib.get_close_matches(path, paths_by_name.get(name, ()), n=1, cutoff=0.0)
     near = near or difflib.get_close_matches(path, FIELDS, n=1, cutoff=0.7)
     near = near or [paths_by_name[similar][0] for similar in difflib.get_close_matches(name, paths_by_name, n=1)]
-    hint = f" Did you mean {where}.{near[0]}?" if near else " `launch.py explain` lists every knob."
+    hint = f" Did you mean {where}.{near[0]}?" if near else f" `{program_name()} explain` lists every knob."
     return f"{where}.{path}: unknown field.{hint}"
 
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from rustgpt_jax.atomic_io import atomic_folder
+from rustgpt_jax.config.config_files import COMMAND_LINE
 from rustgpt_jax.config.schema import EPOCHS, ModelConfig, unflatten, uses_epochs
 from rustgpt_jax.config.validation import flatten_tree, resolve
 from rustgpt_jax.data.preprocess import fill_vocab_size
@@ -31,7 +32,6 @@ from rustgpt_jax.tokenizers import IMPORTED, Tokenizer, load_tokenizer, save_tok
 from rustgpt_jax.tracking.console import format_count
 from rustgpt_jax.training.load_model import load_model
 from rustgpt_jax.training.run_inputs import load_run_tokenizer, read_import_record
-from rustgpt_jax.workdir.config_files import COMMAND_LINE
 from rustgpt_jax.workdir.params_io import matching_parameters, read_parameters
 from rustgpt_jax.workdir.run_dir import RunDir, create_run_dir, load_config
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from rustgpt_jax.atomic_io import atomic_folder
 from rustgpt_jax.cache_dir import cache_folder
+from rustgpt_jax.config.config_files import COMMAND_LINE
 from rustgpt_jax.config.schema import FIELDS, Config, ModelConfig, diff, for_inference, partition, stages
 from rustgpt_jax.data.preprocess import fill_vocab_size, load_or_train_tokenizer, resolve_epochs_of_text
 from rustgpt_jax.data.token_store import hash_tokenizer
@@ -21,7 +22,6 @@ from rustgpt_jax.tracking.console import format_count
 from rustgpt_jax.training.load_model import load_model
 from rustgpt_jax.training.run_inputs import read_import_record
 from rustgpt_jax.training.train_step import compiled_init_state
-from rustgpt_jax.workdir.config_files import COMMAND_LINE
 from rustgpt_jax.workdir.params_io import NewTensor, write_parameters
 from rustgpt_jax.workdir.run_dir import RunDir, create_run_dir, load_config
 

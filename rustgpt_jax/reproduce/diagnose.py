@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rustgpt_jax.config.schema import Config
-from rustgpt_jax.errors import UserError
+from rustgpt_jax.errors import UserError, program_name
 from rustgpt_jax.model.transformer import vocab_size
 from rustgpt_jax.reproduce.interventions import (
     CONTROL,
@@ -474,7 +474,7 @@ def describe_earlier_failure(trial: InterventionTrial, failure: Failure, step: i
     failed = min(failure.step, control or failure.step)
     if failed == step:
         return []
-    command = f"    python launch.py doctor {shlex.quote(str(path))} --step={failed}"
+    command = f"    {program_name()} doctor {shlex.quote(str(path))} --step={failed}"
     return [f"The run had already failed at step {failed}. To examine that step:", command]
 
 

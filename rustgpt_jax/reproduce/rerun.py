@@ -135,7 +135,10 @@ def _train(run: RunDir, new: RunDir, code: SnapshotCode, console: Console) -> in
             f"{run.path} stopped at step {wanted:,} of {total_steps:,}. Its rerun does not stop there; the common "
             "steps are compared.",
         )
-    status, stopped_by = code.run([str(code.folder / "launch.py"), "train", f"--run={new.path.absolute()}"])
+    # The snapshot of an installed package has no launch.py.
+    script = code.folder / "launch.py"
+    program = [str(script)] if script.exists() else ["-m", "rustgpt_jax"]
+    status, stopped_by = code.run([*program, "train", f"--run={new.path.absolute()}"])
     if stopped_by is not None and status:
         print_line(console, f"Stopped by {stopped_by.name}. The same command resumes the rerun.")
         return status

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from rustgpt_jax.data.preprocess import AssetCache
-from rustgpt_jax.errors import UserError
+from rustgpt_jax.errors import UserError, program_name
 from rustgpt_jax.process_setup import StopRequest
 from rustgpt_jax.registry import lookup
 from rustgpt_jax.sharding.hardware_specs import Machine, count_cores, detect_machine
@@ -190,7 +190,7 @@ def open_sweep(
 
 def _make_launch_info(info: SweepInfo, options: SweepOptions) -> dict[str, str]:
     """Return the content of sweep.json except for the trials."""
-    command = shlex.join(["python", *sys.argv])
+    command = f"{program_name()} {shlex.join(sys.argv[1:])}"
     launch_info = {"name": info.name, "command": command, "config_file": info.config_file, "sweep": info.sweep}
     return launch_info | {"mode": options.mode, "launcher": options.launcher}
 

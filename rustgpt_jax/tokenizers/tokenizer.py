@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from rustgpt_jax.atomic_io import write_atomically
 from rustgpt_jax.config.schema import TokenizerConfig
-from rustgpt_jax.errors import UserError
+from rustgpt_jax.errors import UserError, program_name
 from rustgpt_jax.registry import lookup
 from rustgpt_jax.tokenizers.chat_template import ChatFormat
 
@@ -222,8 +222,8 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     """Train a tokenizer of the kind in the config. The result depends only on the config and the text."""
     if config.name == IMPORTED:
         raise UserError(
-            "config.tokenizer.name='imported' is for runs created by `launch.py import`, whose folder contains the "
-            "tokenizer. Choose another name for a new run."
+            f"config.tokenizer.name='imported' is for runs created by `{program_name()} import`, whose folder contains "
+            "the tokenizer. Choose another name for a new run."
         )
     return Tokenizer(lookup(TOKENIZERS, config.name, "config.tokenizer.name")(texts, config.vocab_size))
 

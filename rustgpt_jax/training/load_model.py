@@ -9,7 +9,7 @@ import jax
 
 from rustgpt_jax.config.schema import Config, diff, partition
 from rustgpt_jax.data.preprocess import fill_vocab_size, read_data_record
-from rustgpt_jax.errors import UserError
+from rustgpt_jax.errors import UserError, program_name
 from rustgpt_jax.inference.text_generator import TextGenerator
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.model.transformer import Params
@@ -86,7 +86,7 @@ def load_model(
     stored = load_config(path)
     run = RunDir(path)
     if not (run.is_untrained or run.checkpoints.exists()):
-        raise UserError(f"{path} has no checkpoint yet; `launch.py train` saves one.")
+        raise UserError(f"{path} has no checkpoint yet; `{program_name()} train` saves one.")
     tokenizer = load_run_tokenizer(run)
     config = fill_vocab_size(stored, tokenizer)
     check_inference_memory(config, query_machine(), 0, allow_oversubscription, n_generated)

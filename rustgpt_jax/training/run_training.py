@@ -18,7 +18,7 @@ from rustgpt_jax.data.preprocess import (
     resolve_epochs_of_text,
 )
 from rustgpt_jax.distributed import EXIT_USER_ERROR, LaggedAllReduceMax, Watchdog, is_process_zero, process_zero_first
-from rustgpt_jax.errors import UserError
+from rustgpt_jax.errors import UserError, program_name
 from rustgpt_jax.model.flops import parameter_shapes, total_size
 from rustgpt_jax.model.kernels.verify import check_kernels
 from rustgpt_jax.process_setup import StopRequest
@@ -149,7 +149,7 @@ def _resolve_epochs(config: Config, tokenizer_file: Path, console: Console) -> t
     if jax.process_count() > 1:
         raise UserError(
             f"config.{EPOCHS}: with several processes, give the number of steps, config.{STEPS}; "
-            "`launch.py explain` prints it."
+            f"`{program_name()} explain` prints it."
         )
     tokenizer = prepare_tokenizer(config, tokenizer_file, console)
     with show_progress(console, "characters encoded") as progress:
@@ -224,7 +224,7 @@ def _divergence_message(run: Trainer, path: Path) -> str:
     return (
         f"{path} diverged: the loss, the gradient or the update of step {run.diverged_at} is not finite{before}, and "
         f"training ended there. The last checkpoint is from step {run.checkpoints.step() or 0}. A lower learning "
-        f"rate usually helps; `python launch.py doctor {path}` looks for the cause."
+        f"rate usually helps; `{program_name()} doctor {path}` looks for the cause."
     )
 
 

@@ -147,7 +147,7 @@ def list_differing_files(contents: Mapping[str, bytes]) -> list[str]:
 
 def _local_path(top: str) -> Path | None:
     """Return the local path of a top-level name of an archive, or None if it does not exist here."""
-    if top in CODE:
+    if top in _code_names():
         return _root() / top
     folders = [Path(entry) for entry in search_path()]
     return next((folder / top for folder in folders if (folder / top).exists()), None)
@@ -166,8 +166,9 @@ def code_sources(parts: Iterable[str] = ()) -> list[Path]:
     root = _root()
     sources = (_module_source(sys.modules[name]) for name in parts if name in sys.modules)
     folders = {source.parent for source in sources if source is not None}
-    user_folders = {folder for folder in folders if not any(folder.glob("*.dist-info"))}
-    return [root / name for name in CODE] + user_modules({root, Path.cwd()} | user_folders)
+    user_folders = {folder for folder in folders if not _is_site_packages(folder)}
+    own_folders = {Path.cwd()} if _is_site_packages(root) else {root, Path.cwd()}
+    return [root / name for name in _code_names()] + user_modules(own_folders | user_folders)
 
 
 def code_files(sources: Sequence[Path]) -> dict[str, Path]:
@@ -192,10 +193,10 @@ def code_hash(files: Mapping[str, Path]) -> str:
 def user_modules(folders: set[Path]) -> list[Path]:
     """Return the imported modules and packages in some folders, except for installed ones and this package."""
     folders = folders - {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib", "platstdlib")}
-    found = []
+    found, own_names = [], _code_names()
     for name, module in list(sys.modules.items()):
         source = _module_source(module)
-        if "." not in name and source is not None and source.parent in folders and source.name not in CODE:
+        if "." not in name and source is not None and source.parent in folders and source.name not in own_names:
             found.append(source)
     return sorted(found)
 
@@ -217,6 +218,15 @@ def _sources_of(run: RunDir) -> tuple[Path, ...]:
 
 def _root() -> Path:
     return Path(rustgpt_jax.__file__).parent.parent
+
+
+def _code_names() -> tuple[str, ...]:
+    """Return the names of this package and of its files beside it; an installed package contains its recipes."""
+    return CODE[:1] if (_root() / CODE[0] / "configs").is_dir() else CODE
+
+
+def _is_site_packages(folder: Path) -> bool:
+    return any(folder.glob("*.dist-info"))
 
 
 def _iter_files(source: Path) -> Iterator[tuple[Path, bool]]:
@@ -244,7 +254,7 @@ def _git_filter(source: Path) -> Callable[[Path], bool] | None:
     """
     folder, names = (source.parent, [source.name]) if source.is_file() else (source, ["."])
     is_installed = any(folder.is_relative_to(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
-    if is_installed or (source.parent / GIT_STATE).exists():
+    if is_installed or _is_site_packages(source.parent) or (source.parent / GIT_STATE).exists():
         return None
     listed = _git(folder, "ls-files", "-t", "-z", "--cached", "--others", "--exclude-standard", "--", *names)
     if listed is None:

@@ -6,14 +6,13 @@ import json
 import os
 import shutil
 import socket
-import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from rustgpt_jax.atomic_io import read_json, write_atomically
+from rustgpt_jax.atomic_io import is_special, read_json, write_atomically
 from rustgpt_jax.config.schema import (
     Config,
     EarlierConfig,
@@ -26,7 +25,7 @@ from rustgpt_jax.config.schema import (
     to_dict,
     uses_epochs,
 )
-from rustgpt_jax.config.validation import resolve
+from rustgpt_jax.config.validation import flatten_tree, resolve
 from rustgpt_jax.errors import UserError, short_repr, suggest_names
 from rustgpt_jax.registry import note_import_paths
 
@@ -154,15 +153,6 @@ def create_run_dir(
     return run
 
 
-def is_special(path: Path) -> bool:
-    """Return whether a path is a pipe, device or socket, which may block or never reach the end when read."""
-    try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError):
-        return False
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
-
-
 def check_no_special_files(path: Path) -> None:
     """Check that a path, or the folder tree below it, contains no pipe, device or socket.
 
@@ -257,6 +247,15 @@ def load_origins(path: Path) -> dict[str, str]:
     if not isinstance(origins, dict) or not all(isinstance(origin, str) for origin in origins.values()):
         raise UserError(f"{file} is damaged: it lacks the origins of the values of its config.")
     return origins
+
+
+def load_run_config(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Load the values of a run's config by dotted path, and their origins.
+
+    Raises:
+        UserError: As for `load_config`.
+    """
+    return dict(flatten_tree(to_dict(load_config(path)))), load_origins(path)
 
 
 def check_no_symlinks(files: Iterable[Path]) -> None:

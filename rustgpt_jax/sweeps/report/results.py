@@ -19,7 +19,7 @@ from typing import Any
 from rustgpt_jax.atomic_io import write_atomically
 from rustgpt_jax.config.schema import FIELDS, Config, affects_result, config_hash, flatten, stages
 from rustgpt_jax.config.validation import is_number
-from rustgpt_jax.errors import UserError
+from rustgpt_jax.errors import UserError, program_name
 from rustgpt_jax.sweeps.sweep_dir import Event, Ledger, SweepDir, read_sweep_info
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.workdir.run_dir import RunDir, diff_configs, load_config
@@ -400,7 +400,7 @@ def format_rerun_command(results: Results, overrides: Overrides) -> str:
     kept = [(path, text) for path, text in _parse_overrides(results.command) if path not in overrides]
     own = [(path, _to_argument(path, value)) for path, value in overrides.items()]
     flags = (shlex.quote(f"--config.{path}={text}") for path, text in kept + own)
-    return " ".join(["python launch.py train", f"--config={shlex.quote(results.config_file)}", *flags])
+    return " ".join([f"{program_name()} train", f"--config={shlex.quote(results.config_file)}", *flags])
 
 
 def _parse_overrides(command: str) -> list[tuple[str, str]]:

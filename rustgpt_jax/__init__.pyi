@@ -1,0 +1,11 @@
+from rustgpt_jax.api import apply as apply
+from rustgpt_jax.api import decode as decode
+from rustgpt_jax.api import encode as encode
+from rustgpt_jax.api import generate as generate
+from rustgpt_jax.api import load as load
+from rustgpt_jax.api import load_data as load_data
+from rustgpt_jax.api import read_metrics as read_metrics
+from rustgpt_jax.api import resolve as resolve
+from rustgpt_jax.api import sweep as sweep
+from rustgpt_jax.api import train as train
+from rustgpt_jax.config.config_files import load_config as load_config
