@@ -76,7 +76,7 @@ def test_pure_functions_of_the_reference_run_in_any_folder(tmp_path: Path) -> No
 @pytest.mark.parametrize("page", TEXTS)
 def test_links_and_tests_of_a_page_exist(page: str) -> None:
     text = re.sub(r"^(`{3,}).*?^\1`*$", "", TEXTS[page], flags=re.DOTALL | re.MULTILINE)
-    links = re.findall(r"\]\((?!\w+:|#)([^)\s#]+)", text)
+    links = re.findall(r"(?:\]\(|src=\")(?!\w+:|#)([^)\"\s#]+)", text)
     broken = [link for link in links if not ((ROOT / page).parent / link).exists()]
     broken += [test for test in re.findall(r"`(tests/[\w/]+\.py)[`:]", text) if not (ROOT / test).exists()]
     assert not broken
@@ -137,7 +137,7 @@ def test_site_builds_without_warnings(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 'id="optimizer.learning_rate"' in (tmp_path / "reference" / "config.html").read_text()
-    assert "Return the logits" in (tmp_path / "reference" / "python.html").read_text()
+    assert "Return float32 logits_BTV" in (tmp_path / "reference" / "python.html").read_text()
     # Reading the site needs no network.
     for page in tmp_path.rglob("*.html"):
         assert not re.findall(r"<(?:script|img|link rel=\"stylesheet\")[^>]*(?:src|href)=\"https?:", page.read_text())
