@@ -17,7 +17,7 @@ from rustgpt_jax.config.validation import parse_overrides, resolve
 from rustgpt_jax.data.preprocess import AssetCache
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.warm_start import create_warm_started_run
-from rustgpt_jax.planning.report import print_config_summary
+from rustgpt_jax.planning.report import print_config_summary, summarize_config
 from rustgpt_jax.reproduce.compare_metrics import compare_checkpoints, compare_records
 from rustgpt_jax.reproduce.recorded_run import RecordedRun
 from rustgpt_jax.reproduce.replay import replay_one_step
@@ -177,6 +177,6 @@ def test_steps_and_epochs_are_mutually_exclusive() -> None:
 
 def test_config_summary_shows_the_steps_of_epochs() -> None:
     console, config = Console(file=StringIO(), width=240), by_epochs(2)
-    print_config_summary(config, {"training.epochs": "command line"}, console)
+    print_config_summary(summarize_config(config, {"training.epochs": "command line"}, console), console)
     said, steps = console.file.getvalue(), resolve_steps(config).training.steps  # type: ignore[attr-defined]
     assert f"{steps} steps of 4 x 16 tokens" in said and "config.training.epochs=2: " in said

@@ -115,10 +115,11 @@ def test_verbs_show_names_literally(run: Path) -> None:
 
 
 def test_explain_shows_values_and_origins_literally() -> None:
-    from rustgpt_jax.planning.report import print_config_summary
+    from rustgpt_jax.planning.report import print_config_summary, summarize_config
 
     config = small_config(**{"logging.sample_prompts": (HOSTILE,), "data.paths": ("[/b].txt",)})
-    printed = shown(lambda console: print_config_summary(config, {"logging.sample_prompts": "lab[/b].py"}, console))
+    origins = {"logging.sample_prompts": "lab[/b].py"}
+    printed = shown(lambda console: print_config_summary(summarize_config(config, origins, console), console))
     assert repr((HOSTILE,)) in printed
     assert "('[/b].txt',)" in printed and "lab[/b].py" in printed
 

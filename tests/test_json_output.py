@@ -178,6 +178,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
         "sweep dry": ["sweep", "--config=rates.py", *SMALL, "--dry_run"],
         "report": ["report", "rates"],
         "explain": ["explain", "run"],
+        "explain program": ["explain", TINY, *SMALL, "--program"],
         "plan": ["plan", TINY, *SMALL, "--config.model.vocab_size=300", "--devices=2", "--chip=h100"],
         "plan large": ["plan", TINY, *SMALL, "--config.model.vocab_size=2000000000", "--devices=1", "--chip=h100"],
         "evaluate": ["evaluate", "run", "--config.sampling.weight_dtype=int8"],
@@ -229,6 +230,8 @@ def test_documents_hold_what_the_verbs_found(done: dict[str, Done]) -> None:
         assert losses.count(None) == 2 and [setting["n_finished"] for setting in sweep["settings"]] == [2]
     assert len(done["sweep dry"].result["shape_classes"][0]["trials"]) == 4
     assert done["explain"].result["config"]["training.steps"] == {"value": 8, "origin": "command line"}
+    program = done["explain program"].result["program"]
+    assert program["train_step"]["total"]["flops"]["forward"] == pytest.approx(program["model_flops"] / 3)
     assert done["plan"].result["fits"] and not done["plan large"].result["fits"]
     assert [each["weight_dtype"] for each in done["evaluate"].result["evaluations"]] == [None, "int8"]
     assert done["evaluate"].result["evaluations"][0]["metrics"]["loss"] == pytest.approx(train["last"]["valid/loss"])

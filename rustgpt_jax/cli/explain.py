@@ -10,27 +10,47 @@ from rustgpt_jax.errors import UserError, suggest_names
 
 def add_explain_arguments(parser: VerbParser) -> None:
     """Add the arguments of `explain`."""
+    _add_config_or_run(parser)
+    parser.add_switch("all", "Show the fields that have their default values, too.")
+    help = "Show operations, FLOPs and bytes of the lowered training step and decoding step by module instead."
+    parser.add_switch("program", help)
+    help = "With --program: the chip to lower for, such as h100, b200 or v5p. Default: the devices of this process."
+    parser.add_argument("--chip", metavar="NAME", help=help)
+
+
+def _add_config_or_run(parser: VerbParser) -> None:
     parser.add_config()
     parser.add_run()
 
 
 def run_explain(args: argparse.Namespace) -> VerbResult:
-    """Show a config: values and their origins, shapes, FLOPs and memory."""
+    """Show a config: values that differ from the defaults and their origins, shapes, FLOPs and memory."""
     if args.config is not None and args.run is not None:
         raise UserError("explain takes either --config or a run.")
+    if args.chip is not None and not args.program:
+        raise UserError("explain --chip is for --program; `plan` estimates memory and time on a chip.")
     from rustgpt_jax.config.validation import resolve
 
-    values, overrides, origins = read_config(args)
+    # All known chips are accelerators, whose automatic dtype is the same.
+    values, overrides, origins = read_config(args, platform=None if args.chip is None else "tpu")
     config = resolve(values, overrides)
-    from rustgpt_jax.planning.report import print_config_summary
-    from rustgpt_jax.tracking.console import PlainTextConsole
+    from rustgpt_jax.planning.report import lower_programs, print_config_summary, print_programs, summarize_config
+    from rustgpt_jax.tracking.console import PlainTextConsole, show_spinner
 
-    return VerbResult(0, print_config_summary(config, origins, PlainTextConsole()).describe())
+    console = PlainTextConsole()
+    summary = summarize_config(config, origins, console)
+    if args.program:
+        with show_spinner(console, "lowering the programs"):
+            programs = lower_programs(summary.full_config, args.chip)
+        print_programs(programs, console)
+        return VerbResult(0, {**summary.describe(), "program": programs.describe()})
+    print_config_summary(summary, console, args.all)
+    return VerbResult(0, {**summary.describe(), "program": None})
 
 
 def add_plan_arguments(parser: VerbParser) -> None:
     """Add the arguments of `plan`."""
-    add_explain_arguments(parser)
+    _add_config_or_run(parser)
     parser.add_argument("--devices", metavar="N", type=whole_number(1, MAX_PROCESSES), help="The number of chips.")
     parser.add_argument("--chip", metavar="NAME", help="The kind of chip, such as h100, b200 or v5p.")
 

@@ -88,6 +88,7 @@ def loss_sums(
     return sums._replace(layer_metrics={name: value * sums.weight for name, value in layer_metrics.items()})
 
 
+@jax.named_scope("loss")
 def _scan_chunks(
     matrix: jax.Array,
     hidden_BTD: jax.Array,
@@ -128,14 +129,20 @@ def _scan_chunks(
         sums, _ = cross_entropy_sums(logits_RCV, part, {}, 0.0 if z_loss is None else z_loss)
         return sums.objective, sums
 
+    @jax.named_scope("logits")
+    def chunk_logits(hidden_RCD: jax.Array) -> jax.Array:
+        return unembed(hidden_RCD, factor, axes, model)
+
     def add_chunk(totals: Any, inputs: tuple[jax.Array, Batch]) -> tuple[Any, jax.Array]:
         hidden_RCD, part = inputs
-        logits_RCV, unembed_bwd = jax.vjp(lambda hidden_RCD: unembed(hidden_RCD, factor, axes, model), hidden_RCD)
+        logits_RCV, unembed_bwd = jax.vjp(chunk_logits, hidden_RCD)
         grad_RCV, sums = jax.grad(objective, has_aux=True)(logits_RCV, part)
         # Sum the outer products over tokens, with axes in the order of the matrix.
         by_axis = {"D": hidden_RCD.astype(factor.dtype), "V": grad_RCV.astype(factor.dtype)}
         left, right = (by_axis[axis] for axis in axes)
-        grad_R = jax.lax.dot_general(left, right, (((1,), (1,)), ((0,), (0,))), preferred_element_type=matrix.dtype)
+        with jax.named_scope("logits"), jax.named_scope("backward"):
+            contracted_and_batch = (((1,), (1,)), ((0,), (0,)))
+            grad_R = jax.lax.dot_general(left, right, contracted_and_batch, preferred_element_type=matrix.dtype)
         return jax.tree.map(jnp.add, totals, (sums, grad_R)), unembed_bwd(grad_RCV)[0]
 
     zero = jnp.zeros(())
@@ -178,6 +185,7 @@ def _join_tokens(x_NRC: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return shard_activations(x_BT, "BT".ljust(len(shape), "."))
 
 
+@jax.named_scope("loss")
 def cross_entropy_sums(
     logits_BTV: jax.Array, batch: Batch, layer_metrics: LayerMetrics, z_loss: jax.Array | float = 0.0
 ) -> tuple[LossSums, jax.Array]:

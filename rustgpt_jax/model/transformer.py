@@ -1,4 +1,8 @@
-"""The whole model as pure functions: `init`, `apply`, `init_cache`. Training and decoding share one forward pass."""
+"""The whole model as pure functions: `init`, `apply`, `init_cache`. Training and decoding share one forward pass.
+
+The scopes (`jax.named_scope`) outside of Flax modules have the names of the parameters that they use. Profiles and
+`explain --program` show them.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -195,24 +199,32 @@ def _hidden_states(
             x_BTD, stats[name] = intermediates.record_stats(x_BTD, slots[name])
         return x_BTD
 
+    x_BTD = record(_embed(params, tokens_BT, model, inputs), "embeddings")
+    block_slots = None if slots is None else slots["blocks"]
+    x_BTD, cache, layer_metrics, stats["blocks"] = _run_blocks(
+        params["blocks"], x_BTD, model, inputs, cache, block_slots
+    )
+    if model.norm_placement != "post":
+        with jax.named_scope("norm"):
+            x_BTD = _norm(model).apply({"params": params["norm"]}, x_BTD)
+    return record(x_BTD, "hidden"), cache, layer_metrics, stats
+
+
+@jax.named_scope("embedding")
+def _embed(params: Params, tokens_BT: jax.Array, model: ModelConfig, inputs: BlockInputs) -> jax.Array:
     # Each device looks up all tokens in its own shard of the channels, so the table is never gathered.
     x_BTD = shard_activations(shard_activations(params["embedding"]["table"], "VE")[tokens_BT], "BTE")
     if model.scale_embeddings:
         scale = model.d_model**0.5 if model.embedding_scale is None else model.embedding_scale
         x_BTD = x_BTD * jnp.asarray(scale, x_BTD.dtype)
     if (embed := _positions_embedding(model)) is not None:
-        x_BTD = x_BTD + embed.apply({"params": params["positions"]}, inputs.positions_BT)
+        with jax.named_scope("positions"):
+            x_BTD = x_BTD + embed.apply({"params": params["positions"]}, inputs.positions_BT)
     x_BTD = dropout(x_BTD.astype(model.dtype), model.dropout, inputs, site=model.n_layers)
-    x_BTD = record(shard_activations(x_BTD, "BTD"), "embeddings")
-    block_slots = None if slots is None else slots["blocks"]
-    x_BTD, cache, layer_metrics, stats["blocks"] = _run_blocks(
-        params["blocks"], x_BTD, model, inputs, cache, block_slots
-    )
-    if model.norm_placement != "post":
-        x_BTD = _norm(model).apply({"params": params["norm"]}, x_BTD)
-    return record(x_BTD, "hidden"), cache, layer_metrics, stats
+    return shard_activations(x_BTD, "BTD")
 
 
+@jax.named_scope("logits")
 def logits(params: Params, hidden_BTD: jax.Array, model: ModelConfig) -> jax.Array:
     """Return float32 logits_BTV, computed with the output layer or else the embedding table."""
     logits_BTV = unembed(hidden_BTD, *output_matrix(params), model)
@@ -244,6 +256,7 @@ def remat_policy(name: str) -> Callable[..., Any]:
     return REMAT_POLICIES[name]
 
 
+@jax.named_scope("blocks")
 def _run_blocks(
     blocks: Params,
     x_BTD: jax.Array,
@@ -303,9 +316,10 @@ def _run_pattern(
         layer_inputs = inputs.fold_in(layer)
         if model.attention.scale_by_layer:
             layer_inputs = layer_inputs._replace(layer=layer)
-        (x_BTD, *output), stats = intermediates.apply_block(
-            Block(group.block), params[key], slots[key], x_BTD, layer_inputs, cache[key]
-        )
+        with jax.named_scope(key):
+            (x_BTD, *output), stats = intermediates.apply_block(
+                Block(group.block), params[key], slots[key], x_BTD, layer_inputs, cache[key]
+            )
         x_BTD = shard_activations(x_BTD, "BTD")
         for by_group, value in zip(outputs, (*output, stats), strict=True):
             by_group[key] = value

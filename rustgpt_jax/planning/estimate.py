@@ -49,7 +49,7 @@ _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 
 def count_matmul_flops(program: HloProgram) -> float:
     """Count the FLOPs of the matrix products on a device: 2 m n k for each."""
-    return sum(times * _flops(product, shapes) for times, product, shapes in _matrix_products(program))
+    return sum(times * count_dot_flops(product, shapes) for times, product, shapes in _matrix_products(program))
 
 
 def count_matmul_traffic(program: HloProgram) -> float:
@@ -60,7 +60,9 @@ def count_matmul_traffic(program: HloProgram) -> float:
     """
     total = 0.0
     for times, product, shapes in _matrix_products(program):
-        moved = [_array_bytes(shape) for shape in (product.shape, *(shapes[operand] for operand in product.operands))]
+        moved = [
+            count_array_bytes(shape) for shape in (product.shape, *(shapes[operand] for operand in product.operands))
+        ]
         total += times * (sum(moved) - max(moved) * ("lhs_batch_dims" in product.attributes))
     return total
 
@@ -73,14 +75,16 @@ def _matrix_products(program: HloProgram) -> Iterator[tuple[int, Instruction, di
         yield from ((runs[name], each, shapes) for each in body if each.opcode == "dot")
 
 
-def _flops(product: Instruction, shapes: dict[str, str]) -> float:
+def count_dot_flops(product: Instruction, shapes: dict[str, str]) -> float:
+    """Count the FLOPs of a matrix product, given the shapes of its computation by name."""
     left = parse_lengths(shapes[product.operands[0]])
     found = _CONTRACTED.search(product.attributes)
     contracted = [int(axis) for axis in found[1].split(",") if axis] if found else []
     return 2.0 * math.prod(parse_lengths(product.shape)) * math.prod(left[axis] for axis in contracted)
 
 
-def _array_bytes(shape: str) -> int:
+def count_array_bytes(shape: str) -> int:
+    """Count the bytes of the arrays of a shape."""
     return sum(size for _, size in parse_arrays(shape))
 
 
@@ -197,8 +201,13 @@ def compile_step(config: Config, seq_len: int, plan: ShardingPlan, for_cpu: bool
 
 def _imitate_accelerator(config: Config) -> Config:
     """Replace bfloat16 by float16, custom gradients by JAX's, and kernels by portable ones."""
-    values: dict[str, Any] = {path: "float16" for path in DTYPES if get_path(config, path) == "bfloat16"}
-    values["model.save_residuals"], values["model.moe.kernel"] = False, "blocked"
+    dtypes = {path: "float16" for path in DTYPES if get_path(config, path) == "bfloat16"}
+    return replace_paths(replace_device_kernels(config), dtypes)
+
+
+def replace_device_kernels(config: Config) -> Config:
+    """Replace custom gradients by JAX's, and kernels of libraries by portable ones, which any device can trace."""
+    values: dict[str, Any] = {"model.save_residuals": False, "model.moe.kernel": "blocked"}
     if config.model.attention.kernel != "reference":
         values["model.attention.kernel"] = "portable" if is_enabled(config.model.dropout) else "blockwise"
     return replace_paths(config, values)

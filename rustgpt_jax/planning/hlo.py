@@ -1,4 +1,4 @@
-"""Parser of HLO text (openxla.org/xla/operation_semantics), as returned by `compiled.as_text()`.
+"""Parser of HLO text (openxla.org/xla/operation_semantics), of `compiled.as_text()` or `lowered.as_text("hlo")`.
 
 It finds the instructions of each computation, how often each computation runs, and the collectives.
 """
@@ -18,12 +18,15 @@ BITS |= {f"{kind}{bits}": bits for kind in "su" for bits in (2, 4, 8, 16, 32, 64
 BITS |= {f"f{bits}": bits for bits in (16, 32, 64)}
 
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
-_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _LISTED = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _NAME = re.compile(r"%([\w.\-]+)")
+# Lowered programs are printed in the short form, without percent signs and without the shapes of operands.
+_SHORT_NAME = re.compile(r"[A-Za-z_][\w.\-]*")
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,10 @@ class Instruction:
     @property
     def operands(self) -> tuple[str, ...]:
         """The names of the instructions that it reads."""
-        return tuple(_NAME.findall(self.arguments))
+        names = _NAME.findall(self.arguments)
+        if not names and self.opcode not in ("constant", "parameter"):
+            names = _SHORT_NAME.findall(self.arguments)
+        return tuple(names)
 
     @property
     def calls(self) -> tuple[str, ...]:
@@ -75,8 +81,22 @@ class HloProgram:
         for name in reversed(tuple(TopologicalSorter(called_by).static_order())):
             for each in self.computations.get(name, ()):
                 for callee in each.calls:
-                    runs[callee] += runs[name] * ((each.trips or 1) if each.opcode == "while" else 1)
+                    runs[callee] += runs[name] * (self.count_trips(each) if each.opcode == "while" else 1)
         return runs
+
+    def count_trips(self, loop: Instruction) -> int:
+        """Return the trip count of a loop, which in a lowered program is the limit of its condition; 1 if unknown."""
+        if loop.trips is not None:
+            return loop.trips or 1
+        condition = _CONDITION.search(loop.attributes)
+        body = self.computations.get(condition[1], ()) if condition else ()
+        constants = {each.name: each.arguments for each in body if each.opcode == "constant"}
+        limits = (
+            constants.get(each.operands[-1], "")
+            for each in body
+            if each.opcode == "compare" and "direction=LT" in each.attributes
+        )
+        return next((int(limit) for limit in limits if limit.isdigit()), 0) or 1
 
 
 def parse_hlo(text: str) -> HloProgram:

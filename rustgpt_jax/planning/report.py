@@ -10,9 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from rustgpt_jax.cache_dir import cache_folder
-from rustgpt_jax.config.schema import Config, Stage, flatten, replace_paths, stages, uses_epochs
+from rustgpt_jax.config.schema import Config, ModelConfig, Stage, flatten, replace_paths, stages, uses_epochs
 from rustgpt_jax.data.preprocess import fill_vocab_size, load_or_train_tokenizer, resolve_epochs_of_text
 from rustgpt_jax.errors import UserError, suggest_names
+from rustgpt_jax.model.block import layer_groups
 from rustgpt_jax.model.flops import forward_flops_per_token, parameter_shapes, total_bytes, total_size
 from rustgpt_jax.planning.estimate import (
     RESERVE,
@@ -21,8 +22,17 @@ from rustgpt_jax.planning.estimate import (
     compute_collective_time,
     estimate,
     list_suggestions,
+    replace_device_kernels,
 )
 from rustgpt_jax.planning.hlo import summarize_collectives
+from rustgpt_jax.planning.program_costs import (
+    PASSES,
+    RECOMPUTED,
+    ProgramCosts,
+    count_program_costs,
+    lower_decode_step,
+    lower_train_step,
+)
 from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.sharding.hardware_specs import CHIPS, use_cpu_devices
 from rustgpt_jax.sharding.sharding_plan import check_batch_shards, describe_mesh, plan_for_devices
@@ -31,8 +41,8 @@ from rustgpt_jax.training.config_checks import validate_components
 from rustgpt_jax.training.memory_estimate import state_shapes
 
 MAX_WARNINGS = 5
-RIGHT_ALIGNED = ("size", "amount", "time", "runs", "received", "memory")
-NO_WRAP = (*RIGHT_ALIGNED, "field", "path")
+RIGHT_ALIGNED = ("size", "amount", "time", "runs", "received", "memory", "ops", "share", "bytes", *PASSES)
+NO_WRAP = (*RIGHT_ALIGNED, "field", "path", "module")
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -58,9 +68,14 @@ class ConfigSummary(NamedTuple):
     origins: Mapping[str, str]
     vocab_size: int | None
 
+    @property
+    def full_config(self) -> Config:
+        """The config with the vocabulary size."""
+        return replace_paths(self.config, {"model.vocab_size": self.vocab_size})
+
     def describe(self) -> dict[str, Any]:
         """Return the values of the config, the shapes of the parameters, and FLOPs and memory, as JSON has them."""
-        config = replace_paths(self.config, {"model.vocab_size": self.vocab_size})
+        config = self.full_config
         shapes, state = parameter_shapes(config.model), state_shapes(config)
         overrides = {stage.name: dict(stage.overrides) for stage in config.stages}
         return {
@@ -81,36 +96,58 @@ class ConfigSummary(NamedTuple):
         }
 
 
-def print_config_summary(config: Config, origins: Mapping[str, str], console: Console) -> ConfigSummary:
-    """Print the fields of a config with their origins, the shapes of the parameters, and FLOPs and memory.
+def summarize_config(config: Config, origins: Mapping[str, str], console: Console) -> ConfigSummary:
+    """Check a config and find the number of its steps and the size of its vocabulary.
 
-    Only shapes are computed. If the vocabulary depends on the corpus, the tokenizer is trained, and if the number of
-    steps depends on the number of epochs, the text is encoded.
+    If the vocabulary depends on the corpus, the tokenizer is trained, and if the number of steps depends on the number
+    of epochs, the text is encoded.
     """
     validate_components(config)
     for stage in stages(config):
         check_batch_shards(stage.config, stage.config.seq_len, jax.device_count())
-    full_config = config
-    if uses_epochs(config) or not config.model.vocab_size:
+    vocab_size = config.model.vocab_size
+    if uses_epochs(config) or not vocab_size:
         tokenizer = load_or_train_tokenizer(config)
         resolved = resolve_epochs_of_text(config, tokenizer, cache_folder())
         config, origins = resolved.config, {**origins, **resolved.origins}
         for sentence in resolved.messages:
             console.print(sentence, markup=False, highlight=False, soft_wrap=True)
-        full_config = fill_vocab_size(config, tokenizer)
-    fields = _table("Fields", "field", "value", "origin")
-    for path, value in flatten(config).items():
-        origin = origins.get(path, "")
-        fields.add_row(f"config.{path}", repr(value), origin, style="" if origin == "base" else "bold")
-    tables = [fields]
+        vocab_size = fill_vocab_size(config, tokenizer).model.vocab_size
+    return ConfigSummary(config, origins, vocab_size)
+
+
+def print_config_summary(summary: ConfigSummary, console: Console, shows_all: bool = False) -> None:
+    """Print the fields of a config with their origins, the shapes of the parameters, and FLOPs and memory.
+
+    Args:
+        summary: The config. Only shapes are computed.
+        console: The console.
+        shows_all: Whether to print the fields that have their default values, too.
+    """
+    config = summary.config
+    tables = [_field_table(summary, shows_all)]
     for stage_config in config.stages:
         tables.append(_table(f"\nStage {stage_config.name}", "field", "value"))
         for path, value in stage_config.overrides:
             tables[-1].add_row(f"config.{path}", repr(value))
+    full_config = summary.full_config
     # Build all tables before printing any, since an invalid component raises.
     for table in [*tables, _parameter_table(full_config), _cost_table(full_config)]:
         console.print(table)
-    return ConfigSummary(config, origins, full_config.model.vocab_size)
+
+
+def _field_table(summary: ConfigSummary, shows_all: bool) -> Table:
+    values, defaults = flatten(summary.config), flatten(Config())
+    table = _table("Fields" if shows_all else "Fields that differ from the defaults", "field", "value", "origin")
+    for path, value in values.items():
+        is_default = value == defaults[path]
+        if shows_all or not is_default:
+            style = "bold" if shows_all and not is_default else ""
+            table.add_row(f"config.{path}", repr(value), summary.origins.get(path, ""), style=style)
+    if not shows_all:
+        n_rest = len(values) - table.row_count
+        table.caption, table.caption_justify = f"{n_rest} other fields have their defaults; --all shows them.", "left"
+    return table
 
 
 def _parameter_table(config: Config) -> Table:
@@ -169,6 +206,133 @@ def _stage_costs(stage: Stage) -> tuple[str, str, str]:
         f"forward {format_count(forward)}; {steps} steps of {batch_size} x {length} tokens, "
         f"{format_count(tokens)} in total, {format_count(3 * forward * tokens)} FLOPs",
     )
+
+
+# The `explain --program` command.
+
+
+class Programs(NamedTuple):
+    """The costs of the lowered training step and decoding step of a config.
+
+    Attributes:
+        config: The config, with the kernels that were lowered.
+        platform: The platform that the programs are lowered for.
+        chip_name: The chip; None for the devices of this process.
+        train_step: The costs of the training step.
+        decode_step: The costs of the decoding step.
+        xla: XLA's cost analysis of the training step; None for a chip, whose compiler may not be here.
+    """
+
+    config: Config
+    platform: str
+    chip_name: str | None
+    train_step: ProgramCosts
+    decode_step: ProgramCosts
+    xla: Mapping[str, float] | None
+
+    @property
+    def model_flops(self) -> float:
+        """FLOPs of a training step by the usual count, three times those of the forward pass."""
+        tokens = self.config.training.batch_size * self.config.seq_len
+        return 3 * tokens * _forward_flops_per_token(self.config)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the costs as JSON has them."""
+        return {
+            "platform": self.platform,
+            "chip": self.chip_name,
+            "batch_size": self.config.training.batch_size,
+            "seq_len": self.config.seq_len,
+            "model_flops": self.model_flops,
+            "xla_flops": self.xla and self.xla["flops"],
+            "xla_bytes": self.xla and self.xla["bytes accessed"],
+            "train_step": self.train_step.describe(),
+            "decode_step": self.decode_step.describe(),
+        }
+
+
+def lower_programs(config: Config, chip_name: str | None) -> Programs:
+    """Lower the training step and the decoding step of a config, and count their costs by module.
+
+    Args:
+        config: A config with the vocabulary size. Of several stages, the one with the longest sequences is lowered.
+        chip_name: The chip to lower for; None for the devices of this process.
+
+    Raises:
+        UserError: The chip is unknown.
+    """
+    if chip_name is not None and chip_name not in CHIPS:
+        raise UserError(f"--chip: unknown {chip_name!r}.{suggest_names(chip_name, CHIPS)}")
+    config = max((stage.config for stage in stages(config)), key=lambda config: config.seq_len)
+    platform = None
+    if chip_name is not None:
+        platform = "tpu" if CHIPS[chip_name].kind.startswith("TPU") else "cuda"
+        config = replace_device_kernels(config)
+    lowered = lower_train_step(config, platform)
+    return Programs(
+        config=config,
+        platform=platform or jax.default_backend(),
+        chip_name=chip_name,
+        train_step=count_program_costs(lowered),
+        decode_step=count_program_costs(lower_decode_step(config.model, platform)),
+        xla=lowered.cost_analysis() if platform is None else None,
+    )
+
+
+def print_programs(programs: Programs, console: Console) -> None:
+    """Print the costs of the training step and the decoding step by module."""
+    config, step = programs.config, programs.train_step
+    target = programs.platform + (f" ({programs.chip_name})" if programs.chip_name else "")
+    sentences = [
+        f"The training step of {config.training.batch_size} x {config.seq_len} tokens, lowered for {target}.",
+        "FLOPs are those of matrix products; bytes are what the operations read and write if the compiler fuses none "
+        "of them.",
+    ]
+    if programs.chip_name is not None:
+        sentences.append("Portable kernels replace those of libraries, whose operations JAX does not see.")
+    console.print(*sentences, highlight=False)
+    _print_program_table("\nTraining step", step, config.model, 4, console)
+    total, recomputed = step.total().total_flops, step.total().flops[RECOMPUTED]
+    part = f", {format_count(recomputed)} of them for recomputation" if recomputed else ""
+    console.print(
+        f"\n{format_count(total)} FLOPs in all{part}. Three times those of the forward pass, the usual count of a "
+        f"training step, are {format_count(programs.model_flops)}.",
+        highlight=False,
+    )
+    if programs.xla is not None:
+        xla_flops, xla_bytes = programs.xla["flops"], programs.xla["bytes accessed"]
+        console.print(
+            "XLA's cost analysis counts the body of each loop once, and other arithmetic too: "
+            f"{format_count(xla_flops)} FLOPs and {format_bytes(xla_bytes)}; counted so here, "
+            f"{format_count(step.once.total_flops + step.once.other_flops)} and {format_bytes(step.once.bytes)}.",
+            highlight=False,
+        )
+    for name, count in step.library_calls.items():
+        console.print(f"Calls of {name}, whose FLOPs are not known here: {count:,}.", highlight=False)
+    title = f"\nDecoding step: one token of one row, with a cache of {config.model.context_length:,} tokens"
+    _print_program_table(title, programs.decode_step, config.model, 3, console)
+
+
+def _print_program_table(title: str, program: ProgramCosts, model: ModelConfig, depth: int, console: Console) -> None:
+    # The title of a table is folded at the width of the table.
+    console.print(title, style="bold", highlight=False)
+    total = program.total()
+    passes = [name for name, flops in total.flops.items() if flops]
+    table = _table("", "module", "ops", *passes, "share", "bytes")
+    rows = [*program.paths(depth), ""]
+    for path in rows:
+        costs = program.total(path)
+        *outer, name = path.split("/") if path else ["total"]
+        layers = len(layer_groups(model)[int(name)].layers) if outer == ["blocks"] and name.isdecimal() else 0
+        table.add_row(
+            "  " * len(outer) + name + (f" ({layers} layer{'s' * (layers > 1)})" if layers else ""),
+            f"{costs.operations:,}",
+            *(format_count(costs.flops[each]) if costs.flops[each] else "" for each in passes),
+            f"{costs.total_flops / (total.total_flops or 1):.0%}" if costs.total_flops else "",
+            format_bytes(costs.bytes),
+            style="bold" if not path or not outer else "",
+        )
+    console.print(table)
 
 
 # The `plan` command.

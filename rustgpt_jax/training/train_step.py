@@ -190,28 +190,29 @@ def train_step(
     config, state = combine(static, hparams), state._replace(opt_state=fetch_opt_state(static, state.opt_state))
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
     gradients, sums, inside = gradient(state.params, batch, config, key, with_intermediates)
-    gradients = constrain(gradients)
-    norm = optax.tree.norm(gradients)
-    stage_step = state.step - first_step
-    lr_multiplier = schedule_multiplier(stage_step, config.training.steps, config.schedule)
+    with jax.named_scope("optimizer"):
+        gradients = constrain(gradients)
+        norm = optax.tree.norm(gradients)
+        stage_step = state.step - first_step
+        lr_multiplier = schedule_multiplier(stage_step, config.training.steps, config.schedule)
 
-    def update(gradients: Any, opt_state: Any) -> tuple[Any, Any]:
-        if is_enabled(config.optimizer.clip_norm):
-            gradients = clip_by_norm(gradients, norm, config.optimizer.clip_norm)
-        return make_optimizer(config.optimizer, lr_multiplier).update(gradients, opt_state, state.params)
+        def update(gradients: Any, opt_state: Any) -> tuple[Any, Any]:
+            if is_enabled(config.optimizer.clip_norm):
+                gradients = clip_by_norm(gradients, norm, config.optimizer.clip_norm)
+            return make_optimizer(config.optimizer, lr_multiplier).update(gradients, opt_state, state.params)
 
-    # The state may change only after the whole update is checked. The update is computed twice on purpose: without the
-    # barrier, XLA would keep new moments in memory until the check; with it, they are computed in the pass that writes
-    # them. XLA removes the unused half of each call.
-    updates, _ = update(gradients, state.opt_state)
-    loss = sums.loss / jnp.maximum(sums.weight, 1.0)
-    update_norm = optax.tree.norm(updates)
-    is_finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(update_norm)
-    is_finite, late_gradients, old_opt_state = jax.lax.optimization_barrier((is_finite, gradients, state.opt_state))
-    _, new_opt_state = update(late_gradients, old_opt_state)
-    keep_if_finite = partial(jax.tree.map, lambda new, old: jnp.where(is_finite, new, old))
-    params = keep_if_finite(optax.apply_updates(state.params, updates), state.params)
-    opt_state = keep_if_finite(new_opt_state, old_opt_state)
+        # The state may change only after the whole update is checked. The update is computed twice on purpose: without
+        # the barrier, XLA would keep new moments in memory until the check; with it, they are computed in the pass that
+        # writes them. XLA removes the unused half of each call.
+        updates, _ = update(gradients, state.opt_state)
+        loss = sums.loss / jnp.maximum(sums.weight, 1.0)
+        update_norm = optax.tree.norm(updates)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(update_norm)
+        is_finite, late_gradients, old_opt_state = jax.lax.optimization_barrier((is_finite, gradients, state.opt_state))
+        _, new_opt_state = update(late_gradients, old_opt_state)
+        keep_if_finite = partial(jax.tree.map, lambda new, old: jnp.where(is_finite, new, old))
+        params = keep_if_finite(optax.apply_updates(state.params, updates), state.params)
+        opt_state = keep_if_finite(new_opt_state, old_opt_state)
     loss_stats = update_loss_stats(
         state.loss_stats, loss, is_finite, stage_step == 0, stage_step == config.training.steps - 1
     )
