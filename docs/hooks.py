@@ -105,9 +105,9 @@ def argument_entry(action: argparse.Action) -> str:
 
 def verbs() -> str:
     """Return the reference of every verb, from the parser of its command line."""
-    from rustgpt_jax.cli.main import VERBS, _build_parsers
+    from rustgpt_jax.cli.main import VERBS, build_parsers
 
-    _, parsers = _build_parsers()
+    _, parsers = build_parsers()
     sections = []
     for name, parser in parsers.items():
         # argparse has no public way to list a parser's arguments.

@@ -95,7 +95,7 @@ Quick start:  {program} train --config=rustgpt
 """
 
 
-def _build_parsers() -> tuple[argparse_flags.ArgumentParser, dict[str, VerbParser]]:
+def build_parsers() -> tuple[argparse_flags.ArgumentParser, dict[str, VerbParser]]:
     """Return the parser of the command line, and the parsers of the verbs by name."""
     program = program_name()
     overrides = f"--config.x.y=VALUE overrides a value of the config (see `{program} --help`)."
@@ -149,7 +149,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         The values of the verb's arguments, with `verb`, its name; `flags`, the flags given; and `overrides`, the
         (path, text) pairs of `--config.path=text`, which the schema checks.
     """
-    parser, parsers = _build_parsers()
+    parser, parsers = build_parsers()
     takes_value = {flag: takes for verb_parser in parsers.values() for flag, takes in verb_parser.takes_value.items()}
     flags: list[str] = []
     positionals: list[str] = []
