@@ -97,6 +97,8 @@ class DocumentWriter:
             # Child processes do not inherit this descriptor.
             self._descriptor = os.dup(1)
             os.dup2(2, 1)
+            # A stream that was opened for a file asks for its position, which a terminal or a pipe does not have.
+            sys.stdout = open(1, "w", encoding=sys.stdout.encoding, buffering=1, closefd=False)
 
     def write_result(self, result: VerbResult) -> None:
         """Write the document of a verb that has a result, whatever its exit status."""
