@@ -1,12 +1,13 @@
-"""Hooks of the docs site: the reference of knobs and verbs, and links to files of the repository.
+"""Hooks of the docs site: the reference of knobs and verbs, notebooks, and links to files of the repository.
 
 The reference is generated when the site is built: a page has a line `<!-- generated: NAME -->`, which is replaced by
 the text that GENERATED[NAME] returns. A page may link to any file of the repository by its relative path, as it would
-on a code host; the site then has a page that shows the file.
+on a code host; the site then has a page that shows the file. A notebook in docs/ is a page, NAME.md in the nav.
 """
 
 import argparse
 import inspect
+import json
 import posixpath
 import re
 import sys
@@ -132,7 +133,7 @@ def is_in_docs(path: str) -> bool:
 def site_path(path: str) -> str:
     """Return the place in the site of a file of the repository."""
     if is_in_docs(path):
-        return path.removeprefix("docs/")
+        return re.sub(r"\.ipynb$", ".md", path.removeprefix("docs/"))
     return f"source/{path}" if path.endswith(".md") else f"source/{path}.md"
 
 
@@ -181,10 +182,30 @@ def source_page(path: str) -> str:
     )
 
 
+def notebook_page(path: str) -> str:
+    """Return the page that shows a notebook of docs/, with the outputs that it has."""
+    parts = []
+    for cell in json.loads((ROOT / path).read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "image/png" in data:
+                parts.append(f'<img alt="" src="data:image/png;base64,{"".join(data["image/png"]).strip()}">')
+            elif text := "".join(output.get("text", data.get("text/plain", ()))):
+                parts.append(f"```text\n{text.rstrip()}\n```")
+    title, *rest = parts
+    name = Path(path).name
+    return "\n\n".join([title, f'<a href="{name}" download>Download this page as a notebook, {name}</a>', *rest])
+
+
 def on_files(files: Any, *, config: Any) -> Any:
     """Add a page for each file of the repository that the pages, or the nav, show."""
     from mkdocs.structure.files import File
 
+    for notebook in sorted((ROOT / "docs").rglob("*.ipynb")):
+        path = str(notebook.relative_to(ROOT))
+        files.append(File.generated(config, site_path(path), content=notebook_page(path)))
     nav = re.findall(r"source/([\w./-]+\.md)", str(config.nav))
     waiting = list(nav)
     for file in files.documentation_pages():
