@@ -197,6 +197,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
         "doctor": ["doctor", "run", "--step=6"],
         "check": ["check", "samplers/top_k", "schedules/cosine"],
         "export": ["export", "run", "--to=exported"],
+        "export stablehlo": ["export", "run", "--to=stablehlo", "--batch=1"],
         "import": ["import", "--from=exported", "--run=imported"],
         "schema": ["schema", "train"],
     }
@@ -253,6 +254,7 @@ def test_documents_hold_what_the_verbs_found(done: dict[str, Done]) -> None:
     assert done["diff"].result["is_same"] and done["doctor"].result["step"] == 6
     assert done["check"].result["n_failed"] == 0 and len(done["check"].result["checks"]) > 3
     assert "exported/config.json" in {file["path"] for file in done["export"].result["files"]}
+    assert "run.stablehlo/manifest.json" in {file["path"] for file in done["export stablehlo"].result["files"]}
     assert done["import"].result["architecture"] == done["export"].result["architecture"]
     assert done["schema"].result["schema"] == load_schema("train")
 

@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,26 +109,50 @@ def add_export_arguments(parser: VerbParser) -> None:
     """Add the arguments of `export`."""
     parser.add_run()
     parser.add_argument(
-        "--to", metavar="DIR|FILE.gguf", help="The folder to write, which transformers loads, or a .gguf file."
+        "--to",
+        metavar="PATH",
+        help="The folder to write, which transformers loads; FILE.gguf, for llama.cpp; or DIR.stablehlo, a folder of "
+        "StableHLO programs for JAX and IREE. `stablehlo` means RUN.stablehlo in the current folder.",
     )
     parser.add_checkpoint()
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16", "int8"),
-        help="The dtype to convert the parameters to; int8 is only for .gguf files. Default: unchanged.",
+        help="The dtype to convert the parameters to; int8 is not for transformers, and float16 not for StableHLO. "
+        "Default: unchanged.",
     )
+    help = "StableHLO: the number of rows of a batch. Default: any number."
+    parser.add_argument("--batch", metavar="N", type=whole_number(1), help=help)
+    help = "StableHLO: the platforms that can run the programs, of cpu, cuda, rocm and tpu. Default: cpu,cuda,tpu."
+    parser.add_argument("--platforms", metavar="NAME,...", type=_split_names, help=help)
+    help = "StableHLO: the tokens of a row that the cache has room for. Default: the model's context length."
+    parser.add_argument("--cache_length", metavar="N", type=whole_number(1), help=help)
+    help = "StableHLO: the lengths to which prompts are padded. Default: 16, 32, 64, ..., up to the cache length."
+    parser.add_argument("--prefill_lengths", metavar="N,...", type=_split_numbers, help=help)
+
+
+def _split_names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(text.split(",")))
+
+
+def _split_numbers(text: str) -> tuple[int, ...]:
+    return tuple(whole_number(1)(part) for part in text.split(","))
+
+
+# Arguments of `export` that only StableHLO programs have.
+STABLEHLO_OPTIONS = ("batch", "platforms", "cache_length", "prefill_lengths")
 
 
 def run_export(args: argparse.Namespace) -> VerbResult:
-    """Export a run as a Hugging Face model, or as a .gguf file for llama.cpp."""
+    """Export a run as a Hugging Face model, a .gguf file for llama.cpp, or StableHLO programs for JAX and IREE."""
     if args.run is None or args.to is None:
-        raise UserError("export needs the folder of a run, and --to=DIR, a new folder, or --to=FILE.gguf.")
-    from rustgpt_jax.interop.convert import export_run
-    from rustgpt_jax.interop.gguf import export_gguf
-
-    to, log = Path(args.to), _PrintedMessages()
-    kind, export = ("gguf", export_gguf) if to.suffix == ".gguf" else ("huggingface", export_run)
-    architecture = export(Path(args.run), to, args.checkpoint, args.dtype, log.print)
+        raise UserError(
+            "export needs the folder of a run, and --to=DIR, a new folder, --to=FILE.gguf, or --to=stablehlo."
+        )
+    run, log = Path(args.run), _PrintedMessages()
+    to = Path(f"{run.resolve().name}.stablehlo" if args.to == "stablehlo" else args.to)
+    kind, export = _find_format(to, args)
+    architecture = export(run, to, args.checkpoint, args.dtype, log.print)
     files = sorted(file for file in to.rglob("*") if file.is_file()) if to.is_dir() else [to]
     document = {
         "run": args.run,
@@ -137,6 +163,24 @@ def run_export(args: argparse.Namespace) -> VerbResult:
         "messages": log.messages,
     }
     return VerbResult(0, document)
+
+
+def _find_format(to: Path, args: argparse.Namespace) -> tuple[str, Callable[..., str | None]]:
+    """Return the format of the path to write, and the function that exports a run to it."""
+    options = {name: value for name in STABLEHLO_OPTIONS if (value := getattr(args, name)) is not None}
+    if to.suffix == ".stablehlo":
+        from rustgpt_jax.interop.stablehlo import ExportOptions, export_stablehlo
+
+        return "stablehlo", partial(export_stablehlo, options=ExportOptions(**options))
+    if options:
+        raise UserError(f"--{next(iter(options))} is only for --to=stablehlo and --to=DIR.stablehlo.")
+    if to.suffix == ".gguf":
+        from rustgpt_jax.interop.gguf import export_gguf
+
+        return "gguf", export_gguf
+    from rustgpt_jax.interop.convert import export_run
+
+    return "huggingface", export_run
 
 
 class _PrintedMessages:

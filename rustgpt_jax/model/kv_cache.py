@@ -128,11 +128,12 @@ def _tokens_axis(x: jax.Array) -> int:
 def _write_tokens(buffer: jax.Array, new: jax.Array, slots_BT: jax.Array) -> jax.Array:
     """Write tokens to their slots; tokens without a slot are dropped."""
     if buffer.ndim != 4:
-        return buffer.at[jnp.arange(len(slots_BT))[:, None], slots_BT].set(new, mode="drop")
+        return buffer.at[jnp.arange(slots_BT.shape[0])[:, None], slots_BT].set(new, mode="drop")
     # With heads as rows, XLA on CPUs updates the cache in place for any number of rows.
     flat = buffer.reshape(-1, *buffer.shape[2:])
     slots_BT = jnp.repeat(slots_BT, buffer.shape[1], axis=0)
-    return _write_tokens(flat, new.reshape(len(flat), *new.shape[2:]), slots_BT).reshape(buffer.shape)
+    # Not len(flat): the batch size of exported programs may be symbolic.
+    return _write_tokens(flat, new.reshape(flat.shape[0], *new.shape[2:]), slots_BT).reshape(buffer.shape)
 
 
 def last_position(inputs: BlockInputs) -> jax.Array:

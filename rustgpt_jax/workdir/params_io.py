@@ -27,7 +27,8 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Those that can be written; int8 only with scales, for programs.
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {np.dtype(np.int8): "I8"}
 # The number of bytes to convert at a time.
 CHUNK_BYTES = 16 * 2**20
 # The alignment of XLA's arrays on the CPU, in bytes.
