@@ -282,19 +282,27 @@ def test_a_preempted_run_has_a_result(tmp_path: Path) -> None:
 RATE = "optimizer.learning_rate"
 
 
-def verb_of(file: Path) -> str:
-    return "sweep" if file.stem == "plan" else file.stem
+ROOT = Path(LAUNCH).parent
 
 
-def run_page(folder: Path) -> dict[str, dict[str, Any]]:
-    """Run the code blocks of AGENTS.md in a folder, and return the documents by the names of their files."""
+def install_commands(folder: Path) -> dict[str, str]:
+    """Write the commands `rustgpt` and `python` to a folder, and return variables in which they are found."""
     for name, command in {"rustgpt": f"{sys.executable} {LAUNCH}", "python": sys.executable}.items():
         (folder / "bin").mkdir(exist_ok=True)
         (folder / "bin" / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         (folder / "bin" / name).chmod(0o755)
-    variables = environment() | {"PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-    page = (Path(LAUNCH).parent / "AGENTS.md").read_text()
-    for language, code in re.findall(r"```(bash|python)\n(.*?)```", page, re.DOTALL):
+    return environment() | {"PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+
+
+def code_blocks(page: str) -> list[tuple[str, str]]:
+    """Return the language and the code of each block of a page that can be run."""
+    return re.findall(r"```(bash|python)\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def run_page(folder: Path) -> dict[str, dict[str, Any]]:
+    """Run the code blocks of AGENTS.md in a folder, and return the results by the names of their files."""
+    variables = install_commands(folder)
+    for language, code in code_blocks("AGENTS.md"):
         if language == "python":
             (folder / "rates.py").write_text(code)
             continue
@@ -302,7 +310,8 @@ def run_page(folder: Path) -> dict[str, dict[str, Any]]:
             ["bash", "-euo", "pipefail", "-c", code], cwd=folder, env=variables, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-    return {file.stem: parse(file.read_text(), verb_of(file))["result"] for file in folder.glob("*.json")}
+    texts = {file.stem: file.read_text() for file in folder.glob("*.json")}
+    return {name: parse(text, "sweep" if name == "plan" else name)["result"] for name, text in texts.items()}
 
 
 @pytest.mark.slow
@@ -324,3 +333,10 @@ def test_an_agent_trains_sweeps_decides_and_exports_with_the_commands_of_the_pag
     trained = load_model(tmp_path / results["sweep"]["best"]["run"]).generator.params["embedding"]["table"]
     exported = load_file(tmp_path / "winner/model.safetensors")
     assert any(array.shape == trained.shape and (array == trained).all() for array in exported.values())
+
+
+@pytest.mark.slow
+def test_the_code_of_the_reference_runs(tmp_path: Path) -> None:
+    [(language, code)] = code_blocks("docs/reference/json.md")
+    assert language == "python"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=install_commands(tmp_path), check=True)

@@ -98,8 +98,10 @@ def describe_run(path: Path) -> dict[str, Any]:
     run = RunDir(path)
     saved = run.saved_steps
     best_step = next((step for step in read_best_steps(run.checkpoints / "best") or () if step in saved), None)
+    last_stage = load_stages(path)[-1]
     best, last_evaluation = None, dict[str, Any]()
-    for line in iter_metrics(path, containing=b'"valid/loss"'):
+    # Only evaluations record this metric.
+    for line in iter_metrics(path, containing=f'"{last_stage.config.logging.best_metric}"'.encode()):
         last_evaluation = line
         best = line if line["step"] == best_step else best
     last = last_evaluation | last_metrics(path)
@@ -115,7 +117,7 @@ def describe_run(path: Path) -> dict[str, Any]:
     return {
         "run": path,
         "step": max(saved, default=0),
-        "total_steps": load_stages(path)[-1].end_step,
+        "total_steps": last_stage.end_step,
         "last": last or None,
         "best": best,
         "tokens_per_second": last.get("train/tokens_per_second"),
@@ -198,7 +200,8 @@ def run_sweep(args: argparse.Namespace) -> VerbResult:
     folder = Path(args.run or Path("runs") / name)
     status, plans = sweeps.run_sweep(values, spec, trials, fixed, folder, sweep_args, PlainTextConsole())
     if not args.dry_run:
-        return VerbResult(status, describe_sweep(folder))
+        # Reading the results of many trials takes a while.
+        return VerbResult(status, describe_sweep(folder) if DOCUMENT.is_requested else {})
     n_trials = spec.n_runs if isinstance(spec, TPE) else len(trials)
     classes = [plan.describe() for plan in plans]
     return VerbResult(status, {"sweep": folder, "n_trials": n_trials, "shape_classes": classes})
@@ -218,4 +221,4 @@ def run_report(args: argparse.Namespace) -> VerbResult:
 
     console = PlainTextConsole()
     console.print(f"Report: {report(Path(args.run), console)}", highlight=False)
-    return VerbResult(0, describe_sweep(Path(args.run)))
+    return VerbResult(0, describe_sweep(Path(args.run)) if DOCUMENT.is_requested else {})
