@@ -71,7 +71,7 @@ class VerbParser(argparse_flags.ArgumentParser):
     def add_slurm(self) -> None:
         """Add --slurm, which may be repeated."""
         help = "A Slurm option, such as partition=gpu. May be repeated."
-        self.add_argument("--slurm", metavar="KEY=VALUE", type=_key_value, action="append", default=[], help=help)
+        self.add_argument("--slurm", metavar="KEY=VALUE", type=key_value, action="append", default=[], help=help)
 
     def error(self, message: str) -> NoReturn:
         """End the process with an error message."""
@@ -90,7 +90,8 @@ def whole_number(low: int, high: int = MAX_WHOLE_NUMBER) -> Callable[[str], int]
     return parse
 
 
-def _key_value(text: str) -> tuple[str, str]:
+def key_value(text: str) -> tuple[str, str]:
+    """Parse KEY=VALUE, for an argparse type."""
     key, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, such as partition=gpu.")

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rustgpt_jax.cli.arguments import MAX_PROCESSES, VerbParser, read_config, whole_number
+from rustgpt_jax.cli.arguments import MAX_PROCESSES, VerbParser, key_value, read_config, whole_number
 from rustgpt_jax.cli.output import DOCUMENT, VerbResult
 from rustgpt_jax.errors import UserError, program_name
 
@@ -154,7 +154,9 @@ def add_sweep_arguments(parser: VerbParser) -> None:
     parser.add_argument("--run", metavar="DIR", help="The sweep folder. Default: runs/ and the name of the config.")
     help = "The sweep to run: the config file's function sweep_NAME()."
     parser.add_argument("--sweep", metavar="NAME", default="sweep", help=help)
-    parser.add_argument("--launcher", metavar="inline|processes|slurm", default="inline", help="Where the trials run.")
+    parser.add_argument(
+        "--launcher", metavar="inline|processes|slurm|ray", default="inline", help="Where the trials run."
+    )
     help = "How trials of equal shapes run: fused (vmap), exact (sequentially in one program), or solo (one by one)."
     parser.add_argument("--mode", metavar="auto|fused|exact|solo", default="auto", help=help)
     count = whole_number(1, MAX_PROCESSES)
@@ -163,6 +165,8 @@ def add_sweep_arguments(parser: VerbParser) -> None:
     help = "The number of processes, or of concurrent cluster jobs. Default: one process per core or GPU; 8 jobs."
     parser.add_argument("--workers", metavar="N", type=count, help=help)
     parser.add_slurm()
+    help = "An option of Ray, such as address=auto or num_gpus=1. May be repeated."
+    parser.add_argument("--ray", metavar="KEY=VALUE", type=key_value, action="append", default=[], help=help)
     parser.add_switch("dry_run", "List the trials, shape classes, memory and cost, and run nothing.")
     parser.add_allow_oversubscription()
 
@@ -176,7 +180,7 @@ def run_sweep(args: argparse.Namespace) -> VerbResult:
 
     if args.config is None:
         raise UserError("No sweep given: add --config=NAME or --config=FILE, a config file that defines sweep().")
-    values, fixed, origins = read_config(args, is_remote=args.launcher == "slurm")
+    values, fixed, origins = read_config(args, is_remote=args.launcher in ("slurm", "ray"))
     function = load_sweep_function(args.config, args.sweep)
     try:
         spec = function()
@@ -193,7 +197,8 @@ def run_sweep(args: argparse.Namespace) -> VerbResult:
     from rustgpt_jax.sweeps.report import describe_sweep
     from rustgpt_jax.sweeps.sweep import SweepInfo, SweepOptions
 
-    settings = SweepOptions(args.launcher, args.mode, args.width, args.workers, dict(args.slurm))
+    launcher_options = dict({"slurm": args.slurm, "ray": args.ray}.get(args.launcher, ()))
+    settings = SweepOptions(args.launcher, args.mode, args.width, args.workers, launcher_options)
     info = SweepInfo(args.config, function.__name__, origins)
     sweep_args = sweeps.SweepArgs(info, settings, args.dry_run, args.allow_oversubscription)
     name = "_".join([Path(args.config).stem, *function.__name__.split("_", 1)[1:]])

@@ -17,6 +17,7 @@ from rustgpt_jax.process_setup import StopRequest
 from rustgpt_jax.registry import lookup
 from rustgpt_jax.sharding.hardware_specs import Machine, count_cores, detect_machine
 from rustgpt_jax.sharding.sharding_plan import min_devices
+from rustgpt_jax.sweeps import ray_launcher
 from rustgpt_jax.sweeps.live_table import LiveTable
 from rustgpt_jax.sweeps.local_launchers import Launch, find_visible_gpus, run_in_subprocesses, run_inline
 from rustgpt_jax.sweeps.slurm import run_on_slurm
@@ -36,7 +37,12 @@ from rustgpt_jax.workdir.run_dir import create_run_dir as create_run
 
 # A launcher returns when all chunks have been processed, or after a stop request; outcomes are in the ledger.
 Launcher = Callable[[Launch, Sequence[Chunk]], None]
-LAUNCHERS: dict[str, Launcher] = {"inline": run_inline, "processes": run_in_subprocesses, "slurm": run_on_slurm}
+LAUNCHERS: dict[str, Launcher] = {
+    "inline": run_inline,
+    "processes": run_in_subprocesses,
+    "slurm": run_on_slurm,
+    "ray": ray_launcher.run_on_ray,
+}
 POLL_SECONDS = 2.0
 DEFAULT_JOBS = 8
 # Workers on other machines are assumed to have a small GPU, or one core and its share of the memory.
@@ -91,15 +97,8 @@ class Sweep:
         self._first_event = len(self.ledger.events())
         assets.set_folder(folder.tokenizers)
         code = save_code_snapshot(folder).absolute()
-        launcher_options, on_slurm = dict(options.launcher_options or {}), options.launcher == "slurm"
-        gpus = find_visible_gpus()
-        n_workers = options.n_workers or (DEFAULT_JOBS if on_slurm else len(gpus) or count_cores())
-        if options.launcher == "inline":
-            self._machine = detect_machine()
-        else:
-            wants_gpus = any("gpu" in f"{key}={value}" for key, value in launcher_options.items() if key != "partition")
-            remote = REMOTE_GPU if (wants_gpus if on_slurm else gpus) else REMOTE_CPU
-            self._machine = dataclasses.replace(remote, n_devices=n_workers)
+        n_workers, self._machine = _find_workers(options)
+        launcher_options = dict(options.launcher_options or {})
         self._launch = Launch(folder, assets, code, n_workers, launcher_options, lambda: bool(stop))
 
     def message(self, text: str) -> None:
@@ -155,10 +154,11 @@ class Sweep:
     def _plan(self, trials: Sequence[Trial]) -> list[Plan]:
         options = self._options
         several = next((trial for trial in trials if min_devices(trial.config.mesh) > 1), None)
-        if several and options.launcher == "processes":
+        one_device = options.launcher == "processes" or (options.launcher == "ray" and self._machine.platform == "cpu")
+        if several and one_device:
             raise UserError(
-                f"--launcher=processes gives each trial one device, but {describe_overrides(several.overrides)} needs "
-                "several."
+                f"--launcher={options.launcher} gives each trial one device, but "
+                f"{describe_overrides(several.overrides)} needs several."
             )
         classes = group_by_shape(trials, self.assets)
         return [make_plan(shape_class, self._machine, options.mode, options.width) for shape_class in classes]
@@ -178,14 +178,39 @@ class Sweep:
         return {event["trial"] for event in recent if event["event"] == "failed"}
 
 
+def _find_workers(options: SweepOptions) -> tuple[int, Machine]:
+    """Return the number of workers, and the machine to plan with, which has the devices of all of them."""
+    if options.launcher == "inline":
+        return 1, detect_machine()
+    given = options.launcher_options or {}
+    if options.launcher == "ray":
+        n_tasks, n_gpus = ray_launcher.count_tasks(given)
+        n_workers = options.n_workers or max(1, n_tasks)
+        machine = REMOTE_GPU if n_gpus else REMOTE_CPU
+        return n_workers, dataclasses.replace(machine, n_devices=n_workers * max(1, n_gpus))
+    if options.launcher == "slurm":
+        n_workers = options.n_workers or DEFAULT_JOBS
+        has_gpus = any("gpu" in f"{key}={value}" for key, value in given.items() if key != "partition")
+    else:
+        gpus = find_visible_gpus()
+        n_workers, has_gpus = options.n_workers or len(gpus) or count_cores(), bool(gpus)
+    return n_workers, dataclasses.replace(REMOTE_GPU if has_gpus else REMOTE_CPU, n_devices=n_workers)
+
+
 @contextlib.contextmanager
 def open_sweep(
     path: Path, info: SweepInfo, options: SweepOptions, assets: AssetCache, console: Console
 ) -> Iterator[Sweep]:
     """Create or resume a sweep in a folder, and show a table of its trials on the console."""
-    folder = create_sweep_dir(path, _make_launch_info(info, options))
-    with StopRequest() as stop, LiveTable(console, folder) as table:
-        yield Sweep(folder, info, options, assets, table, stop)
+    connection = (
+        ray_launcher.connect(options.launcher_options or {}, console.print)
+        if options.launcher == "ray"
+        else contextlib.nullcontext()
+    )
+    with connection:
+        folder = create_sweep_dir(path, _make_launch_info(info, options))
+        with StopRequest() as stop, LiveTable(console, folder) as table:
+            yield Sweep(folder, info, options, assets, table, stop)
 
 
 def _make_launch_info(info: SweepInfo, options: SweepOptions) -> dict[str, str]:
@@ -196,9 +221,11 @@ def _make_launch_info(info: SweepInfo, options: SweepOptions) -> dict[str, str]:
 
 
 def check_options(options: SweepOptions) -> None:
-    """Raise UserError if the launcher or the mode is unknown."""
+    """Raise UserError if the launcher, one of its options or the mode is unknown."""
     lookup(LAUNCHERS, options.launcher, "--launcher")
     lookup(dict.fromkeys(MODES), options.mode, "--mode")
+    if options.launcher == "ray":
+        ray_launcher.check_options(options.launcher_options or {})
 
 
 def check_trials(trials: Iterable[Trial], assets: AssetCache) -> None:

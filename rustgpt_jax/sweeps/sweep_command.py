@@ -132,7 +132,7 @@ def run_sweep(
         search.check_validation(trials)
     if isinstance(spec, SuccessiveHalving):
         search.check_rungs(spec, trials)
-    if not (args.dry_run or args.allow_oversubscription or options.launcher == "slurm"):
+    if not (args.dry_run or args.allow_oversubscription or options.launcher in ("slurm", "ray")):
         _check_each(trials, _check_memory, is_tpe)
     with show_progress(console, "characters read and encoded") as progress, show_spinner(console, "reading the data"):
         assets = AssetCache(progress=progress)
