@@ -291,7 +291,7 @@ def test_training_writes_a_run_folder_that_can_be_evaluated(uninterrupted: Path)
 
 def untimed_metrics(folder: Path) -> list[dict]:
     """Return the metrics of a run without those that depend on the clock."""
-    timed = ("train/tokens_per_second", "train/flops_share")
+    timed = ("time", "train/tokens_per_second", "train/flops_share")
     return [{name: value for name, value in line.items() if name not in timed} for line in read_metrics(folder)]
 
 

@@ -25,7 +25,7 @@ from rustgpt_jax.config.schema import partition
 from rustgpt_jax.data.preprocess import fill_vocab_size
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tokenizers import load_tokenizer
-from rustgpt_jax.tracking.metric_writer import MetricsWriter
+from rustgpt_jax.tracking.metric_writer import RunWriter
 from rustgpt_jax.training import hooks
 from rustgpt_jax.training.checkpointing import Checkpoints
 from rustgpt_jax.training.train_step import TrainState, compiled_init_state
@@ -390,14 +390,14 @@ def test_deleted_run_files_end_training_with_an_error(
 
 def test_error_waits_for_a_pending_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a full disk, the metrics cannot be written while the first checkpoint is being written."""
-    write = MetricsWriter.write
+    write = RunWriter.write
 
     def full(self: Any, step: int, values: Any) -> None:
         if step > 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
         write(self, step, values)
 
-    monkeypatch.setattr(MetricsWriter, "write", full)
+    monkeypatch.setattr(RunWriter, "write", full)
     with pytest.raises(UserError, match=r"No space left on device.* the checkpoint of step 3 is complete"):
         train(tiny(**{"logging.sample_prompts": ()}), tmp_path / "run")
 

@@ -59,7 +59,7 @@ TINY = {
     "sampling.temperature": 1.0,
 }
 # Metrics that depend on the time.
-TIMED = {"train/tokens_per_second", "train/flops_share"}
+TIMED = {"time", "train/tokens_per_second", "train/flops_share"}
 
 
 pytestmark = pytest.mark.usefixtures("quick_codegen")

@@ -11,27 +11,45 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 from tensorboardX.record_writer import masked_crc32c
 
 from rustgpt_jax.config.validation import MAX_COUNT
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tracking import metric_writer
 from rustgpt_jax.tracking.metric_writer import (
-    MetricsWriter,
+    RunWriter,
+    TrackedRun,
     iter_metrics,
     last_step,
     read_columns,
     read_metrics,
     truncate_after,
 )
+from rustgpt_jax.tracking.tensorboard_writer import TensorBoardWriter
+
+
+def new_writer(folder: Path, resume_step: int = 0, **params: Any) -> RunWriter:
+    """Return a writer with TensorBoard whose lines are written one second apart from a given time on."""
+    seconds = count(1767225600)
+    run = TrackedRun(folder, params=params, resume_step=resume_step)
+    return RunWriter(folder, resume_step, [TensorBoardWriter(run)], lambda: next(seconds))
+
+
+def without_time(folder: Path) -> list[dict[str, Any]]:
+    return [{name: value for name, value in line.items() if name != "time"} for line in read_metrics(folder)]
 
 
 def record(folder: Path, resume_step: int, steps: range) -> None:
-    with MetricsWriter(folder, resume_step) as writer:
+    with new_writer(folder, resume_step) as writer:
+        writer._clock = lambda: 1767225600.0
         for step in steps:
             writer.write(step, {"stage": "train", "train/loss": 1 / (step + 1)})
 
@@ -50,15 +68,16 @@ def events(folder: Path) -> Iterator[Event]:
 
 
 def test_metrics_round_trip(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, 0) as writer:
+    with RunWriter(tmp_path, 0) as writer:
         writer.write(10, {"stage": "größer", "train/loss": 2.3, "tokens": 4096})
-        assert read_metrics(tmp_path) == [{"step": 10, "stage": "größer", "train/loss": 2.3, "tokens": 4096}]
+        assert without_time(tmp_path) == [{"step": 10, "stage": "größer", "train/loss": 2.3, "tokens": 4096}]
         writer.write(20, {"train/loss": 0.1 + 0.2})
-    assert read_metrics(tmp_path)[1] == {"step": 20, "train/loss": 0.1 + 0.2}
+    last = read_metrics(tmp_path)[1]
+    assert abs(time.time() - last.pop("time")) < 100 and last == {"step": 20, "train/loss": 0.1 + 0.2}
 
 
 def test_nonfinite_values_round_trip_as_valid_json(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, 0) as writer:
+    with new_writer(tmp_path) as writer:
         writer.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf})
 
     def refuse(constant: str) -> None:
@@ -110,7 +129,7 @@ def test_malformed_line_is_named(tmp_path: Path, line: str) -> None:
         read_metrics(tmp_path)
     before = file.read_bytes()
     with pytest.raises(UserError, match=r"metrics.jsonl, line 2"):
-        MetricsWriter(tmp_path, 1)
+        RunWriter(tmp_path, 1)
     assert file.read_bytes() == before
 
 
@@ -127,37 +146,63 @@ def test_tensorboard_has_the_scalars_and_purges_on_resume(tmp_path: Path) -> Non
 def test_tensorboard_records_are_valid(tmp_path: Path) -> None:
     """With checksums, a long name, and values outside of float32."""
     values = {"train/loss": 0.1, "größer" * 30: 1e300, "none": math.nan, "tokens": 2**40, "zero": 0.0}
-    with MetricsWriter(tmp_path, 0) as writer:
+    with new_writer(tmp_path) as writer:
         writer.write(MAX_COUNT, {"stage": "train"} | values)
     version, start, scalars = events(tmp_path)
     assert version.file_version == "brain.Event:2" and start.session_log.status == SessionLog.START
-    assert scalars.step == MAX_COUNT and time.time() - 100 < version.wall_time <= scalars.wall_time <= time.time()
+    assert time.time() - 100 < version.wall_time <= time.time()
+    # The same time as in metrics.jsonl.
+    assert (scalars.step, scalars.wall_time) == (MAX_COUNT, read_metrics(tmp_path)[0]["time"])
     read = {value.tag: value.simple_value for value in scalars.summary.value}
     expected = {"train/loss": pytest.approx(0.1), "größer" * 30: math.inf, "none": math.nan, "tokens": 2**40, "zero": 0}
     assert read == pytest.approx(expected, nan_ok=True)
+
+
+def test_tensorboard_has_hyperparameters_and_samples(tmp_path: Path) -> None:
+    config = {"optimizer.learning_rate": 0.1, "model.bias": True, "data.paths": ("a", "b"), "data.corpus": "facts"}
+    with new_writer(tmp_path, **config) as writer:
+        writer.write(1, {"stage": "train", "train/loss": 1.0, "hparams/optimizer.learning_rate": 0.1})
+        writer.write_samples(1, [("Why?", "So | that\nit is"), ("A", "b")])
+        writer.rewind(0)
+    *_, hparams, scalars, samples, rewind = (event for event in events(tmp_path))
+    # A hyperparameter is no curve.
+    assert [value.tag for value in scalars.summary.value] == ["train/loss"]
+    assert rewind.session_log.status == SessionLog.START
+    (value,) = hparams.summary.value
+    assert (value.tag, value.metadata.plugin_data.plugin_name) == ("_hparams_/session_start_info", "hparams")
+    info = HParamsPluginData.FromString(value.metadata.plugin_data.content).session_start_info
+    stored = {name: getattr(each, each.WhichOneof("kind")) for name, each in info.hparams.items()}
+    assert stored == config | {"data.paths": "('a', 'b')"}
+    (value,) = samples.summary.value
+    assert (value.tag, value.metadata.plugin_data.plugin_name, value.tensor.dtype) == ("samples", "text", 7)
+    table = "| prompt | text |\n|---|---|\n| Why? | So \\| that<br>it is |\n| A | b |\n"
+    assert [text.decode() for text in value.tensor.string_val] == [table]
 
 
 def test_training_goes_on_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with MetricsWriter(tmp_path, 0) as writer:
-        monkeypatch.setattr(metric_writer.EventFile, "_append", full)
+    tracker = TensorBoardWriter(TrackedRun(tmp_path))
+    with RunWriter(tmp_path, 0, [tracker]) as writer, monkeypatch.context() as patch:
+        patch.setattr(tracker, "_file", SimpleNamespace(write=full, flush=full))
         writer.write(1, {"train/loss": 0.5})
     shutil.rmtree(tmp_path / "tensorboard")
     (tmp_path / "tensorboard").write_text("not a folder")
-    with MetricsWriter(tmp_path, 1) as writer:
+    with new_writer(tmp_path, 1) as writer:
         writer.write(2, {"train/loss": 0.25})
-    assert read_metrics(tmp_path) == [{"step": 1, "train/loss": 0.5}, {"step": 2, "train/loss": 0.25}]
+    assert without_time(tmp_path) == [{"step": 1, "train/loss": 0.5}, {"step": 2, "train/loss": 0.25}]
 
 
 def test_metrics_do_not_import_jax_or_tensorflow(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from rustgpt_jax.workdir import run_dir\n"
-        "from rustgpt_jax.tracking import console, metric_writer, plots\n"
+        "from rustgpt_jax.tracking import console, metric_writer, plots, trackers\n"
         "assert 'matplotlib' not in sys.modules\n"
-        "with metric_writer.MetricsWriter(Path(sys.argv[1]), 0) as writer: writer.write(1, {'loss': 1.0})\n"
-        "assert not {'jax', 'torch', 'tensorflow', 'tensorboardX'} & set(sys.modules)"
+        "folder = Path(sys.argv[1])\n"
+        "opened = trackers.open_trackers(['tensorboard'], metric_writer.TrackedRun(folder), print, print)\n"
+        "with metric_writer.RunWriter(folder, 0, opened) as writer: writer.write(1, {'loss': 1.0})\n"
+        "assert not {'jax', 'torch', 'tensorflow', 'tensorboardX', 'wandb', 'mlflow'} & set(sys.modules)"
     )
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = {**os.environ, "PYTHONPATH": paths}

@@ -123,7 +123,7 @@ def test_stages_survive_a_round_trip() -> None:
 
 
 @pytest.mark.parametrize("path", [*FIELDS, "stages"])
-def test_hash_depends_on_every_field_but_the_mesh(path: str) -> None:
+def test_hash_depends_on_every_field_that_affects_results(path: str) -> None:
     config = small_config()
     if path == "stages":
         changed = small_config(stages=TWO_STAGES)
@@ -131,8 +131,9 @@ def test_hash_depends_on_every_field_but_the_mesh(path: str) -> None:
         changed = replace_paths(config, {path: other_value(get_path(config, path))})
         assert diff(config, changed) == {path: (get_path(config, path), get_path(changed, path))}
     assert list(diff(config, changed)) == [path]
-    # The mesh says where a run is computed, and not what.
-    assert (config_hash(changed) != config_hash(config)) == (not path.startswith("mesh."))
+    # The mesh and the trackers say where a run is computed and shown, and not what it computes.
+    elsewhere = path.startswith("mesh.") or path in ("logging.trackers", "logging.project", "logging.tags")
+    assert (config_hash(changed) != config_hash(config)) == (not elsewhere)
 
 
 def test_hash_does_not_depend_on_spelling() -> None:

@@ -44,7 +44,7 @@ def static_field(
 
 
 def pattern_field(default: tuple[str, ...], doc: str) -> Any:
-    """Declare a static knob that names components, in a pattern that is repeated over the layers."""
+    """Declare a static knob that names components, such as a pattern that is repeated over the layers."""
     return _field(default, doc, pattern=True)
 
 
@@ -684,6 +684,18 @@ class LoggingConfig:
         "Prompts that each evaluation continues; for dialogue data, questions to answer. On the command line, "
         "pass one text per flag or a Python list.",
     )
+    trackers: tuple[str, ...] = pattern_field(
+        ("tensorboard",),
+        "Tools that show the metrics, which metrics.jsonl records in any case: tensorboard, wandb, mlflow, or the "
+        "import path of your own MetricWriter, such as my_lab.trackers:Dashboard. This and the next two knobs may "
+        "change at any time.",
+    )
+    project: str | None = static_field(
+        None,
+        "The project in W&B, and the experiment in MLflow. None: WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME if set, else "
+        "rustgpt_jax.",
+    )
+    tags: tuple[str, ...] = static_field((), "Tags of the run in W&B and MLflow.")
 
 
 @dataclass(frozen=True)
@@ -1049,15 +1061,21 @@ def can_change_on_resume(path: str) -> bool:
     )
 
 
+# Knobs that say where metrics are shown.
+TRACKER_KNOBS = ("logging.trackers", "logging.project", "logging.tags")
+
+
 def affects_result(path: str) -> bool:
-    """Return whether a knob changes what a run computes, rather than only where it runs."""
-    return not path.startswith("mesh.")
+    """Return whether a knob changes what a run computes or records, rather than where it runs or is shown."""
+    return not path.startswith("mesh.") and path not in TRACKER_KNOBS
 
 
 def config_hash(config: Config) -> str:
-    """Hash a config without its mesh: the first 16 hex digits of the SHA-256 of its canonical JSON."""
+    """Hash a config: the first 16 hex digits of the SHA-256 of the canonical JSON of the knobs that affect results."""
     plain = to_dict(config)
     del plain["mesh"]
+    for path in TRACKER_KNOBS:
+        del plain["logging"][path.removeprefix("logging.")]
     canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 from rustgpt_jax.config.schema import Stage
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tracking.metric_writer import iter_metrics, last_step
+from rustgpt_jax.tracking.metric_writer import HPARAMS, iter_metrics, last_step
 from rustgpt_jax.training.checkpointing import CorruptCheckpoint, read_metadata
 from rustgpt_jax.workdir.run_dir import RunDir
 
 # Metrics that depend on the clock.
-TIMED = ("train/tokens_per_second", "train/flops_share")
-# The clock-dependent metrics and the step, as they appear in a line.
-TIMED_IN_LINE = re.compile(rb', "train/tokens_per_second": [^,}"]+(?:, "train/flops_share": [^,}"]+)?')
+TIMED = ("time", "train/tokens_per_second", "train/flops_share")
+# Values that are not compared, and the step, as they appear in a line. The hyperparameters are compared as configs.
+IGNORED_IN_LINE = re.compile(rb', "(?:time|train/tokens_per_second|train/flops_share|hparams/[^"]*)": [^,}"]+')
 STEP_IN_LINE = re.compile(rb'\{"step": (\d{1,10}), "')
 LINES_PER_BLOCK = 4096
 # Shown for a value that one of the runs lacks.
@@ -116,7 +116,7 @@ def _skip_identical_lines(first: Path, second: Path) -> _IdenticalLines:
     with open(paths[0], "rb") as left, open(paths[1], "rb") as right:
         while True:
             blocks = [b"".join(islice(file, LINES_PER_BLOCK)) for file in (left, right)]
-            text, other = (TIMED_IN_LINE.sub(b"", block) for block in blocks)
+            text, other = (IGNORED_IN_LINE.sub(b"", block) for block in blocks)
             if text != other or not text.endswith(b"\n"):
                 return found
             steps = [int(match[1]) if (match := STEP_IN_LINE.match(line)) else -1 for line in text.splitlines()]
@@ -152,7 +152,8 @@ def _iter_values(path: Path, offset: int) -> Iterator[tuple[int, dict[str, Any]]
         previous, values = step, dict[str, Any]()
         for line in lines:
             values |= line
-        yield step, {name: value for name, value in values.items() if name not in (*TIMED, "step")}
+        ignored = (*TIMED, "step")
+        yield step, {n: value for n, value in values.items() if n not in ignored and not n.startswith(HPARAMS)}
 
 
 def values_match(left: Any, right: Any, tolerance: float = 0.0) -> bool:

@@ -1,13 +1,14 @@
 """The verb `rerun`: repeat a run with the code saved in its folder, and compare the two runs."""
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from rustgpt_jax.atomic_io import atomic_folder
+from rustgpt_jax.atomic_io import atomic_folder, read_json, write_atomically
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.reproduce.compare_metrics import (
     ArrayComparison,
@@ -22,6 +23,7 @@ from rustgpt_jax.reproduce.run_diff import compare_metadata, print_section
 from rustgpt_jax.reproduce.snapshot_runner import SnapshotCode, load_snapshot_code
 from rustgpt_jax.tracking.console import print_line
 from rustgpt_jax.tracking.metric_writer import last_step
+from rustgpt_jax.tracking.trackers import LOCAL
 from rustgpt_jax.workdir.event_log import EventLog, Launch, load_first_launch, load_launches
 from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_stages
 
@@ -122,7 +124,20 @@ def _create_folder(run: RunDir, new: RunDir, launch: Launch) -> None:
         for name in INITIAL_FILES:
             if (run.path / name).exists():
                 shutil.copyfile(run.path / name, hidden / name)
+        _keep_local_trackers(RunDir(hidden))
         EventLog(RunDir(hidden).events_file).append("rerun", of=str(run.path), **source)
+
+
+def _keep_local_trackers(run: RunDir) -> None:
+    """Remove the trackers that would show the rerun elsewhere from its config. They are not part of its hash."""
+    record = read_json(run.config_file)
+    try:
+        logging = record["config"]["logging"]
+        logging["trackers"] = [name for name in logging["trackers"] if name in LOCAL]
+    except (KeyError, TypeError):
+        # The config of an earlier version, which has no trackers, or a damaged one, which training reports.
+        return
+    write_atomically(run.config_file, json.dumps(record, indent=2) + "\n")
 
 
 def _train(run: RunDir, new: RunDir, code: SnapshotCode, console: Console) -> int:

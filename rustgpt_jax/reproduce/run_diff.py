@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from rustgpt_jax.atomic_io import read_json
+from rustgpt_jax.config.schema import TRACKER_KNOBS
 from rustgpt_jax.data.preprocess import read_data_record
 from rustgpt_jax.errors import UserError, short_repr
 from rustgpt_jax.reproduce.compare_metrics import (
@@ -114,7 +115,8 @@ def _read_knobs(run: RunDir) -> dict[str, Any]:
     # As JSON, not as a Config: another version of the code may have other knobs.
     tree = dict(read_json(run.config_file)["config"])
     stages = tree.pop("stages", [])
-    knobs = flatten_environment(tree) | {"stages": [stage["name"] for stage in stages]}
+    knobs = {path: value for path, value in flatten_environment(tree).items() if path not in TRACKER_KNOBS}
+    knobs |= {"stages": [stage["name"] for stage in stages]}
     for stage in stages:
         knobs |= flatten_environment(
             {name: value for name, value in stage.items() if name != "name"}, f"stages.{stage['name']}."

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from rustgpt_jax.config.schema import Config
 from rustgpt_jax.data.preprocess import AssetCache
 from rustgpt_jax.errors import UserError, program_name
 from rustgpt_jax.process_setup import StopRequest
@@ -31,9 +32,12 @@ from rustgpt_jax.sweeps.sweep_dir import (
 )
 from rustgpt_jax.sweeps.trial_batching import MODES, Chunk, Plan, group_by_shape, make_plan
 from rustgpt_jax.sweeps.trials import Trial, describe_overrides
+from rustgpt_jax.tracking.metric_writer import TrackedRun
+from rustgpt_jax.tracking.trackers import LOCAL, open_trackers
 from rustgpt_jax.training.config_checks import validate_components
 from rustgpt_jax.training.run_inputs import RunInputs
 from rustgpt_jax.workdir.run_dir import create_run_dir as create_run
+from rustgpt_jax.workdir.run_dir import update_trackers
 
 # A launcher returns when all chunks have been processed, or after a stop request; outcomes are in the ledger.
 Launcher = Callable[[Launch, Sequence[Chunk]], None]
@@ -94,6 +98,8 @@ class Sweep:
         self.folder, self.assets, self.stop, self.ledger = folder, assets, stop, Ledger(folder.ledger_file)
         self._info, self._options, self._table = info, options, table
         self._ids, self._announced = dict[str, None](), set[str]()
+        # The config of the first trial.
+        self.config: Config | None = None
         self._first_event = len(self.ledger.events())
         assets.set_folder(folder.tokenizers)
         code = save_code_snapshot(folder).absolute()
@@ -104,6 +110,25 @@ class Sweep:
     def message(self, text: str) -> None:
         """Print a message to the user."""
         self._table.message(text)
+
+    @property
+    def trackers(self) -> list[str]:
+        """The trackers of the trials, except those that are local to each trial."""
+        return [name for name in self.config.logging.trackers if name not in LOCAL] if self.config else []
+
+    def track(self, summary: Mapping[str, float | str], files: Sequence[Path], message: Callable[[str], None]) -> None:
+        """Write the result of the sweep to its trackers."""
+        assert self.config is not None
+        logging = self.config.logging
+        run = TrackedRun(self.folder.path, project=logging.project, tags=logging.tags, is_sweep=True)
+        writers = open_trackers(self.trackers, run, message, message)
+        for writer in writers:
+            writer.write_summary(summary)
+            for file in files:
+                writer.write_file(file)
+            writer.begin_close("finished")
+        for writer in writers:
+            writer.close("finished")
 
     def check(self, trials: Sequence[Trial]) -> None:
         """Check that trials can run on the devices, before they are added. Raises UserError if one cannot."""
@@ -124,11 +149,14 @@ class Sweep:
             if trial.id in deleted or trial.id not in planned:
                 origins = {**self._info.origins, **dict.fromkeys(trial.overrides, "sweep")}
                 create_run(self.folder.trial(trial.id).path, trial.config, origins)
+            elif not self.ledger.is_done(trial.id):
+                update_trackers(self.folder.trial(trial.id), trial.config)
         # Another launch may have recorded them in the meantime.
         planned = self.ledger.planned()
         if new := [trial for trial in trials if trial.id in deleted or trial.id not in planned]:
             self.ledger.append_all([(trial.id, "planned", {"overrides": trial.overrides}) for trial in new])
         self._ids |= dict.fromkeys(trial.id for trial in trials)
+        self.config = self.config or trials[0].config
         write_sweep_info(self.folder, {**_make_launch_info(self._info, self._options), "trials": list(self._ids)})
         self._table.add(trials)
 

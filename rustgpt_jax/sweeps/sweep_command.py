@@ -13,7 +13,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.process_setup import enable_compilation_cache
 from rustgpt_jax.sharding.hardware_specs import Machine, count_cores, detect_machine, use_cpu_devices
 from rustgpt_jax.sweeps import search
-from rustgpt_jax.sweeps.report import report
+from rustgpt_jax.sweeps.report import report, summarize
 from rustgpt_jax.sweeps.search_space import TPE, Overrides, SuccessiveHalving
 from rustgpt_jax.sweeps.sweep import Sweep, SweepInfo, SweepOptions, check_options, check_trials, open_sweep
 from rustgpt_jax.sweeps.trial_batching import Plan, group_by_shape, make_plan
@@ -191,7 +191,10 @@ def _finish(sweep: Sweep, path: Path, launcher: str, console: Console) -> int:
         console.print(f"Stopped by {sweep.stop.signal_name}; {what}. Run the same command to resume.", highlight=False)
         return sweep.stop.exit_status
     try:
-        console.print(f"Report: {report(path, console)}", highlight=False, soft_wrap=True)
+        page = report(path, console)
+        console.print(f"Report: {page}", highlight=False, soft_wrap=True)
+        if sweep.trackers:
+            sweep.track(summarize(path), [page, path / "results.csv"], console.print)
     except UserError as error:
         # No trial finished. This is a result of the sweep, not a usage error.
         console.print(str(error), highlight=False, soft_wrap=True)

@@ -13,6 +13,7 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -41,6 +42,12 @@ class _NoProgress:
 
     def message(self, text: str) -> None:
         """Do nothing."""
+
+
+@cache
+def _warn_once(text: str) -> None:
+    """Print a warning about a tracker, which is likely to be the same for all trials."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 class Worker:
@@ -95,7 +102,9 @@ class Worker:
             inputs = RunInputs(config, *self._assets.prepare(config))
             plan = plan_for_devices(inputs.config.mesh, self._devices[: chunk.devices])
             inputs.check(folder, plan.n_devices)
-            run = locks.enter_context(Trainer(inputs, folder.path, load_origins(folder.path), plan, chunk.until))
+            origins = load_origins(folder.path)
+            run = Trainer(inputs, folder.path, origins, plan, chunk.until, self._folder.path, _warn_once)
+            locks.enter_context(run)
         except RunLockedError:
             return None
         except Exception as error:

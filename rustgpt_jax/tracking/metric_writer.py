@@ -1,27 +1,28 @@
-"""Metrics of a run: metrics.jsonl, which is the record, and TensorBoard files, which are derived from it.
+"""Metrics of a run: metrics.jsonl, which is the record, and the interface of trackers, which receive the same metrics.
 
-A line of metrics.jsonl is a JSON object such as {"step": 10, "stage": "train", "train/loss": 2.3}. Since JSON has no
-non-finite numbers, they are written as the strings "NaN", "Infinity" and "-Infinity", and read as floats.
+A line of metrics.jsonl is a JSON object such as {"step": 10, "time": 1767225600.0, "stage": "train",
+"train/loss": 2.3}. `time` is when the line was written, in seconds since 1970 (UTC). The first line of each stage also
+has its hyperparameters, such as "hparams/optimizer.learning_rate". Since JSON has no non-finite numbers, they are
+written as the strings "NaN", "Infinity" and "-Infinity", and read as floats.
 
 Steps never decrease from line to line. A file may have millions of lines, so readers stream it, read it backwards, or
 keep only the columns that they need.
 """
 
+import fcntl
 import json
 import math
 import os
-import socket
-import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from rustgpt_jax.atomic_io import NotWritableError
+from rustgpt_jax.atomic_io import NotWritableError, write_atomically
 from rustgpt_jax.config.validation import MAX_COUNT
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.workdir.run_dir import RunDir
@@ -32,43 +33,180 @@ LAST_BYTES = 8192
 BLOCK_BYTES = 2**18
 # Prefixes of metric names, whose values are numbers. Other values may be strings.
 METRICS = ("train/", "valid/")
+# The prefix of the hyperparameters of a stage, which trackers receive as the config of the run.
+HPARAMS = "hparams/"
+# Trackers write a table of all samples at each evaluation, with at most this many rows.
+MAX_ROWS = 1000
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-class MetricsWriter:
-    """Appends metrics to a run folder. Use it as a context manager.
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run, or a sweep, as described to a tracker.
+
+    Attributes:
+        folder: Its folder.
+        params: The config by dotted path.
+        project: `config.logging.project`.
+        tags: `config.logging.tags`.
+        resume_step: The step that training resumes from; 0 from the start.
+        sweep: For a trial, the folder of its sweep.
+        notes: A description, such as the knobs of a trial that the sweep changes.
+        is_sweep: Whether this is a sweep, which has a summary and files but no steps.
+    """
+
+    folder: Path
+    params: Mapping[str, Any] = field(default_factory=dict)
+    project: str | None = None
+    tags: tuple[str, ...] = ()
+    resume_step: int = 0
+    sweep: Path | None = None
+    notes: str = ""
+    is_sweep: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name to show: that of the folder."""
+        return self.folder.absolute().name
+
+    def read_samples(self) -> list[tuple[int, str, str]]:
+        """Read the step, prompt and text of the samples of a resumed run up to the step it resumes from."""
+        file, rows = RunDir(self.folder).samples_file, list[tuple[int, str, str]]()
+        if self.resume_step and file.exists():
+            # The last line may be being written.
+            lines = file.read_bytes().split(b"\n")[:-1]
+            rows = [(line["step"], line["prompt"], line["text"]) for line in map(json.loads, lines)]
+        return [row for row in rows if row[0] <= self.resume_step][-MAX_ROWS:]
+
+    def load_state(self, tracker: str) -> dict[str, Any]:
+        """Load what a tracker stored with `save_state`, such as the ID of the run; empty if there is nothing."""
+        try:
+            state = json.loads(RunDir(self.folder).trackers_file.read_bytes())[tracker]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return {}
+        return state if isinstance(state, dict) else {}
+
+    def save_state(self, tracker: str, **values: Any) -> None:
+        """Add values to those that a tracker stored. A run that is resumed, maybe by another process, loads them."""
+        file = RunDir(self.folder).trackers_file
+        with self.lock("trackers"):
+            try:
+                states = json.loads(file.read_bytes())
+            except (OSError, ValueError, RecursionError):
+                states = {}
+            states = states if isinstance(states, dict) else {}
+            states[tracker] = self.load_state(tracker) | values
+            write_atomically(file, json.dumps(states, indent=2) + "\n")
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Exclude other threads and processes from blocks with this lock of the folder."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        descriptor = os.open(self.folder / f".{name}.lock", flags, 0o666)
+        try:
+            # Some cluster file systems have no locks.
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+class MetricWriter:
+    """Interface of a tracker, which shows the metrics of a run elsewhere.
+
+    `config.logging.trackers` names a subclass in TRACKERS, or your own by its import path. A writer is constructed with
+    a TrackedRun. It is used by a single thread, which is not the one that trains, so its methods may take their time.
+    After the first exception it is not called again: training continues, and the user is told once.
+
+    Only `write_scalars` has to be implemented; the other methods do nothing by default.
+
+    Attributes:
+        location: Where to find the run, such as a URL, for a message to the user.
+    """
+
+    location: str = ""
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float], wall_time: float) -> None:
+        """Write the scalars of a step, which never decreases except after `rewind`.
+
+        Args:
+            step: The step.
+            scalars: Numbers by name, such as 'train/loss'. They may be infinite or NaN.
+            wall_time: When they were recorded, in seconds since 1970.
+        """
+        raise NotImplementedError
+
+    def write_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        """Write the prompts and generated texts of an evaluation."""
+
+    def write_summary(self, values: Mapping[str, float | str]) -> None:
+        """Write values that describe the whole run so far, such as the best validation loss."""
+
+    def write_file(self, file: Path) -> None:
+        """Upload a file, such as a report."""
+
+    def rewind(self, step: int) -> None:
+        """Prepare for training to repeat the steps after `step`, with other results."""
+
+    def flush(self) -> None:
+        """Write everything that is buffered. Called every few seconds and before `close`."""
+
+    def begin_close(self, status: str) -> None:
+        """Begin what `close` waits for. Nothing is written afterward."""
+
+    def close(self, status: str) -> None:
+        """Close the run, whose status is 'finished', 'stopped', 'diverged' or 'failed'."""
+
+
+class RunWriter:
+    """Appends metrics to metrics.jsonl in a run folder, and passes them on to trackers. Use it as a context manager.
 
     Args:
         folder: The folder of the run.
         resume_step: The step of the checkpoint that training resumes from, or 0. Lines that a killed run recorded after
             that checkpoint are dropped, so that a resumed run produces the same file as an uninterrupted one.
+        trackers: The trackers.
+        clock: Returns the time in seconds since 1970.
 
     Raises:
         UserError: The existing metrics cannot be read.
     """
 
-    def __init__(self, folder: Path, resume_step: int) -> None:
-        self._run = RunDir(folder)
+    def __init__(
+        self,
+        folder: Path,
+        resume_step: int,
+        trackers: Sequence[MetricWriter] = (),
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._run, self._trackers, self._clock = RunDir(folder), trackers, clock
         folder.mkdir(parents=True, exist_ok=True)
+        self._open(resume_step)
+
+    def _open(self, resume_step: int) -> None:
         truncate_after(self._run.metrics_file, resume_step)
         self._file = open(self._run.metrics_file, "a", encoding="utf-8")
-        self._tensorboard: EventFile | None = None
-        # metrics.jsonl has everything, so training goes on if TensorBoard's file cannot be written.
-        with suppress(OSError):
-            self._tensorboard = EventFile(self._run.tensorboard, resume_step + 1 if resume_step else 0)
 
-    def __enter__(self) -> "MetricsWriter":
+    def __enter__(self) -> "RunWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Close the files."""
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+    def begin_close(self, status: str) -> None:
+        """Let the trackers begin to close, so that those of several runs close at the same time."""
+        for tracker in self._trackers:
+            tracker.begin_close(status)
+
+    def close(self, status: str = "finished") -> None:
+        """Close metrics.jsonl and the trackers."""
+        try:
+            self._file.close()
+        finally:
+            for tracker in self._trackers:
+                tracker.close(status)
 
     def check(self) -> None:
         """Check that the open file is still the one in the run folder.
@@ -86,88 +224,41 @@ class MetricsWriter:
 
     def write(self, step: int, values: Mapping[str, float | int | str]) -> None:
         """Append one line and flush it to the operating system. Strings, such as the stage, are not plotted."""
-        line = {"step": step} | {name: _to_json(value) for name, value in values.items()}
+        now = round(self._clock(), 3)
+        line = {"step": step, "time": now} | {name: _to_json(value) for name, value in values.items()}
         self.check()
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
+        if self._trackers:
+            scalars = select_scalars(values)
+            for tracker in self._trackers:
+                tracker.write_scalars(step, scalars, now)
 
-        scalars = {name: value for name, value in values.items() if not isinstance(value, str)}
-        with suppress(OSError):
-            if self._tensorboard is not None:
-                self._tensorboard.write(step, scalars)
+    def write_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        """Pass texts that are in samples.jsonl on to the trackers."""
+        for tracker in self._trackers:
+            tracker.write_samples(step, samples)
 
+    def write_summary(self, values: Mapping[str, float | str]) -> None:
+        """Pass values that describe the whole run on to the trackers."""
+        for tracker in self._trackers:
+            tracker.write_summary(values)
 
-class EventFile:
-    """A file of scalars for TensorBoard.
-
-    Its records are protocol buffers of TensorFlow's type Event. Other writers import PyTorch or TensorFlow where they
-    are installed, which takes seconds.
-
-    Args:
-        folder: The folder of the file.
-        first_step: TensorBoard drops events of earlier files from this step on.
-    """
-
-    def __init__(self, folder: Path, first_step: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        # The time has a resolution of one second; the number keeps a quick restart from overwriting its predecessor.
-        number = sum(1 for _ in folder.glob("events.*"))
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{number}"
-        self._file = open(folder / name, "ab")
-        self._append(0, _encode_bytes(_FILE_VERSION, b"brain.Event:2"))
-        self._append(first_step, _encode_bytes(_SESSION_LOG, _START))
-
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Append the scalars of a step. Raises OSError."""
-        with np.errstate(over="ignore"):
-            numbers = np.array(list(scalars.values()), "<f4")
-        values = [
-            _encode_bytes(_TAG, name.encode()) + _SIMPLE_VALUE + number.tobytes()
-            for name, number in zip(scalars, numbers, strict=True)
-        ]
-        self._append(step, _encode_bytes(_SUMMARY, b"".join(_encode_bytes(_VALUE, value) for value in values)))
-
-    def close(self) -> None:
-        """Close the file."""
-        with suppress(OSError):
-            self._file.close()
-
-    def _append(self, step: int, content: bytes) -> None:
-        event = _WALL_TIME + struct.pack("<d", time.time()) + _STEP + _encode_varint(step) + content
-        length = struct.pack("<Q", len(event))
-        self._file.write(length + _checksum(length) + event + _checksum(event))
-        self._file.flush()
+    def rewind(self, step: int) -> None:
+        """Drop everything after a step, from which training continues with other results."""
+        self._file.close()
+        self._open(step)
+        for tracker in self._trackers:
+            tracker.rewind(step)
 
 
-# The numbers and types of fields of Event, Summary, Summary.Value and SessionLog, as protocol buffers encode them.
-_WALL_TIME, _STEP, _FILE_VERSION, _SUMMARY, _SESSION_LOG = b"\x09", b"\x10", b"\x1a", b"\x2a", b"\x3a"
-_VALUE, _TAG, _SIMPLE_VALUE, _START = b"\x0a", b"\x0a", b"\x15", b"\x08\x01"
-
-
-def _encode_bytes(field: bytes, content: bytes) -> bytes:
-    return field + _encode_varint(len(content)) + content
-
-
-def _encode_varint(number: int) -> bytes:
-    low, high = number & 0x7F, number >> 7
-    return bytes([low | 0x80]) + _encode_varint(high) if high else bytes([low])
-
-
-def _checksum(content: bytes) -> bytes:
-    """Return the CRC-32C of a record, masked as TensorFlow does."""
-    crc, table = 0xFFFFFFFF, _crc_table()
-    for byte in content:
-        crc = table[(crc ^ byte) & 0xFF] ^ (crc >> 8)
-    crc ^= 0xFFFFFFFF
-    return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
-
-
-@cache
-def _crc_table() -> list[int]:
-    table = list(range(256))
-    for _ in range(8):
-        table = [(entry >> 1) ^ (0x82F63B78 if entry & 1 else 0) for entry in table]
-    return table
+def select_scalars(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the values of a line of metrics.jsonl that change from step to step, for trackers."""
+    return {
+        name: value
+        for name, value in values.items()
+        if not isinstance(value, str) and not name.startswith(HPARAMS) and name not in ("step", "time")
+    }
 
 
 # Reading.
@@ -199,15 +290,18 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return list(iter_metrics(folder))
 
 
-def iter_metrics(folder: Path, containing: bytes = b"", offset: int = 0) -> Iterator[dict[str, Any]]:
+def iter_metrics(
+    folder: Path, containing: bytes = b"", offset: int = 0, end: int | None = None
+) -> Iterator[dict[str, Any]]:
     """Iterate over the lines of a run's metrics.jsonl like `read_metrics`, without keeping them in memory.
 
     Args:
         folder: The folder of the run.
         containing: Skip lines that do not contain these bytes, without parsing them.
         offset: The byte offset to start from, which must be the start of a line.
+        end: The byte offset to stop at, which must be the end of a line; None for the end of the file.
     """
-    for records in _iter_records(RunDir(folder).metrics_file, containing, offset):
+    for records in _iter_records(RunDir(folder).metrics_file, containing, offset, end):
         yield from records
 
 
@@ -254,6 +348,17 @@ def last_step(folder: Path) -> int:
         if is_whole:
             raise _malformed(file, line)
     return 0
+
+
+def iter_since(folder: Path, step: int, end: int) -> Iterator[dict[str, Any]]:
+    """Iterate over the lines of a run from the given step on that lie in the first `end` bytes of metrics.jsonl."""
+    start = 0
+    for offset, line, is_whole in _reversed_lines(RunDir(folder).metrics_file) if step > 0 else ():
+        record = _parse(line)
+        if record is not None and record["step"] < step:
+            start = offset + len(line) + is_whole
+            break
+    return iter_metrics(folder, offset=start, end=end)
 
 
 def last_metrics(folder: Path) -> dict[str, Any]:
@@ -312,26 +417,28 @@ def _open_for_reading(file: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from error
 
 
-def _iter_blocks(file: Path, offset: int = 0) -> Iterator[bytes]:
+def _iter_blocks(file: Path, offset: int = 0, end: int | None = None) -> Iterator[bytes]:
     """Yield the bytes of a file in blocks of whole lines; only the last block may lack its newline."""
     if not file.exists():
         return
     with _open_for_reading(file) as content:
         content.seek(offset)
         rest = list[bytes]()
-        while block := content.read(BLOCK_BYTES):
-            end = block.rfind(b"\n") + 1
-            if end:
-                yield b"".join((*rest, block[:end]))
+        while block := content.read(BLOCK_BYTES if end is None else max(0, min(BLOCK_BYTES, end - content.tell()))):
+            stop = block.rfind(b"\n") + 1
+            if stop:
+                yield b"".join((*rest, block[:stop]))
                 rest.clear()
-            rest.append(block[end:])
+            rest.append(block[stop:])
         if last := b"".join(rest):
             yield last
 
 
-def _iter_records(file: Path, containing: bytes = b"", offset: int = 0) -> Iterator[list[dict[str, Any]]]:
+def _iter_records(
+    file: Path, containing: bytes = b"", offset: int = 0, end: int | None = None
+) -> Iterator[list[dict[str, Any]]]:
     """Yield the records of a file in blocks of lines."""
-    for block in _iter_blocks(file, offset):
+    for block in _iter_blocks(file, offset, end):
         if containing not in block:
             continue
         *lines, rest = block.split(b"\n")

@@ -20,6 +20,7 @@ from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.positions import POSITIONS, ROPE_SCALINGS
 from rustgpt_jax.registry import lookup
 from rustgpt_jax.tokenizers import IMPORTED, TOKENIZERS
+from rustgpt_jax.tracking.trackers import check_trackers
 from rustgpt_jax.training.optimizers import OPTIMIZERS, SCHEDULES, schedule_multiplier
 from rustgpt_jax.workdir.run_dir import RunDir, diff_configs, load_config, load_earlier
 
@@ -48,6 +49,7 @@ def validate_components(config: Config) -> None:
             if kind not in interfaces.component_kinds(lookup(table, name, f"config.model.{knob}")):
                 raise UserError(f"config.model.{knob}={name!r} is not {kind}: {interfaces.DESCRIPTIONS[kind]}.")
     _check_function(OPTIMIZERS, config.optimizer.name, "config.optimizer.name", "config", "rate")
+    check_trackers(config.logging.trackers)
     for stage in stages(config):
         _check_function(CORPORA, stage.config.data.corpus, "config.data.corpus", "config")
         _check_function(SCHEDULES, stage.config.schedule.name, "config.schedule.name", "step", "steps", "schedule")

@@ -5,12 +5,13 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
 
-from rustgpt_jax.config.schema import StaticConfig, partition
+from rustgpt_jax.config.schema import StaticConfig, get_path, partition
 from rustgpt_jax.data.preprocess import StageData
 from rustgpt_jax.evaluation.loss import evaluate
 from rustgpt_jax.inference.text_generator import TextGenerator, generate_text, select_weight_layout
@@ -19,7 +20,7 @@ from rustgpt_jax.model.transformer import Params
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 from rustgpt_jax.tokenizers import Tokenizer
 from rustgpt_jax.tracking.console import format_duration
-from rustgpt_jax.tracking.metric_writer import MetricsWriter, iter_metrics
+from rustgpt_jax.tracking.metric_writer import HPARAMS, RunWriter, iter_metrics
 from rustgpt_jax.training.checkpointing import Checkpoints
 from rustgpt_jax.training.optimizers import EVAL_PARAMS, get_eval_params
 from rustgpt_jax.training.train_step import Metrics, TrainState, fetch_opt_state
@@ -98,7 +99,7 @@ class LogMetrics:
     """
 
     data: StageData
-    writer: MetricsWriter
+    writer: RunWriter
     progress: ProgressSink
     plan: ShardingPlan
     seconds_per_step: dict[StaticConfig, float]
@@ -108,7 +109,11 @@ class LogMetrics:
     def __post_init__(self) -> None:
         self._flops_per_token = training_flops_per_token(self.data.stage.config.model, self.data.seq_len)
         self._peak_flops = self.plan.peak_flops()
-        self._static = partition(self.data.stage.config)[0]
+        stage = self.data.stage
+        self._static, hparams = partition(stage.config)
+        # With their exact values; those of the program are rounded to float32.
+        self._hparams = {HPARAMS + path: get_path(stage.config, path) for path in hparams}
+        self._first_logged = next(step for step in count(stage.first_step + 1) if stage.is_logged(step))
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -150,19 +155,20 @@ class LogMetrics:
             if is_bad and not (faults.nonfinite_policy == "skip" and n_bad <= faults.max_skipped):
                 self.nonfinite_step = NonFiniteStep(step, n_bad)
             if is_bad or self.data.stage.is_logged(step):
-                self.writer.write(step, {"stage": self.data.stage.name, **values})
+                hparams = self._hparams if step == self._first_logged else {}
+                self.writer.write(step, {"stage": self.data.stage.name, **values, **hparams})
             if index == pending.n_steps - 1 or self.nonfinite_step:
                 self.progress.update(step, values, self.data.stage.name)
             if self.nonfinite_step:
                 return
 
-    def _speed(self, count: int) -> dict[str, float]:
+    def _speed(self, n_steps: int) -> dict[str, float]:
         now, began = time.perf_counter(), self._clock
         self._clock = now
         if began is None:
             return {}
-        self.seconds_per_step[self._static] = (now - began) / count
-        tokens = count * self.data.stage.config.training.batch_size * self.data.seq_len
+        self.seconds_per_step[self._static] = (now - began) / n_steps
+        tokens = n_steps * self.data.stage.config.training.batch_size * self.data.seq_len
         tokens_per_second = tokens / (now - began)
         return {
             "train/tokens_per_second": tokens_per_second,
@@ -232,6 +238,8 @@ class Evaluate:
             )
         if is_best:
             self._best_loss = values[self._metric]
+            best = {f"best/{name.removeprefix('valid/')}": value for name, value in values.items()}
+            self.log.writer.write_summary({**best, "best/step": step})
         self._write_samples(params, step)
         self.log.restart_clock()
         return is_best
@@ -276,6 +284,7 @@ class Evaluate:
             for prompt, text in zip(prompts, texts, strict=True):
                 file.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
                 self.log.progress.message(f"  {prompt} | {text}")
+        self.log.writer.write_samples(step, list(zip(prompts, texts, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 from rustgpt_jax.tokenizers import save_tokenizer
-from rustgpt_jax.tracking.metric_writer import MetricsWriter, truncate_after
+from rustgpt_jax.tracking.metric_writer import RunWriter, TrackedRun, truncate_after
+from rustgpt_jax.tracking.trackers import flatten_params, open_trackers
 from rustgpt_jax.training.batch_source import BatchSource, make_batch_source
 from rustgpt_jax.training.checkpointing import Checkpoints, CorruptCheckpoint
 from rustgpt_jax.training.hooks import (
@@ -74,6 +75,8 @@ class Trainer:
         origins: Mapping[str, str],
         plan: ShardingPlan,
         until: int | None = None,
+        sweep: Path | None = None,
+        warn: Callable[[str], None] | None = None,
     ) -> None:
         """Initialize without reading or writing anything.
 
@@ -83,13 +86,16 @@ class Trainer:
             origins: The origin of each knob's value, by dotted path.
             plan: The devices and how arrays are sharded over them.
             until: The step at which to pause; None to train to the end.
+            sweep: For a trial, the folder of its sweep.
+            warn: Tells the user that a tracker failed, from another thread; None for a message of the progress.
         """
         self.inputs, self.folder, self.plan = inputs, RunDir(path), plan
         self.end_step = inputs.total_steps if until is None else min(until, inputs.total_steps)
         self.break_steps: Sequence[int] = ()
-        self._origins, self._resources = origins, ExitStack()
+        self._origins, self._resources, self._sweep, self._warn = origins, ExitStack(), sweep, warn
+        self._is_failed = False
         self._hooks: tuple[LogMetrics, Evaluate, SaveCheckpoint] | None = None
-        self._writer: MetricsWriter | None = None
+        self._writer: RunWriter | None = None
         self._batch_source: BatchSource | None = None
         self._seconds_per_step, self._recorded_programs = dict[StaticConfig, float](), set[int]()
         self._events = EventLog(self.folder.events_file)
@@ -120,6 +126,7 @@ class Trainer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._is_failed = error is not None
         try:
             self._resources.__exit__(kind, error, traceback)
         except OSError:
@@ -266,8 +273,10 @@ class Trainer:
             f"{self.inputs.config.faults.max_skipped} tolerated)."
         )
         self.checkpoints.delete_after(self.step)
-        self._close()
-        self._open_metrics()
+        self._close_source()
+        self._truncate_record()
+        if self._writer is not None:
+            self._writer.rewind(self.step)
 
     @property
     def is_program_recorded(self) -> bool:
@@ -280,17 +289,46 @@ class Trainer:
         record_program(self.folder, self.stage.stage.name, program, self.step)
         save_autotune_cache(self.folder)
 
-    def _open_metrics(self) -> None:
+    def _truncate_record(self) -> None:
         # An evaluation that was stopped or killed may have left some of its lines.
         truncate_after(self.folder.samples_file, self.step - self.has_pending_evaluation)
         truncate_after(self.folder.metrics_file, self.step, keeps_evaluation=not self.has_pending_evaluation)
-        self._writer = MetricsWriter(self.folder.path, self.step)
+
+    def _open_metrics(self) -> None:
+        self._truncate_record()
+        config, message = self.inputs.config, self._progress.message
+        swept = {path: value for path, value in flatten_params(config).items() if self._origins.get(path) == "sweep"}
+        run = TrackedRun(
+            folder=self.folder.path,
+            params=flatten_params(config),
+            project=config.logging.project,
+            tags=config.logging.tags,
+            resume_step=self.step,
+            sweep=self._sweep,
+            notes=", ".join(f"{path}={value}" for path, value in swept.items()),
+        )
+        # Other processes write copies of the run folder that are not kept.
+        names = config.logging.trackers if is_process_zero() else ()
+        self._writer = RunWriter(self.folder.path, self.step, open_trackers(names, run, message, self._warn or message))
+        earlier = self.inputs.earlier
+        if self.step and earlier and earlier[-1].until == self.step:
+            # The steps after this one are repeated with another config.
+            self._writer.rewind(self.step)
 
     def _close(self) -> None:
         self._close_source()
         if self._writer is not None:
-            self._writer.close()
+            self._writer.close(self._status)
             self._writer = None
+
+    @property
+    def _status(self) -> str:
+        """The status of the run for trackers."""
+        if self.diverged_at is not None:
+            return "diverged"
+        if self._is_failed:
+            return "failed"
+        return "finished" if self.step >= self.inputs.total_steps and self.is_finished else "stopped"
 
     def steps_to_next_hook(self) -> int:
         """Return the maximum number of steps of the next call, which ends where a hook is due or at a break step."""
@@ -371,6 +409,7 @@ class Trainer:
         # Files written by other processes may become visible with a delay.
         if is_process_zero() and self.diverged_at is None and self.step not in self.checkpoints.steps_on_disk():
             raise NotWritableError(f"{self.folder.checkpoints}: the checkpoint of step {self.step} was deleted.")
+        self._writer.begin_close(self._status)
 
     def stop(self, state: TrainState) -> None:
         """Save the state after the last step, so that the run can be resumed."""

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from rustgpt_jax.atomic_io import is_special, read_json, write_atomically
 from rustgpt_jax.config.schema import (
+    TRACKER_KNOBS,
     Config,
     EarlierConfig,
     Stage,
@@ -21,6 +22,7 @@ from rustgpt_jax.config.schema import (
     affects_result,
     config_hash,
     diff,
+    get_path,
     stages,
     to_dict,
     uses_epochs,
@@ -54,6 +56,8 @@ class RunDir:
         self.samples_file = path / "samples.jsonl"
         # The folder of TensorBoard event files.
         self.tensorboard = path / "tensorboard"
+        # What trackers store: the ID of the run, and how much of its metrics they have.
+        self.trackers_file = path / "trackers.json"
         # The plot of the loss curves.
         self.loss_png = path / "loss.png"
         # The folder of checkpoints, one folder per step.
@@ -143,6 +147,7 @@ def create_run_dir(
         raise ValueError("A run has a number of steps; resolve_epochs finds it for a number of epochs.")
     prepare_run_dir(path, config, earlier)
     if run.config_file.exists() and (not earlier or load_earlier(path) == tuple(earlier)):
+        update_trackers(run, config)
         return run
     record: dict[str, Any] = {"config": to_dict(config), "origins": dict(origins), "hash": config_hash(config)}
     if earlier:
@@ -151,6 +156,17 @@ def create_run_dir(
         ]
     write_atomically(run.config_file, json.dumps(record, indent=2) + "\n")
     return run
+
+
+def update_trackers(run: RunDir, config: Config) -> None:
+    """Record the trackers of a config in the folder of a run with this config; they are not part of its hash."""
+    record = _read_config_file(run.config_file)
+    group = record["config"]["logging"]
+    wanted = {path.rpartition(".")[2]: get_path(config, path) for path in TRACKER_KNOBS}
+    wanted = {name: list(value) if isinstance(value, tuple) else value for name, value in wanted.items()}
+    if any(group.get(name) != value for name, value in wanted.items()):
+        group |= wanted
+        write_atomically(run.config_file, json.dumps(record, indent=2) + "\n")
 
 
 def check_no_special_files(path: Path) -> None:

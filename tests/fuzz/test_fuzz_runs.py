@@ -19,7 +19,7 @@ from rustgpt_jax.reproduce.compare_metrics import compare_records
 from rustgpt_jax.reproduce.recorded_run import read_rewinds
 from rustgpt_jax.reproduce.run_diff import diff_data
 from rustgpt_jax.tracking.metric_writer import (
-    MetricsWriter,
+    RunWriter,
     last_metrics,
     last_step,
     read_columns,
@@ -118,7 +118,7 @@ def test_run_resumes_from_edited_metrics_or_is_an_error(sandbox: Sandbox, data: 
         write(folder / "metrics.jsonl", data)
 
         def go_on() -> None:
-            with MetricsWriter(folder, last_step) as writer:
+            with RunWriter(folder, last_step) as writer:
                 writer.write(last_step + 1, {"train/loss": math.nan})
 
         run_or_refuse(go_on)

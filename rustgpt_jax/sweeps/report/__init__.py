@@ -142,6 +142,14 @@ def _describe_trial(path: Path, trial: TrialResult) -> dict[str, Any]:
     }
 
 
+def summarize(folder: Path) -> dict[str, float | str]:
+    """Return the best setting of a sweep, its mean loss, and the number of trials by status, for trackers."""
+    results = read_results(folder)
+    best = rank_settings(results)[0]
+    counts = {f"trials/{status}": number for status, number in results.counts.items()}
+    return {"best/setting": describe_setting(best.setting.knobs), "best/mean_loss": best.interval.mean, **counts}
+
+
 def _make_terminal_table(results: Results, ranked: tuple[RankedSetting, ...]) -> Table:
     names = get_knob_names(results.swept)
     table = Table(box=None, pad_edge=False)
