@@ -74,6 +74,16 @@ def train_elsewhere(path: Path, code: Path = ROOT, environment: dict[str, str] |
     assert done.returncode == 0, done.stderr
 
 
+def check_result(verb: str, result: dict[str, Any]) -> None:
+    """Check that a result matches the schema of a verb."""
+    import jsonschema
+
+    from rustgpt_jax.cli.output import SCHEMA_VERSION, load_schema, to_json
+
+    document = {"schema_version": SCHEMA_VERSION, "verb": verb, "status": 0, "result": to_json(result)}
+    jsonschema.validate(document, load_schema(verb), jsonschema.Draft202012Validator)
+
+
 def copy_code(folder: Path) -> Path:
     """Copy the code to a folder, where it may be changed."""
     for name in ("rustgpt_jax", "configs"):

@@ -15,7 +15,7 @@ import pytest
 from conftest import random_params, small_config
 from hypothesis import given
 from hypothesis import strategies as st
-from small_runs import new_console, output_of, run_config
+from small_runs import check_result, new_console, output_of, run_config
 
 from rustgpt_jax.config.schema import Config, partition, replace_paths
 from rustgpt_jax.config.validation import parse_overrides
@@ -423,7 +423,7 @@ def test_broken_layer_is_named(broken_run: Path) -> None:
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join(text for text in lines if f'"step": {BAD_STEP},' not in text))
     console = new_console()
-    diagnose_run(broken_run, None, console)
+    check_result("doctor", {"run": broken_run, **diagnose_run(broken_run, None, console).describe()})
     assert f"{broken_run} is healthy: every recorded loss" in output_of(console)
 
 

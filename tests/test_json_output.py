@@ -18,10 +18,12 @@ import jsonschema
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from small_runs import check_result
 from test_cli import LAUNCH, TINY, environment, run_all, start_training
 
-from rustgpt_jax.cli.main import VERBS
+from rustgpt_jax.cli.main import VERBS, parse_args
 from rustgpt_jax.cli.output import SCHEMAS, load_schema, to_json
+from rustgpt_jax.sweeps import slurm
 from rustgpt_jax.training.load_model import load_model
 
 # The schemas.
@@ -174,6 +176,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
     (folder / "rates.py").write_text(RATES)
     lines = {
         "train": ["train", TINY, *SMALL, "--run=run"],
+        "train diverged": ["train", TINY, *SMALL, "--config.optimizer.learning_rate=1e30", "--run=diverged"],
         "sweep": ["sweep", "--config=rates.py", *SMALL, "--run=rates", "--mode=exact", "--width=4"],
         "sweep dry": ["sweep", "--config=rates.py", *SMALL, "--dry_run"],
         "report": ["report", "rates"],
@@ -194,7 +197,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
         "replay": ["replay", "run", "--step=5", "--intermediates"],
         "rerun": ["rerun", "run"],
         "diff": ["diff", "run", "run.rerun"],
-        "doctor": ["doctor", "run", "--step=6"],
+        "doctor": ["doctor", "diverged"],
         "check": ["check", "samplers/top_k", "schedules/cosine"],
         "export": ["export", "run", "--to=exported"],
         "export stablehlo": ["export", "run", "--to=stablehlo", "--batch=1"],
@@ -218,10 +221,10 @@ def test_the_document_of_every_verb_matches_its_schema(done: dict[str, Done]) ->
     for name, each in done.items():
         verb = name.split()[0]
         jsonschema.validate(each.document, load_schema(verb), jsonschema.Draft202012Validator)
-        assert "result" in each.document, (name, each.document)
+        assert ("result" in each.document) != (name == "train diverged"), (name, each.document)
         assert each.document["status"] == each.status
     failed = {name: each.status for name, each in done.items() if each.status}
-    assert failed == {"plan large": 1}
+    assert failed == {"train diverged": 2, "plan large": 1}
 
 
 @pytest.mark.slow
@@ -251,12 +254,25 @@ def test_documents_hold_what_the_verbs_found(done: dict[str, Done]) -> None:
     assert good["message"] == "Hi" and good["n_tokens"] and bad["error"].startswith("Unknown setting 'x'.")
     assert done["replay"].result["is_same"] and done["replay"].result["tensors"]
     assert done["rerun"].result["is_same"] and done["rerun"].result["comparison"]["metrics"]["last_step"] == 8
-    assert done["diff"].result["is_same"] and done["doctor"].result["step"] == 6
+    assert done["diff"].result["is_same"] and done["doctor"].result["step"] == 1
+    assert {each["survived"] for each in done["doctor"].result["interventions"]} >= {False}
     assert done["check"].result["n_failed"] == 0 and len(done["check"].result["checks"]) > 3
     assert "exported/config.json" in {file["path"] for file in done["export"].result["files"]}
     assert "run.stablehlo/manifest.json" in {file["path"] for file in done["export stablehlo"].result["files"]}
     assert done["import"].result["architecture"] == done["export"].result["architecture"]
     assert done["schema"].result["schema"] == load_schema("train")
+
+
+def test_a_submitted_job_is_a_document(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(slurm, "submit", lambda script: "123")
+    args = parse_args(["launch.py", "train", TINY, f"--run={tmp_path}/run", "--launcher=slurm"])
+    status, result = VERBS["train"].run(args)
+    check_result("train", result)
+    assert status == 0 and to_json(result) == {
+        "run": f"{tmp_path}/run",
+        "job": "123",
+        "log": f"{tmp_path}/run.slurm-123.log",
+    }
 
 
 @pytest.mark.slow

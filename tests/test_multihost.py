@@ -210,7 +210,9 @@ def test_hanging_process_ends_the_others(train: Callable[..., Job], tmp_path: Pa
 
 @pytest.mark.slow
 def test_user_error_is_reported_by_all_processes(train: Callable[..., Job], tmp_path: Path) -> None:
-    printed = train(tmp_path / "run", 2, "--config.mesh.fsdp=3").wait_for_exit(2, 2)
+    printed = train(tmp_path / "run", 2, "--config.mesh.fsdp=3", "--json").wait_for_exit(2, 2)
+    # Process 0 writes the document.
+    assert ['"schema_version": 1' in text for text in printed] == [True, False]
     assert all("config.mesh has fsdp 3 = 3 devices, but there are 2 devices" in text for text in printed)
     assert not (tmp_path / "run").exists()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import pytest
-from small_runs import new_console, output_of, train
+from small_runs import check_result, new_console, output_of, train
 
 from rustgpt_jax.config.schema import Stage
 from rustgpt_jax.errors import UserError
@@ -157,7 +157,9 @@ def test_missing_or_truncated_record_does_not_match(copy: Path, n_lines: int | N
     file, console = RunDir(copy).metrics_file, new_console()
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:n_lines])) if n_lines is not None else file.unlink()
-    assert not replay(copy, STEPS, False, console).replayed.is_same or n_lines == -1
+    found = replay(copy, STEPS, False, console)
+    check_result("replay", {"run": copy, **found.describe()})
+    assert not found.replayed.is_same or n_lines == -1
     last = json.loads(lines[n_lines - 1])["step"] if n_lines else 0
     reason = "is missing" if n_lines is None else "is empty" if n_lines == 0 else f"ends at step {last}"
     sentence = f"The step cannot be compared with the record: metrics.jsonl {reason}."

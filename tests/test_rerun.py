@@ -18,7 +18,7 @@ import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
-from small_runs import ROOT, copy_code, new_console, output_of, train, train_elsewhere
+from small_runs import ROOT, check_result, copy_code, new_console, output_of, train, train_elsewhere
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.process_setup import SIGNALS
@@ -42,8 +42,10 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def rerun(path: Path, to: Path | None = None, is_trusted: bool = False) -> tuple[bool, str]:
     """Rerun a run. Returns whether it is the same, and the output."""
     console = new_console(200)
-    status = rerun_module.rerun(path, to, console, is_trusted).status
-    assert status in (0, 1)
+    status, new, comparison = rerun_module.rerun(path, to, console, is_trusted)
+    assert status in (0, 1) and comparison is not None and comparison.is_same == (status == 0)
+    result = {"run": path, "rerun": new, "is_same": comparison.is_same, "comparison": comparison.describe()}
+    check_result("rerun", result)
     return status == 0, output_of(console)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import copy_code, new_console, output_of, run_config, train_elsewhere
+from small_runs import check_result, copy_code, new_console, output_of, run_config, train_elsewhere
 
 from rustgpt_jax.config.schema import replace_paths
 from rustgpt_jax.errors import UserError
@@ -29,8 +29,9 @@ CODE = {"rustgpt_jax/model/kv_cache.py": "def visible(q, s):\n    return q >= s\
 def run_diff_verb(first: Path, second: Path, is_trusted: bool = False) -> tuple[bool, list[str]]:
     """Return whether two runs are the same, and the lines of the output."""
     console = new_console(300)
-    is_same = diff(first, second, console, is_trusted).is_same
-    return is_same, output_of(console).splitlines()
+    found = diff(first, second, console, is_trusted)
+    check_result("diff", {"first": first, "second": second, **found.describe()})
+    return found.is_same, output_of(console).splitlines()
 
 
 # Comparison of the inputs of runs, with folders written by hand.

@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
+from small_runs import check_result
 from synthetic_sweep import INITIAL_LOSS, RATES, grid, loss_of, status_of, trial_id, two_optimizers, write_sweep
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.sweeps.report import report
+from rustgpt_jax.sweeps.report import describe_sweep, report
 from rustgpt_jax.sweeps.report.analysis import compute_sensitivities, describe_comparison, rank_settings
 from rustgpt_jax.sweeps.report.figures import downsample
 from rustgpt_jax.sweeps.report.plot_style import TRIAL_PREFIX, KnobColors, make_css, make_scale, set_loss_axis
@@ -39,6 +40,7 @@ def write_report(folder: Path) -> tuple[str, str]:
     """Write a report; return its terminal output and its page."""
     console = Console(file=io.StringIO(), width=200)
     page = report(folder, console).read_text(encoding="utf-8")
+    check_result("report", describe_sweep(folder))
     return console.file.getvalue(), page  # type: ignore[attr-defined]
 
 
