@@ -1,6 +1,6 @@
 """Does QK-norm widen the range of good learning rates?
 
-python launch.py sweep --config=experiments/qk_norm.py
+rustgpt sweep --config=qk_norm
 
 A small version of experiments/learning_rate.py, which takes two minutes on two cores: the model of configs/tiny.py,
 trained for 200 steps on the bytes of 200 files of the running Python's standard library, with and without a norm of
@@ -17,13 +17,13 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from configs import tiny
+from rustgpt_jax import load_config
 from rustgpt_jax.sweeps import Overrides, product, seeds, values
 
 
 def get_config() -> ConfigDict:
     """Return the config of configs/tiny.py with more steps and real text."""
-    config = tiny.get_config()
+    config = load_config("tiny")
     config.data.corpus = "python_stdlib"
     config.data.max_documents = 200
     config.training.steps = 200
