@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The command `rustgpt` in a checkout: `python launch.py VERB [flags]`."""
 
 import sys

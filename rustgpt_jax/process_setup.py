@@ -3,11 +3,11 @@
 import contextlib
 import ctypes
 import errno
+import logging
 import math
 import os
 import platform
 import signal
-import sys
 import threading
 import time
 import zlib
@@ -16,6 +16,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from rustgpt_jax.cache_dir import REMEDY, cache_folder, cache_limit
+
+logger = logging.getLogger(__name__)
 
 # The value "system" leaves the allocator unchanged.
 MALLOC_VARIABLE = "RUSTGPT_JAX_MALLOC"
@@ -73,9 +75,7 @@ def enable_compilation_cache() -> None:
         folder = cache_folder() / "programs"
         reason = _unwritable_reason(folder)
         if reason:
-            print(
-                f"{folder} is not writable ({reason}), so compiled programs are not cached. {REMEDY}", file=sys.stderr
-            )
+            logger.warning("%s is not writable (%s), so compiled programs are not cached. %s", folder, reason, REMEDY)
             # Otherwise JAX would warn for every program.
             least_seconds = math.inf
         if not reason or folder.is_dir():

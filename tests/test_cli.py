@@ -176,6 +176,7 @@ MISTAKES = {
     "workers": ([*SWEEP, "--workers=99999999999999999999"], "argument --workers: '9999"),
     "late step": (["replay", "trained", "--step=99999999999999999999"], "argument --step: '9999"),
     "no folder": (["diff", "trained", ""], "is not the folder of a run: it has no config.json."),
+    "verbosity": (["explain", TINY, "--verbosity=inof"], "--verbosity: unknown level 'inof'. Did you mean 'info'?"),
     "flagfile": (["--flagfile=empty.txt"], "Unknown flag --flagfile: give the flags themselves."),
     "report of a run": (["report", "--run=trained"], "trained is not the folder of a sweep"),
 }

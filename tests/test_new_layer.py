@@ -156,7 +156,7 @@ class Plain(nn.Module):
 
 @pytest.mark.slow
 def test_mixer_without_a_cache_is_recomputed_in_decoding(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "light.py").write_text(LIGHT)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -174,7 +174,7 @@ def test_mixer_without_a_cache_is_recomputed_in_decoding(
         generated = generate(params, [[1, 2, 3]], model, samplers=(Greedy(),), key=jax.random.key(0), max_tokens=3)
     assert len(generated[0]) == 3
     warning = "light:MeanOfDocument has no init_cache, so it is recomputed over the whole context"
-    assert capsys.readouterr().err.count(warning) == 1
+    assert caplog.text.count(warning) == 1
 
 
 @pytest.mark.parametrize(

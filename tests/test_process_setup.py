@@ -108,7 +108,7 @@ def test_an_unwritable_token_store_names_the_setting(unwritable: Path) -> None:
 
 @pytest.mark.parametrize("has_folder", [False, True])
 def test_an_unwritable_compilation_cache_warns_once(
-    has_folder: bool, unwritable: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    has_folder: bool, unwritable: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     if has_folder:
         folder = unwritable.parent.with_name("there") / "programs"
@@ -122,9 +122,9 @@ def test_an_unwritable_compilation_cache_warns_once(
         patch.setattr(jax.config, "update", changed.__setitem__)
         enable_compilation_cache()
     jax.config.update("jax_compilation_cache_dir", before)
-    warning = capsys.readouterr().err
-    assert "so compiled programs are not cached. RUSTGPT_JAX_CACHE=DIR moves the cache.\n" in warning
-    assert ("Permission denied" if has_folder else "Not a directory") in warning and warning.count("\n") == 1
+    (warning,) = caplog.messages
+    assert warning.endswith("so compiled programs are not cached. RUSTGPT_JAX_CACHE=DIR moves the cache.")
+    assert ("Permission denied" if has_folder else "Not a directory") in warning
     # Existing entries are read. JAX does not try to write, which would warn for every program.
     assert ("jax_compilation_cache_dir" in changed) == has_folder
     assert changed["jax_persistent_cache_min_compile_time_secs"] == float("inf")

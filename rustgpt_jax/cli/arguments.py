@@ -12,6 +12,7 @@ from absl.flags import argparse_flags
 from rustgpt_jax.cli.output import DOCUMENT
 from rustgpt_jax.errors import UserError
 
+VERBOSITY_HELP = "The least level of log messages to show. Default: warning."
 # Upper bounds for numeric flags; no realistic step, number of seconds or process count exceeds them.
 MAX_WHOLE_NUMBER, MAX_PROCESSES = 10**9 - 1, 2**16
 
@@ -38,6 +39,8 @@ class VerbParser(argparse_flags.ArgumentParser):
         """Add an argument. The default value is appended to the help text of a flag."""
         if "--helpfull" in names:
             kwargs["help"] = argparse.SUPPRESS
+        if "--verbosity" in names:
+            kwargs |= {"metavar": "debug|info|warning|error", "help": VERBOSITY_HELP}
         if kwargs.get("default") not in (None, False, [], argparse.SUPPRESS):
             kwargs["help"] += " Default: %(default)s."
         action = super().add_argument(*names, **kwargs)

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The command line: `rustgpt VERB [flags]`.
 
 JAX is imported by the `run` functions of the verbs that need it, so that help and usage errors are immediate.
@@ -8,20 +9,22 @@ import difflib
 import gc
 import io
 import os
+import re
 import resource
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from absl import app, logging
-from absl.flags import argparse_flags
+from absl.flags import FLAGS, argparse_flags
 
 from rustgpt_jax.cache_dir import cache_limit
 from rustgpt_jax.cli import explain, models, reproduce, train
 from rustgpt_jax.cli.arguments import VerbParser, fail, read_config
+from rustgpt_jax.cli.completion import complete
+from rustgpt_jax.cli.log_messages import LEVELS, HeldErrors, set_default_verbosity
 from rustgpt_jax.cli.output import DOCUMENT, INTERRUPTED, VerbResult
 from rustgpt_jax.errors import UserError, is_out_of_memory, program_name, suggest_names
 from rustgpt_jax.process_setup import keep_freed_memory
@@ -91,25 +94,37 @@ rustgpt_jax/config/schema.py documents them all. --config.stages.NAME.x.y=VALUE 
 one item per flag, commas included (--config.data.paths=a.txt --config.data.paths=b.txt), or a quoted Python list
 ("--config.logging.sample_prompts=['Hi, you', 'Once']"); only component names may be separated by commas.
 
+exit status:
+{statuses}
+
 Quick start:  {program} train --config=rustgpt
 """
+# What each exit status means, in short; docs/reference/command_line.md says more.
+EXIT_STATUSES = {
+    "0": "success",
+    "1": "the answer is negative: runs differ, a check or a trial failed, a plan does not fit; or an unexpected error",
+    "2": "an error in the command line, a config or a file, or a run that diverged: one sentence on standard error",
+    "75": "stopped by SIGTERM, SIGUSR1 or SIGUSR2, and saved: the same command resumes",
+    "76": "another process of the run was lost: the same command resumes",
+    "130": "stopped by Ctrl-C, and saved: the same command resumes",
+    "128 + N": "killed by signal N",
+}
 
 
 def build_parsers() -> tuple[argparse_flags.ArgumentParser, dict[str, VerbParser]]:
     """Return the parser of the command line, and the parsers of the verbs by name."""
     program = program_name()
     overrides = f"--config.x.y=VALUE overrides a value of the config (see `{program} --help`)."
+    statuses = "\n".join(f"    {status:10}{meaning}" for status, meaning in EXIT_STATUSES.items())
     parser = argparse_flags.ArgumentParser(
         prog=program,
         usage=f"{program} VERB [flags]",
         description=DESCRIPTION,
-        epilog=EPILOG.format(program=program),
+        epilog=EPILOG.format(program=program, statuses=statuses),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--version", action="version", version=f"rustgpt {_version()}", help="Show the version and exit."
-    )
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", parser_class=VerbParser)
     parsers = {}
     for name, verb in VERBS.items():
@@ -129,11 +144,16 @@ def build_parsers() -> tuple[argparse_flags.ArgumentParser, dict[str, VerbParser
     return parser, parsers
 
 
-def _version() -> str:
-    try:
-        return metadata.version("rustgpt_jax")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
+class _ShowVersion(argparse.Action):
+    """Prints the version, which takes an import that other commands do not need, and exits."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        from importlib import metadata
+
+        try:
+            parser.exit(message=f"rustgpt {metadata.version('rustgpt_jax')}\n")
+        except metadata.PackageNotFoundError:
+            fail("The package is not installed, and a checkout has no version.")
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -150,6 +170,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         (path, text) pairs of `--config.path=text`, which the schema checks.
     """
     parser, parsers = build_parsers()
+    complete(parser, parsers, {name for name, verb in VERBS.items() if verb.reads_overrides})
     takes_value = {flag: takes for verb_parser in parsers.values() for flag, takes in verb_parser.takes_value.items()}
     flags: list[str] = []
     positionals: list[str] = []
@@ -173,6 +194,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
                 flags.append(flag if SWITCH_VALUES[value.lower()] else f"--no{name}")
             else:
                 flags.append(f"{flag}{equals}{value}" if flag in takes_value else word)
+    flags = [_parse_verbosity(flag) if flag.startswith(("-v=", "--verbosity=")) else flag for flag in flags]
     if len(argv) == 1:
         parser.print_help()
         parser.exit()
@@ -189,8 +211,18 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         _reject_argument(args.verb, unknown[0], parsers)
     if overrides and not VERBS[args.verb].reads_overrides:
         fail(f"{args.verb} does not read --config.{overrides[0][0]}: the config of the run is used.")
+    set_default_verbosity()
     args.flags, args.overrides = flags, overrides
     return args
+
+
+def _parse_verbosity(flag: str) -> str:
+    """Return the flag `--verbosity` with the number of its level."""
+    value = flag.partition("=")[2]
+    level = LEVELS.get(value.lower())
+    if level is None and not re.fullmatch(r"-?\d", value):
+        fail(f"--verbosity: unknown level {value!r}.{suggest_names(value, LEVELS)}")
+    return f"--verbosity={value if level is None else level}"
 
 
 def _check_words(words: Sequence[str]) -> None:
@@ -238,8 +270,9 @@ def main(args: argparse.Namespace) -> int:
     gc.set_threshold(*OBJECTS_BETWEEN_COLLECTIONS)
     from rustgpt_jax.workdir.run_dir import check_no_special_files
 
-    # Do not print the errors that libraries log: they also raise them.
-    logging.set_verbosity(logging.FATAL)
+    held_errors = HeldErrors(logging.get_absl_handler())
+    if FLAGS.verbosity >= LEVELS["info"]:
+        held_errors.release()
     try:
         # Validate the limit once here, rather than in each child process.
         cache_limit()
@@ -257,14 +290,17 @@ def main(args: argparse.Namespace) -> int:
             raise
         fail(f"{os.fsdecode(error.filename)}: {error.strerror}.")
     except KeyboardInterrupt:
+        held_errors.release()
         print("stopped", file=sys.stderr)
         DOCUMENT.write_error("The command was interrupted.", INTERRUPTED)
         return INTERRUPTED
     except Exception as error:
         if not is_out_of_memory(error):
+            held_errors.release()
             DOCUMENT.write_error(f"{type(error).__name__}: {error}", 1)
             raise
         fail(_describe_out_of_memory(args))
+    held_errors.release()
     DOCUMENT.write_result(result)
     return result.status
 

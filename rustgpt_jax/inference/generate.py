@@ -5,7 +5,7 @@ or on how the loop is split into calls. Lengths of prompts and caches are rounde
 """
 
 import functools
-import sys
+import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -21,6 +21,8 @@ from rustgpt_jax.model import transformer
 from rustgpt_jax.model.activation_sharding import shard_activations
 from rustgpt_jax.model.kv_cache import cast_for_decode
 from rustgpt_jax.model.mixers import has_cache
+
+logger = logging.getLogger(__name__)
 
 SMALLEST_BUCKET = 16
 
@@ -57,11 +59,10 @@ def round_to_bucket(length: int, largest: int) -> int:
 
 @functools.cache
 def _warn_recomputation(mixers: tuple[str, ...]) -> None:
-    """Warn on stderr, once per process, that decoding recomputes mixers without a cache."""
+    """Log a warning, once per process, that decoding recomputes mixers without a cache."""
     names = ", ".join(dict.fromkeys(mixers))
-    print(
-        f"Decoding is slow: {names} has no init_cache, so it is recomputed over the whole context for every token.",
-        file=sys.stderr,
+    logger.warning(
+        "Decoding is slow: %s has no init_cache, so it is recomputed over the whole context for every token.", names
     )
 
 

@@ -1,7 +1,7 @@
 """Loading of a trained model from its run folder."""
 
 import dataclasses
-import sys
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from rustgpt_jax.training.run_inputs import load_run_tokenizer
 from rustgpt_jax.training.train_step import compiled_init_state
 from rustgpt_jax.workdir.params_io import read_parameters
 from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_earlier
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,9 @@ def _restore(run: RunDir, stored: Config, config: Config, which: str) -> tuple[P
     """Return the parameters for evaluation from a checkpoint, and its step."""
 
     def on_skipped(step: int, reason: str) -> None:
-        warning = f"{run.path}: the checkpoint of step {step} is damaged ({reason}); the previous one is loaded."
-        print(warning, file=sys.stderr)
+        logger.warning(
+            "%s: the checkpoint of step %d is damaged (%s); the previous one is loaded.", run.path, step, reason
+        )
 
     static, hparams = partition(config)
     like = plan_for_local_devices().add_shardings(jax.eval_shape(lambda: compiled_init_state(static, hparams)))

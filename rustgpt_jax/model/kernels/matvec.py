@@ -6,11 +6,11 @@ The library is compiled on first use into the user's cache folder, once per sour
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -20,6 +20,8 @@ import jax.numpy as jnp
 
 from rustgpt_jax.atomic_io import publish_folder
 from rustgpt_jax.cache_dir import cache_folder
+
+logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("matvec.cc")
 # Dtypes of weights that the kernel supports.
@@ -115,13 +117,13 @@ def _compile(compiler: str, source: Path, library: Path) -> None:
 def ffi_target() -> str | None:
     """Return the name of the FFI target of the kernel, which is compiled if necessary.
 
-    If it cannot be compiled, returns None and prints the reason to stderr, once per process.
+    If it cannot be compiled, returns None and logs the reason, once per process.
     """
     try:
         library = build_library(SOURCE)
         handler = ctypes.CDLL(str(library)).MatVec
     except (BuildError, OSError, AttributeError) as error:
-        print(f"The native kernel is not used, because {error}.", file=sys.stderr)
+        logger.warning("The native kernel is not used, because %s.", error)
         return None
     # JAX's compilation cache stores the name of the target, so each version of the kernel needs its own.
     name = f"rustgpt_jax.{library.parent.name}"
