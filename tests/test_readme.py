@@ -52,11 +52,6 @@ def test_readme_is_short() -> None:
     assert len(README.split()) <= MAX_WORDS
 
 
-@pytest.mark.parametrize("code", re.findall(PYTHON, README, re.DOTALL))
-def test_python_in_the_readme_runs(code: str) -> None:
-    exec(compile(code, "README.md", "exec"), {})
-
-
 @pytest.mark.slow
 def test_pure_functions_of_the_reference_run_in_any_folder(tmp_path: Path) -> None:
     """The checkout is on the path, as after `pip install -e .`, but is not the current folder."""
