@@ -121,6 +121,7 @@ sys.exit(main.main(main.parse_args(["launch.py", "doctor", "--json"])))
 """
     for error, status, message in (
         ("RuntimeError('broken')", 1, "RuntimeError: broken"),
+        ("OSError('of no file')", 1, "OSError: of no file"),
         ("KeyboardInterrupt", 130, "The command was interrupted."),
     ):
         command = [sys.executable, "-c", code.format(error)]

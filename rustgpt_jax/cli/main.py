@@ -284,22 +284,20 @@ def main(args: argparse.Namespace) -> int:
         result = VERBS[args.verb].run(args)
     except UserError as error:
         fail(str(error))
-    except OSError as error:
-        # For example, the path is too long or permission is denied. An error that names no file is a bug.
-        if error.filename is None:
-            raise
-        fail(f"{os.fsdecode(error.filename)}: {error.strerror}.")
     except KeyboardInterrupt:
         held_errors.release()
         print("stopped", file=sys.stderr)
         DOCUMENT.write_error("The command was interrupted.", INTERRUPTED)
         return INTERRUPTED
     except Exception as error:
-        if not is_out_of_memory(error):
-            held_errors.release()
-            DOCUMENT.write_error(f"{type(error).__name__}: {error}", 1)
-            raise
-        fail(_describe_out_of_memory(args))
+        if isinstance(error, OSError) and error.filename is not None:
+            # For example, the path is too long or permission is denied. An error that names no file is a bug.
+            fail(f"{os.fsdecode(error.filename)}: {error.strerror}.")
+        if is_out_of_memory(error):
+            fail(_describe_out_of_memory(args))
+        held_errors.release()
+        DOCUMENT.write_error(f"{type(error).__name__}: {error}", 1)
+        raise
     held_errors.release()
     DOCUMENT.write_result(result)
     return result.status
