@@ -21,7 +21,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import total_bytes
 from rustgpt_jax.sharding.hardware_specs import Machine
 from rustgpt_jax.sweeps import trial_batching
-from rustgpt_jax.sweeps.sweep_command import print_preview
+from rustgpt_jax.sweeps.sweep_command import UTILIZATION, describe_duration, estimate_duration, print_preview
 from rustgpt_jax.sweeps.trial_batching import (
     Chunk,
     Cost,
@@ -308,9 +308,27 @@ def test_preview_lists_all_trials_and_totals(width: int) -> None:
     for number, trial in enumerate(trials):
         (line,) = [line for line in lines if line.startswith(trial.id)]
         assert line.split() == [trial.id, str(1 + number // 3), f"seed={1 + number % 3},", trial_width(trial)]
+    assert lines[0].startswith("6 trials, 2 programs to compile, ")
     words = " ".join(shown.split())
     tokens = sum(stages(trial.config)[-1].end_step * 4 * 32 for trial in trials)
     assert f"6 trials, 2 programs to compile, {tokens / 1000:.3g}K tokens" in words and "Nothing was run." in words
+
+
+def test_duration_is_that_of_all_devices_or_of_the_longest_program() -> None:
+    trials = make_trials(small_tree(), [{"seed": seed} for seed in range(8)])
+    (shape_class,) = group_by_shape(trials, FixedVocabulary())
+    flops = shape_class.cost.total_flops
+    # At the assumed utilization, a device takes 100 s for a trial.
+    machine = Machine("gpu", 4, 1e12, flops / 100 / UTILIZATION)
+    for mode, width, seconds in (("solo", None, 200), ("exact", 1, 200), ("exact", 2, 200), ("exact", 8, 200)):
+        duration = estimate_duration([make_plan(shape_class, machine, mode, width)], machine)
+        assert (duration.seconds, duration.device_seconds) == pytest.approx((seconds, 800))
+    one = [dataclasses.replace(make_plan(shape_class, machine, "exact"), width=8)]
+    assert estimate_duration(one, machine).seconds == pytest.approx(800)
+    assert estimate_duration([make_plan(shape_class, machine, "exact", 1)], machine, 40).seconds == pytest.approx(1000)
+    described = describe_duration(estimate_duration(one, machine), machine)
+    assert described.startswith("About 0.22 hours on the 4 GPUs of this machine, 0.22 GPU-hours, if ")
+    assert "at least 0.067 hours at that peak" in described
 
 
 def trial_width(trial: Trial) -> str:

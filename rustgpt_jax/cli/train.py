@@ -203,13 +203,18 @@ def run_sweep(args: argparse.Namespace) -> VerbResult:
     sweep_args = sweeps.SweepArgs(info, settings, args.dry_run, args.allow_oversubscription)
     name = "_".join([Path(args.config).stem, *function.__name__.split("_", 1)[1:]])
     folder = Path(args.run or Path("runs") / name)
-    status, plans = sweeps.run_sweep(values, spec, trials, fixed, folder, sweep_args, PlainTextConsole())
-    if not args.dry_run:
+    status, preview = sweeps.run_sweep(values, spec, trials, fixed, folder, sweep_args, PlainTextConsole())
+    if preview is None:
         # Reading the results of many trials takes a while.
         return VerbResult(status, describe_sweep(folder) if DOCUMENT.is_requested else {})
     n_trials = spec.n_runs if isinstance(spec, TPE) else len(trials)
-    classes = [plan.describe() for plan in plans]
-    return VerbResult(status, {"sweep": folder, "n_trials": n_trials, "shape_classes": classes})
+    document = {
+        "sweep": folder,
+        "n_trials": n_trials,
+        "estimate": preview.duration._asdict(),
+        "shape_classes": [plan.describe() for plan in preview.plans],
+    }
+    return VerbResult(status, document)
 
 
 def add_report_arguments(parser: VerbParser) -> None:

@@ -1,10 +1,12 @@
 """Implementation of the `sweep` command: run a sweep and write its report, or preview the sweep."""
 
+import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -21,6 +23,9 @@ from rustgpt_jax.sweeps.trials import Trial, describe_overrides
 from rustgpt_jax.tracking.console import format_bytes, format_count, show_progress, show_spinner
 from rustgpt_jax.training.memory_estimate import check_training_memory
 
+# The share of the peak FLOP/s that training is assumed to reach. Small models reach less, above all on accelerators.
+UTILIZATION = 0.3
+
 Spec = Sequence[Overrides] | SuccessiveHalving | TPE
 
 
@@ -32,8 +37,8 @@ def print_preview(
     width: int | None,
     console: Console,
     spec: Spec = (),
-) -> list[Plan]:
-    """Print the trials and the cost of each shape class on a machine, without using a device, and return the plans.
+) -> "Preview":
+    """Print the cost of a sweep on a machine, its trials and its shape classes, without using a device.
 
     For a TPE search, `trials` are sample points, and the cost is estimated from the first that can run.
 
@@ -50,8 +55,6 @@ def print_preview(
     # A search skips points that cannot run here.
     if errors and not (is_tpe and plans):
         raise errors[0]
-    console.print(_trials_table(plans, "Example points of the search" if is_tpe else "Trials"))
-    console.print(_classes_table(plans))
     costs = [(len(plan.shape_class.trials), plan.shape_class.cost) for plan in plans]
     tokens, flops = sum(n * cost.tokens for n, cost in costs), sum(n * cost.total_flops for n, cost in costs)
     programs = f"{len(plans)} {'program' if len(plans) == 1 else 'programs'} to compile"
@@ -66,8 +69,80 @@ def print_preview(
             f"first of these examples: {format_count(spec.n_runs * cost.tokens)} tokens, "
             f"{format_count(spec.n_runs * cost.total_flops)} FLOPs"
         )
-    console.print(f"\n{total}. Nothing was run.", highlight=False)
-    return plans
+    console.print(f"{total}. Nothing was run.\n", highlight=False)
+    duration = estimate_duration(plans, machine, spec.n_runs if isinstance(spec, TPE) else None)
+    console.print(f"{describe_duration(duration, machine)}\n", highlight=False)
+    console.print(_trials_table(plans, "Example points of the search" if is_tpe else "Trials"))
+    console.print(_classes_table(plans))
+    return Preview(plans, duration)
+
+
+class Duration(NamedTuple):
+    """The estimated time of a sweep on a machine.
+
+    Attributes:
+        seconds: The time from start to end.
+        device_seconds: The sum over devices of the time that each is busy.
+        peak_flops: The peak FLOP/s of a device that the estimate is based on.
+        utilization: The share of it that is assumed.
+    """
+
+    seconds: float
+    device_seconds: float
+    peak_flops: float
+    utilization: float = UTILIZATION
+
+
+class Preview(NamedTuple):
+    """What a dry run finds: the plan of each shape class, and the estimated time."""
+
+    plans: list[Plan]
+    duration: Duration
+
+
+def estimate_duration(plans: Sequence[Plan], machine: Machine, n_trials: int | None = None) -> Duration:
+    """Estimate the time of a sweep from its FLOPs, without compilation, evaluation and checkpoints.
+
+    Args:
+        plans: The plans of all shape classes.
+        machine: The machine. The peak rate of a CPU is measured with a matrix product.
+        n_trials: The number of trials of a search, each of which costs as much as the first example in the plans; None
+            for the trials of the plans.
+    """
+    flops = machine.flops or measure_core_flops()
+    rate = UTILIZATION * flops
+
+    def seconds(plan: Plan) -> float:
+        """Return the time of one program, with `width` trials."""
+        return plan.width * plan.shape_class.cost.total_flops / rate / (plan.devices or machine.n_devices)
+
+    if n_trials is not None:
+        total = n_trials * plans[0].shape_class.cost.total_flops / rate
+    else:
+        total = sum(len(plan.shape_class.trials) * plan.shape_class.cost.total_flops for plan in plans) / rate
+    # Neither can all devices together be faster, nor the longest program.
+    return Duration(max(total / machine.n_devices, *map(seconds, plans)), total, flops)
+
+
+def describe_duration(duration: Duration, machine: Machine) -> str:
+    """Describe an estimate and what it is based on."""
+    device = "core" if machine.platform == "cpu" else machine.platform.upper()
+    devices = f"{machine.n_devices} {device}{'s' * (machine.n_devices > 1)}"
+    hours, device_hours = duration.seconds / 3600, duration.device_seconds / 3600
+    measured = ", measured here" if machine.platform == "cpu" else ""
+    peak = f"{format_bytes(duration.peak_flops).removesuffix('B')}FLOP/s per {device}{measured}"
+    return (
+        f"About {hours:.2g} hours on the {devices} of this machine, {device_hours:.2g} {device}-hours, if training "
+        f"reaches {UTILIZATION:.0%} of the peak of {peak}; at least {UTILIZATION * hours:.2g} hours at that peak. "
+        "Compilation, evaluation and checkpoints are not included."
+    )
+
+
+def measure_core_flops() -> float:
+    """Measure the peak FLOP/s of one CPU core, with a float32 matrix product on all cores and without JAX."""
+    matrix = np.ones((1024, 1024), np.float32)
+    seconds = min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=4))
+    return 2 * len(matrix) ** 3 / seconds / count_cores()
 
 
 def _make_table(title: str, *columns: str) -> Table:
@@ -108,7 +183,7 @@ class SweepArgs:
 
 def run_sweep(
     tree: Any, spec: Spec, trials: Sequence[Trial], fixed: Overrides, path: Path, args: SweepArgs, console: Console
-) -> tuple[int, list[Plan]]:
+) -> tuple[int, Preview | None]:
     """Run a sweep in a folder and write its report.
 
     Args:
@@ -121,8 +196,8 @@ def run_sweep(
         console: The console for the preview, the progress and the report.
 
     Returns:
-        The exit status: 1 if a trial failed, or the exit status for the signal that stopped the sweep. And the plans
-        of a dry run, which are empty otherwise.
+        The exit status: 1 if a trial failed, or the exit status for the signal that stopped the sweep. And what a
+        dry run finds; None otherwise.
     """
     options, is_tpe = args.options, isinstance(spec, TPE)
     check_options(options)
@@ -153,7 +228,7 @@ def run_sweep(
             case _:
                 sweep.add(trials)
                 sweep.run(trials)
-    return _finish(sweep, path, options.launcher, console), []
+    return _finish(sweep, path, options.launcher, console), None
 
 
 def _check_each(trials: Sequence[Trial], check: Callable[[Trial], None], is_tpe: bool) -> None:
