@@ -183,6 +183,10 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
         "report": ["report", "rates"],
         "explain": ["explain", "run"],
         "explain program": ["explain", TINY, *SMALL, "--program"],
+        "configs": ["configs"],
+        "components": ["components"],
+        "data": ["data", "run"],
+        "runs": ["runs", "run", "rates"],
         "plan": ["plan", TINY, *SMALL, "--config.model.vocab_size=300", "--devices=2", "--chip=h100"],
         "plan large": [
             "plan",
@@ -243,6 +247,10 @@ def test_documents_hold_what_the_verbs_found(done: dict[str, Done]) -> None:
         assert losses.count(None) == 2 and [setting["n_finished"] for setting in sweep["settings"]] == [2]
     assert len(done["sweep dry"].result["shape_classes"][0]["trials"]) == 4
     assert done["explain"].result["config"]["training.steps"] == {"value": 8, "origin": "command line"}
+    assert "tiny" in {each["name"] for each in done["configs"].result["configs"]}
+    assert "attention" in {each["name"] for each in done["components"].result["registries"]["mixers"]}
+    assert done["data"].result["stages"][0]["seq_len"] == len(done["data"].result["stages"][0]["rows"][0]["tokens"])
+    assert {each["status"] for each in done["runs"].result["runs"]} == {"finished", "diverged"}
     program = done["explain program"].result["program"]
     assert program["train_step"]["total"]["flops"]["forward"] == pytest.approx(program["model_flops"] / 3)
     assert done["plan"].result["fits"] and not done["plan large"].result["fits"]

@@ -21,7 +21,7 @@ from absl import app, logging
 from absl.flags import FLAGS, argparse_flags
 
 from rustgpt_jax.cache_dir import cache_limit
-from rustgpt_jax.cli import explain, models, reproduce, train
+from rustgpt_jax.cli import explain, listings, models, reproduce, train
 from rustgpt_jax.cli.arguments import VerbParser, fail, read_config
 from rustgpt_jax.cli.completion import complete
 from rustgpt_jax.cli.log_messages import LEVELS, HeldErrors, set_default_verbosity
@@ -57,6 +57,12 @@ VERBS = {
     "sweep": Verb(train.add_sweep_arguments, train.run_sweep, "--config=learning_rate --dry_run"),
     "report": Verb(train.add_report_arguments, train.run_report, "runs/learning_rate", reads_overrides=False),
     "explain": Verb(explain.add_explain_arguments, explain.run_explain, "--config=rustgpt"),
+    "configs": Verb(listings.add_configs_arguments, listings.run_configs, "", reads_overrides=False),
+    "components": Verb(listings.add_components_arguments, listings.run_components, "mixers", reads_overrides=False),
+    "data": Verb(listings.add_data_arguments, listings.run_data, "rustgpt"),
+    "runs": Verb(
+        listings.add_runs_arguments, listings.run_runs, "runs/a runs/b --plot=losses.png", reads_overrides=False
+    ),
     "plan": Verb(explain.add_plan_arguments, explain.run_plan, "--config=llama3_8b --devices=64 --chip=h100"),
     "evaluate": Verb(models.add_arguments, models.run_evaluate, "runs/rustgpt --checkpoint=best"),
     "generate": Verb(
@@ -125,7 +131,7 @@ def build_parsers() -> tuple[argparse_flags.ArgumentParser, dict[str, VerbParser
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", parser_class=VerbParser)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB [flags]", title="verbs", parser_class=VerbParser)
     parsers = {}
     for name, verb in VERBS.items():
         summary = (verb.run.__doc__ or "").partition("\n")[0]

@@ -298,6 +298,18 @@ def _bundled(name: str) -> Iterator[Document]:
     return parse_file(name, io.BytesIO((resources.files("rustgpt_jax.data") / "texts" / name).read_bytes()))
 
 
+def _facts(config: DataConfig) -> Iterator[Document]:
+    """Yield the bundled sentences about the world."""
+    del config
+    return _bundled("facts.json")
+
+
+def _chat(config: DataConfig) -> Iterator[Document]:
+    """Yield the bundled dialogues, each a question and its answer."""
+    del config
+    return _bundled("chat.jsonl")
+
+
 def _python_stdlib(config: DataConfig) -> Iterator[Document]:
     """Yield the .py files of the running Python's standard library without its tests, in order of their paths."""
     for path in _stdlib_modules():
@@ -375,8 +387,8 @@ def _unreadable_folder(pattern: str) -> Path | None:
 
 
 CORPORA: dict[str, Callable[[DataConfig], Iterator[Document]]] = {
-    "facts": lambda config: _bundled("facts.json"),
-    "chat": lambda config: _bundled("chat.jsonl"),
+    "facts": _facts,
+    "chat": _chat,
     "python_stdlib": _python_stdlib,
     "files": _files,
 }

@@ -229,6 +229,7 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
 
 
 def _train_word(texts: Iterable[str], vocab_size: int | None) -> HFTokenizer:
+    """Words, punctuation marks and line breaks of the corpus."""
     reserved = (*SPECIAL_TOKENS, UNKNOWN)
     _check_vocab_size("word", vocab_size, len(reserved) + 1, "the special tokens, <unk> and one word")
     tokenizer = _word_tokenizer({UNKNOWN: 0})
@@ -273,6 +274,7 @@ def _word_tokenizer(vocabulary: dict[str, int]) -> HFTokenizer:
 
 
 def _train_char(texts: Iterable[str], vocab_size: int | None) -> HFTokenizer:
+    """Characters of the corpus; others are encoded as UTF-8 bytes."""
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     reserved = [*SPECIAL_TOKENS, *byte_tokens]
     _check_vocab_size("char", vocab_size, len(reserved), "the special tokens and the 256 bytes")
@@ -287,12 +289,14 @@ def _train_char(texts: Iterable[str], vocab_size: int | None) -> HFTokenizer:
 
 
 def _train_byte(texts: Iterable[str], vocab_size: int | None) -> HFTokenizer:
+    """UTF-8 bytes."""
     reserved = [*SPECIAL_TOKENS, *_byte_characters()]
     _check_vocab_size("byte", vocab_size, len(reserved), "the special tokens and the 256 bytes")
     return _add_special_tokens(_byte_level(_bpe_without_merges(reserved, byte_fallback=False), use_regex=False))
 
 
 def _train_bpe(texts: Iterable[str], vocab_size: int | None) -> HFTokenizer:
+    """Byte-pair encoding of UTF-8 bytes, learned from the corpus."""
     if vocab_size is None:
         raise UserError("config.tokenizer.name='bpe' needs config.tokenizer.vocab_size.")
     _check_vocab_size("bpe", vocab_size, len(SPECIAL_TOKENS) + 256, "the special tokens and the 256 bytes")

@@ -263,7 +263,7 @@ class StartupTimer:
     """Measures how the time before the first step of a run is spent."""
 
     def __init__(self, first: str) -> None:
-        self._laps = [(first, _process_age())]
+        self._laps = [(first, process_age() or 0.0)]
         self._last = time.perf_counter()
         self._is_finished = False
 
@@ -284,12 +284,12 @@ class StartupTimer:
         return f"{format_duration(total)}: {laps}"
 
 
-def _process_age() -> float:
-    """Return the seconds since this process started, or 0 if unknown."""
+def process_age(process: int | str = "self") -> float | None:
+    """Return the seconds since a process started, by default this one, or None if it does not exist or is unknown."""
     try:
         # The program's name, in parentheses, may contain spaces.
-        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         began = int(fields[19]) / os.sysconf("SC_CLK_TCK")
         return time.clock_gettime(time.CLOCK_BOOTTIME) - began
     except (OSError, ValueError, IndexError, AttributeError):
-        return 0.0
+        return None

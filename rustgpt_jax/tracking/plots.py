@@ -1,10 +1,11 @@
-"""Loss plot of a run, drawn from metrics.jsonl."""
+"""Loss plots of one run or several, drawn from metrics.jsonl."""
 
 import io
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,18 @@ from rustgpt_jax.workdir.run_dir import RunDir
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TRAIN_LOSS, VALID_LOSS = "train/loss", "valid/loss"
 
 # Two hues that color-blind readers can tell apart, and grays from dark to light.
 TRAIN_COLOR, VALID_COLOR = "#2f6db5", "#d95f28"
 INK, SOFT_INK, GRID, SHADE = "#222222", "#757575", "#e4e4e4", "#f4f5f8"
+# Colors of several runs, which color-blind readers can tell apart (Okabe and Ito, jfly.uni-koeln.de/color).
+RUN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#222222")
+# The labels of more runs would not fit beside the curves.
+MAX_RUNS = 20
+MAX_NAME = 26
 
 # The axis is logarithmic if the loss falls by more than this factor.
 LOG_SCALE_FROM = 8.0
@@ -32,7 +39,7 @@ SMOOTHING_SHARE = 0.1
 # Maximum number of points per line, far more than the width of the plot in pixels.
 MAX_POINTS = 20_000
 # Height of a label in points, 1/72 inch.
-LABEL_HEIGHT = 34.0
+LABEL_HEIGHT, RUN_LABEL_HEIGHT = 34.0, 13.0
 DPI = 160
 # Markers are not clipped by the frame.
 POINT: dict[str, Any] = {"marker": "o", "markersize": 5.5, "markeredgecolor": "white", "clip_on": False, "zorder": 3}
@@ -77,7 +84,6 @@ def draw_loss_curves(folder: Path) -> Path:
     Raises:
         UserError: The run has not recorded a finite loss yet.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = [read_columns(folder, name) for name in (TRAIN_LOSS, VALID_LOSS)]
@@ -85,21 +91,62 @@ def draw_loss_curves(folder: Path) -> Path:
     if not train and not valid:
         raise UserError(f"{folder} has no loss to draw yet.")
     figure = Figure(figsize=(9.6, 5.4), dpi=DPI, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((0.07, 0.115, 0.735, 0.745))
     _style_axes(axes, _replace_surrogates(folder.resolve().name), train + valid)
     _draw_stages(axes, max(columns, key=lambda each: len(each.steps)))
     labels = _draw_train(axes, train) + _draw_valid(axes, valid)
     _write_labels(axes, labels)
+    target = RunDir(folder).loss_png
+    _write_png(figure, target)
+    return target
+
+
+def draw_runs(folders: Sequence[Path], file: Path) -> None:
+    """Draw the loss curves of several runs in one PNG file.
+
+    Raises:
+        UserError: There are too many runs, no run has recorded a finite loss, or the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    if len(folders) > MAX_RUNS:
+        raise UserError(f"A plot shows at most {MAX_RUNS} runs, and these are {len(folders)}: name some of them.")
+    found = {
+        folder: [_split_stages(read_columns(folder, name), name) for name in (TRAIN_LOSS, VALID_LOSS)]
+        for folder in folders
+    }
+    found = {folder: curves for folder, curves in found.items() if any(curves)}
+    if not found:
+        raise UserError("None of these runs has a loss to draw yet.")
+    figure = Figure(figsize=(9.6, 5.4), dpi=DPI, facecolor="white")
+    axes = figure.add_axes((0.07, 0.115, 0.655, 0.745))
+    title = " and ".join(folder.name for folder in found) if len(found) <= 2 else f"{len(found)} runs"
+    every = [curve for kinds in found.values() for curves in kinds for curve in curves]
+    _style_axes(axes, _replace_surrogates(title), every, "loss, nats per token: validation, and training (thin)")
+    labels = list[Label]()
+    for (folder, (train, valid)), color in zip(found.items(), cycle(RUN_COLORS)):
+        for curve in train:
+            positions = _spaced_positions(curve)
+            means = _smooth(curve.values, positions)
+            axes.plot(curve.steps[positions], means, color=color, linewidth=1.0, alpha=0.6)
+        for curve in valid:
+            axes.plot(curve.steps, curve.values, color=color, linewidth=1.8, **POINT)
+        last = float(valid[-1].values[-1]) if valid else float(means[-1])
+        labels.append(Label(last, f"{_shorten(_replace_surrogates(folder.name))} {last:.3f}", "", color))
+    _write_run_labels(axes, labels)
+    _write_png(figure, file)
+
+
+def _write_png(figure: "Figure", file: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     png = io.BytesIO()
     with warnings.catch_warnings():
         # Letters that the font lacks are drawn as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         # Without the version of matplotlib, the same metrics give the same bytes.
-        canvas.print_png(png, metadata={"Software": None})
-    target = RunDir(folder).loss_png
-    write_atomically(target, png.getvalue())
-    return target
+        FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
+    write_atomically(file, png.getvalue())
 
 
 def _split_stages(columns: Columns, name: str) -> list[Curve]:
@@ -140,7 +187,13 @@ def _smooth(values: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return (sums[positions + after + 1] - sums[positions - before]) / (before + after + 1)
 
 
-def _style_axes(axes: "Axes", title: str, curves: list[Curve]) -> None:
+def _spaced_positions(curve: Curve) -> np.ndarray:
+    """Return the positions of at most MAX_POINTS evenly spaced values of a curve."""
+    n_values = len(curve.values)
+    return np.linspace(0, n_values - 1, min(n_values, MAX_POINTS)).round().astype(int)
+
+
+def _style_axes(axes: "Axes", title: str, curves: list[Curve], subtitle: str = "loss, nats per token") -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     lowest = min(curve.values.min() for curve in curves)
@@ -163,7 +216,7 @@ def _style_axes(axes: "Axes", title: str, curves: list[Curve]) -> None:
     axes.set_xlabel("step", color=SOFT_INK, fontsize=10)
     heading: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "parse_math": False}
     axes.annotate(title, (0, 1), (0, 30), color=INK, fontsize=14, weight="bold", **heading)
-    axes.annotate("loss, nats per token", (0, 1), (0, 13), color=SOFT_INK, fontsize=10, **heading)
+    axes.annotate(subtitle, (0, 1), (0, 13), color=SOFT_INK, fontsize=10, **heading)
 
 
 def _replace_surrogates(name: Any) -> str:
@@ -191,8 +244,7 @@ def _draw_train(axes: "Axes", curves: list[Curve]) -> list[Label]:
     last = math.nan
     for curve in curves:
         axes.plot(*_downsample(curve.steps, curve.values), color=TRAIN_COLOR, linewidth=0.7, alpha=0.35)
-        n_values = len(curve.values)
-        positions = np.linspace(0, n_values - 1, min(n_values, MAX_POINTS)).round().astype(int)
+        positions = _spaced_positions(curve)
         means = _smooth(curve.values, positions)
         axes.plot(curve.steps[positions], means, color=TRAIN_COLOR, linewidth=2, solid_capstyle="round")
         last = float(means[-1])
@@ -226,3 +278,29 @@ def _write_labels(axes: "Axes", labels: list[Label]) -> None:
                 text, (1, label.value), (12, height - end - down), axes.get_yaxis_transform(), "offset points",
                 va="center", **{"color": label.color, **font},
             )  # fmt: skip
+
+
+def _write_run_labels(axes: "Axes", labels: list[Label]) -> None:
+    """Label each run at the end of its curve, moving labels apart that would overlap."""
+    axes.autoscale_view()
+    labels = sorted(labels, key=lambda label: label.value)
+    ends = [axes.transData.transform((0, label.value))[1] * 72 / DPI for label in labels]
+    heights, lowest = [], -math.inf
+    for end in ends:
+        heights.append(max(end, lowest))
+        lowest = heights[-1] + RUN_LABEL_HEIGHT
+    # Push the labels that would be above the plot down.
+    highest = axes.bbox.y1 * 72 / DPI
+    for place in reversed(range(len(heights))):
+        heights[place] = min(heights[place], highest)
+        highest = heights[place] - RUN_LABEL_HEIGHT
+    for label, end, height in zip(labels, ends, heights, strict=True):
+        axes.annotate(
+            label.text, (1, label.value), (12, height - end), axes.get_yaxis_transform(), "offset points",
+            va="center", fontsize=9, color=label.color, parse_math=False,
+        )  # fmt: skip
+
+
+def _shorten(name: str) -> str:
+    """Shorten a name that would not fit beside the plot, keeping both ends."""
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME // 2]}…{name[-MAX_NAME // 2 :]}"
