@@ -50,9 +50,9 @@ def _find_completer(action: argparse.Action) -> Any:
     from argcomplete.completers import DirectoriesCompleter, FilesCompleter
 
     metavar = str(action.metavar)
-    if action.dest == "config":
+    if action.dest in ("config", "config_or_run"):
         return _complete_config
-    if metavar in ("RUN", "DIR"):
+    if metavar in ("RUN", "DIR", "FOLDER"):
         return DirectoriesCompleter()
     if "FILE" in metavar:
         return FilesCompleter()
