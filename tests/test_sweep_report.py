@@ -119,6 +119,13 @@ def test_no_p_value_for_a_single_seed(tmp_path: Path) -> None:
     assert "no p-value: one seed" in text and "no p-value: one seed" in page
 
 
+@pytest.mark.parametrize("config", ["qk_norm", "experiments/qk_norm.py"])
+def test_heading_is_the_question_of_the_experiment(config: str, tmp_path: Path) -> None:
+    trials = grid(optimizer__learning_rate=RATES[:2])
+    _, page = write_report(write_sweep(tmp_path / "sweep", trials, config_file=config))
+    assert "<h1>Does QK-norm widen the range of good learning rates?</h1>" in page
+
+
 def test_better_than_is_claimed_only_for_significant_differences(tmp_path: Path) -> None:
     def noisy(overrides: dict[str, Any]) -> float:
         return 2.0 + 0.01 * (overrides["model.bias"]) + 0.1 * overrides["seed"] * (1 if overrides["model.bias"] else -1)

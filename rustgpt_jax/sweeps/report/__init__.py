@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rustgpt_jax.atomic_io import write_atomically
+from rustgpt_jax.config.config_files import find_config_file
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps.report.analysis import (
     RankedSetting,
@@ -201,8 +202,9 @@ def render_page(results: Results) -> str:
 def _render_header(results: Results, ranked: tuple[RankedSetting, ...]) -> str:
     best, name = ranked[0], escape(results.name)
     try:
-        docstring = ast.get_docstring(ast.parse(Path(results.config_file).read_text(encoding="utf-8"))) or ""
-    except (OSError, SyntaxError, ValueError):
+        source = find_config_file(results.config_file).read_text(encoding="utf-8")
+        docstring = ast.get_docstring(ast.parse(source)) or ""
+    except (UserError, OSError, SyntaxError, ValueError):
         docstring = ""
     # The first paragraph of an experiment's docstring is its question.
     question = " ".join(docstring.split("\n\n")[0].split())
