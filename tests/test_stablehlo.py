@@ -156,18 +156,15 @@ def test_the_manifest_describes_the_programs(tmp_path: Path) -> None:
     ]
 
 
-def test_rows_outside_the_cache_are_nan_and_unchanged(tmp_path: Path) -> None:
+def test_rows_that_do_not_fit_are_nan(tmp_path: Path) -> None:
     write_stablehlo(make_generator(), tmp_path, ExportOptions(prefill_lengths=(16,), cache_length=16))
     header = safe_open(tmp_path / "weights.safetensors", "np")
     weights = {name: header.get_tensor(name) for name in header.keys()}  # noqa: SIM118
     prefill, decode = (read_exported(tmp_path, name).call for name in ("prefill_16", "decode"))
     logits, cache = jax.jit(prefill)(weights, np.ones((3, 16), np.int32), np.array([0, 16, 17], np.int32))
     assert np.isnan(logits).all(axis=1).tolist() == [True, False, True]
-    logits, after = jax.jit(decode)(weights, cache, np.full(3, 2, np.int32), np.array([-1, 15, 16], np.int32))
+    logits, _ = jax.jit(decode)(weights, cache, np.full(3, 2, np.int32), np.array([-1, 15, 16], np.int32))
     assert np.isnan(logits).any(axis=1).tolist() == [True, False, True]
-    for name, array in cache.items():
-        is_same = np.array([np.array_equal(*rows) for rows in zip(array, after[name], strict=True)])
-        assert is_same.tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize(

@@ -237,13 +237,14 @@ def decode(
         weights: Parameters for decoding by path.
         cache: Cache of the earlier tokens by path.
         tokens_B: The token of each row.
-        positions_B: Number of earlier tokens of each row. A row whose position is not in the cache is left unchanged.
+        positions_B: Number of earlier tokens of each row.
         model: Config of the model.
         options: With the length of the cache.
         structures: Of the parameters and the cache.
 
     Returns:
-        logits_BV of the next token, NaN if the position is not in the cache; and the new cache by path.
+        logits_BV of the next token, NaN if the position is not in the cache, after which the cache of the row is
+        not valid; and the new cache by path.
     """
     assert options.cache_length is not None
     params, earlier = structures.weights.unflatten(weights), structures.cache.unflatten(cache)
@@ -254,7 +255,6 @@ def decode(
         model,
         earlier,
         positions_BT=positions_B[:, None],
-        segments_BT=is_valid_B.astype(jnp.int32)[:, None],
     )
     return jnp.where(is_valid_B[:, None], logits_B1V[:, 0], jnp.nan), flatten_paths(new_cache)
 

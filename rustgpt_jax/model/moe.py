@@ -299,8 +299,9 @@ def _tokens_in_slots(slot_TX: jax.Array, n_slots: int) -> jax.Array:
     """Return the index of the token in each slot of each expert; T in empty slots."""
     length, n_experts = slot_TX.shape
     token_TX = jnp.broadcast_to(jnp.arange(length)[:, None], slot_TX.shape)
-    empty_XP = jnp.full((n_experts, n_slots), length)
-    return empty_XP.at[jnp.arange(n_experts)[None, :], slot_TX].set(token_TX, mode="drop")
+    # Tokens that are not processed go to a slot after the last one. No index is out of bounds, where compilers differ.
+    empty_XP = jnp.full((n_experts, n_slots + 1), length)
+    return empty_XP.at[jnp.arange(n_experts)[None, :], slot_TX].set(token_TX)[:, :n_slots]
 
 
 def _combine(y_XPD: jax.Array, token_XP: jax.Array, weight_TX: jax.Array) -> jax.Array:
@@ -309,7 +310,8 @@ def _combine(y_XPD: jax.Array, token_XP: jax.Array, weight_TX: jax.Array) -> jax
     weight_XP = weight_TX.at[token_XP, experts_X1].get(mode="fill", fill_value=0)
     weighted_XPD = y_XPD * weight_XP[..., None].astype(y_XPD.dtype)
     zeros_TD = jnp.zeros((len(weight_TX), y_XPD.shape[-1]), y_XPD.dtype)
-    return zeros_TD.at[token_XP].add(weighted_XPD, mode="drop")
+    # Empty slots add 0 to the last token.
+    return zeros_TD.at[token_XP].add(weighted_XPD, mode="clip")
 
 
 def route(router_logits_BTX: jax.Array, config: ModelConfig) -> Routing:
