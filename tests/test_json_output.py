@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,8 +22,9 @@ from safetensors.numpy import load_file
 from small_runs import check_result
 from test_cli import LAUNCH, TINY, environment, run_all, start_training
 
+from rustgpt_jax.cli import arguments, main
 from rustgpt_jax.cli.main import VERBS, parse_args
-from rustgpt_jax.cli.output import SCHEMAS, load_schema, to_json
+from rustgpt_jax.cli.output import DOCUMENT, SCHEMAS, load_schema, to_json
 from rustgpt_jax.sweeps import slurm
 from rustgpt_jax.training.load_model import load_model
 
@@ -336,6 +338,22 @@ def run_page(folder: Path) -> dict[str, dict[str, Any]]:
         assert done.returncode == 0, done.stderr
     texts = {file.stem: file.read_text() for file in folder.glob("*.json")}
     return {name: parse(text, "sweep" if name == "plan" else name)["result"] for name, text in texts.items()}
+
+
+def test_the_commands_of_the_page_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(message: str) -> None:
+        raise AssertionError(message)
+
+    monkeypatch.setattr(main, "fail", refuse)
+    monkeypatch.setattr(arguments, "fail", refuse)
+    commands = re.findall(r"`rustgpt ([^`]+)`", (ROOT / "AGENTS.md").read_text())
+    verbs = {
+        parse_args(["rustgpt", *shlex.split(command.replace("=K", "=3"))]).verb
+        for command in commands
+        if "VERB" not in command
+    }
+    assert verbs >= {"explain", "report", "configs", "components", "data", "runs", "plan", "replay", "diff", "check"}
+    DOCUMENT.configure(None, is_requested=False)
 
 
 @pytest.mark.slow

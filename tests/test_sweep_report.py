@@ -1,5 +1,6 @@
 """The report of a sweep: its terminal output, figures, and HTML page."""
 
+import argparse
 import io
 import itertools
 import json
@@ -24,6 +25,7 @@ from scipy import stats
 from small_runs import check_result
 from synthetic_sweep import INITIAL_LOSS, RATES, grid, loss_of, status_of, trial_id, two_optimizers, write_sweep
 
+from rustgpt_jax.cli.train import run_report
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps.report import describe_sweep, report
 from rustgpt_jax.sweeps.report.analysis import compute_sensitivities, describe_comparison, rank_settings
@@ -153,12 +155,17 @@ def test_best_value_at_the_end_of_a_range_is_noted(best: float, edge: str | None
     assert found == ([(format_value(best), edge)] if edge else [])
 
 
-def test_report_without_finished_trials_is_an_error(tmp_path: Path) -> None:
+def test_report_without_finished_trials_has_a_status_and_a_document(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "sweep", two_optimizers(), status=lambda _: "running")
     with pytest.raises(UserError, match=r"no finished trial yet \(36 running\)"):
         write_report(folder)
     assert (folder / "results.csv").read_text().count("running") == 36
     assert not (folder / "report.html").exists()
+    # A program may ask for the results while the trials are running.
+    assert run_report(argparse.Namespace(run=folder)).status == 1
+    found = describe_sweep(folder)
+    check_result("report", found)
+    assert (found["counts"], found["best"], found["files"]["report"]) == ({"running": 36}, None, None)
 
 
 def test_report_does_not_import_jax() -> None:

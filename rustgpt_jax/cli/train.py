@@ -223,12 +223,20 @@ def add_report_arguments(parser: VerbParser) -> None:
 
 
 def run_report(args: argparse.Namespace) -> VerbResult:
-    """Summarize a sweep: a table, results.csv and report.html."""
+    """Summarize a sweep: a table, results.csv and report.html.
+
+    The exit status is 1 if no trial has finished yet.
+    """
     if args.run is None:
         raise UserError("No sweep given: add the folder of a sweep, such as runs/learning_rate.")
-    from rustgpt_jax.sweeps.report import describe_sweep, report
+    from rustgpt_jax.sweeps.report import NoFinishedTrialError, describe_sweep, report
     from rustgpt_jax.tracking.console import PlainTextConsole
 
-    console = PlainTextConsole()
-    console.print(f"Report: {report(Path(args.run), console)}", highlight=False)
-    return VerbResult(0, describe_sweep(Path(args.run)) if DOCUMENT.is_requested else {})
+    console, status = PlainTextConsole(), 0
+    try:
+        console.print(f"Report: {report(Path(args.run), console)}", highlight=False)
+    except NoFinishedTrialError as error:
+        # Its trials may still be running.
+        console.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        status = 1
+    return VerbResult(status, describe_sweep(Path(args.run)) if DOCUMENT.is_requested else {})

@@ -54,18 +54,25 @@ STRIP_WIDTH, STRIP_HEIGHT, STRIP_MARGIN = 170.0, 26.0, 6.0
 INTERVALS_BEYOND = 0.3
 
 
+class NoFinishedTrialError(UserError):
+    """A sweep has nothing to report yet."""
+
+
 def report(folder: Path, console: Console) -> Path:
     """Print the results of a sweep, write results.csv and report.html to its folder, and return the latter's path.
 
     Raises:
-        UserError: The folder holds no sweep, or no trial has finished yet; the CSV is written even then.
+        NoFinishedTrialError: No trial has finished yet; the CSV is written even then.
+        UserError: The folder holds no sweep.
     """
     results = read_results(folder)
     write_csv(results, folder / "results.csv")
     counts = ", ".join(f"{number} {status}" for status, number in results.counts.items())
     if not results.finished:
         reasons = [f" {trial.error}" for trial in results.trials if trial.status == MISSING][:1]
-        raise UserError(f"{folder} has no finished trial yet ({counts or 'none is planned'}).{''.join(reasons)}")
+        raise NoFinishedTrialError(
+            f"{folder} has no finished trial yet ({counts or 'none is planned'}).{''.join(reasons)}"
+        )
     ranked = rank_settings(results)
     title = f"{results.name}: {METRICS[results.metric]}, best settings first"
     console.print(title, style="bold", highlight=False, markup=False)
