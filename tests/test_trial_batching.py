@@ -327,7 +327,7 @@ def test_duration_is_that_of_all_devices_or_of_the_longest_program() -> None:
     assert estimate_duration(one, machine).seconds == pytest.approx(800)
     assert estimate_duration([make_plan(shape_class, machine, "exact", 1)], machine, 40).seconds == pytest.approx(1000)
     described = describe_duration(estimate_duration(one, machine), machine)
-    assert described.startswith("About 0.22 hours on the 4 GPUs of this machine, 0.22 GPU-hours, if ")
+    assert described.startswith("About 0.22 hours (13m20s) on the 4 GPUs of this machine, 0.22 GPU-hours, if ")
     assert "at least 0.067 hours at that peak" in described
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from rustgpt_jax.cli import listings
 from rustgpt_jax.cli.batch_preview import StagePreview, load_first_batches, print_batches, split_row, token_texts
+from rustgpt_jax.cli.main import parse_args
 from rustgpt_jax.config.config_files import list_recipes, load_config
 from rustgpt_jax.config.schema import TokenizerConfig, flatten
 from rustgpt_jax.config.validation import resolve
@@ -202,6 +203,16 @@ def test_batches_are_printed_with_marks_or_colors(batches: tuple[Any, Any], colo
     assert "row 0, document 2" in text and " ".join(map(str, batch.tokens_BT[0, :3].tolist())) in text
 
 
+@pytest.mark.parametrize(
+    ("word", "name"), [("rustgpt", "config"), ("lab/mine.py", "config"), ("runs/a", "run"), ("here", "run")]
+)
+def test_data_takes_a_config_or_a_run(word: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "here", {})
+    monkeypatch.chdir(tmp_path)
+    args = parse_args(["rustgpt", "data", word])
+    assert {"config": args.config, "run": args.run} == {"config": None, "run": None} | {name: word}
+
+
 # runs.
 
 
@@ -235,12 +246,15 @@ def test_runs_lists_runs_and_damaged_folders(tmp_path: Path, capsys: pytest.Capt
         target.unlink()
         os.mkfifo(target) if content is None else target.write_text(content)
     (runs / "g" / "checkpoints").mkdir(parents=True)
+    # A run of another version, or whose config was changed.
+    other = write_run(runs / "h", {8: 4.0}) / "config.json"
+    other.write_text(other.read_text().replace('"seed": 0', '"speed": 0'))
     (runs / "not a run").mkdir()
     with lock_run_dir(runs / "b"):
         listed = listings.run_runs(make_namespace([runs], plot=str(tmp_path / "all.png"))).document["runs"]
     rows = {row["folder"].name: row for row in listed}
-    assert list(rows) == [*"abcdefg"]
-    assert [row["status"] for row in rows.values()] == ["finished", "running", "stopped", *["damaged"] * 4]
+    assert list(rows) == [*"abcdefgh"]
+    assert [row["status"] for row in rows.values()] == ["finished", "running", "stopped", *["damaged"] * 4, "finished"]
     values = ("step", "steps", "valid_loss", "best_valid_loss", "best_step", "config")
     assert [rows["a"][name] for name in values] == [8, 8, 2.0, 2.0, 8, "mine.py"]
     assert [rows["b"][name] for name in values] == [6, 8, pytest.approx(math.nan, nan_ok=True), 1.5, 4, "mine.py"]

@@ -211,11 +211,12 @@ def _format_value(value: Any) -> str:
 
 
 class _StoreConfigOrRun(argparse.Action):
-    """Stores a positional argument as --config, or as --run if it is a folder."""
+    """Stores a positional argument as --run if it is the path of a folder, and otherwise as --config."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         del option_string
-        name = "run" if Path(values).is_dir() else "config"
+        is_run = (Path(values) / "config.json").exists() or ("/" in values and not values.endswith(".py"))
+        name = "run" if is_run else "config"
         if namespace.config is not None or namespace.run is not None:
             given = namespace.config if namespace.config is not None else namespace.run
             parser.error(f"Two configs are given, {values} and {given}; give only one.")

@@ -22,10 +22,12 @@ from rustgpt_jax.sweeps.sweep_dir import DONE, ENDED, Ledger, SweepDir
 from rustgpt_jax.tracking.console import process_age
 from rustgpt_jax.tracking.metric_writer import last_step, read_columns
 from rustgpt_jax.workdir.event_log import EventLog
-from rustgpt_jax.workdir.run_dir import RunDir, check_no_special_files, load_config, load_stages
+from rustgpt_jax.workdir.run_dir import RunDir, check_no_special_files, load_stages
 
 # The process of a run on another machine counts as running if the run has recorded something in the last minutes.
 SECONDS_TO_SILENCE = 600
+# Widths of a terminal with room for all columns, and of lines that are not written to a terminal.
+WIDE, PIPE_WIDTH = 100, 200
 _HOLDER = re.compile(r"process (?P<pid>\d+) on (?P<host>.+)")
 
 
@@ -36,7 +38,8 @@ class RunSummary:
     Attributes:
         folder: The folder.
         kind: "run" or "sweep".
-        status: finished, running, stopped or damaged; the last event of the ledger for trials that ended otherwise.
+        status: finished, running, stopped, or damaged if the number of steps is unknown. Trials that ended
+            otherwise have their last event in the ledger.
         config: The config file, or None if it is not recorded.
         step: The last recorded step; for a sweep, the number of trials that are done.
         steps: The number of steps of the run, or of trials of the sweep; None if it is unknown.
@@ -44,7 +47,7 @@ class RunSummary:
         best_valid_loss: The lowest validation loss of the last stage, or of all trials of a sweep.
         best_step: The step of the lowest validation loss; None for a sweep.
         launched: The time of the last launch in seconds since 1970, or None if none is recorded.
-        problem: What is damaged, or None.
+        problem: What is damaged, or what another version recorded; None if nothing is.
     """
 
     folder: Path
@@ -139,10 +142,12 @@ def summarize_run(folder: Path) -> RunSummary:
             if len(in_last_stage):
                 best = in_last_stage[np.argmin(losses[in_last_stage])]
                 row |= {"best_valid_loss": float(losses[best]), "best_step": int(steps[best])}
-        load_config(folder)
-        row["steps"] = load_stages(folder)[-1].end_step
+        row["steps"] = _read_recorded_steps(run)
+        load_stages(folder)
     except (UserError, OSError) as error:
-        return RunSummary(**row, problem=str(error))
+        row["problem"] = str(error)
+    if row.get("step") is None or row.get("steps") is None:
+        return RunSummary(**row)
     is_finished = row["step"] >= row["steps"]
     status = "finished" if is_finished else "running" if _is_being_trained(run) else "stopped"
     return RunSummary(**row, status=status)
@@ -176,6 +181,17 @@ def _summarize_sweep(folder: Path) -> RunSummary:
     is_running = any(trial.status == "running" for trial in trials)
     status = "running" if is_running else "finished" if n_done == len(states) else "stopped"
     return RunSummary(**row, status=status, best_valid_loss=min(losses, default=None))
+
+
+def _read_recorded_steps(run: RunDir) -> int | None:
+    """Return the number of steps of a run by its config, which may be from another version; None if it has none."""
+    record: Any = read_json(run.config_file) if run.config_file.exists() else None
+    try:
+        steps, listed = record["config"]["training"]["steps"], record["config"]["stages"]
+        every = [stage.get("training", {}).get("steps", steps) for stage in listed] or [steps]
+        return sum(every) if all(type(each) is int for each in every) else None
+    except (TypeError, KeyError, AttributeError):
+        return None
 
 
 def _find_config_file(run: RunDir) -> str | None:
@@ -225,25 +241,29 @@ def print_runs(rows: Sequence[RunSummary], console: Console) -> None:
     table = Table(
         box=None, pad_edge=False, caption="valid, best: validation loss in nats per token", caption_justify="left"
     )
-    for name in ("run", "config", "step", "valid", "best", "at step", "status", "launched"):
+    # A pipe has no width; a narrow terminal has no room for the step of the best loss.
+    width = console.width if console.is_terminal else PIPE_WIDTH
+    names = ["run", "config", "step", "valid", "best", "at step", "status", "launched"]
+    if width < WIDE:
+        names.remove("at step")
+    for name in names:
         is_number = name in ("step", "valid", "best", "at step")
-        table.add_column(
-            name, justify="right" if is_number else "left", no_wrap=name not in ("run", "config"), overflow="fold"
-        )
+        justify: Any = "right" if is_number else "left"
+        table.add_column(name, justify=justify, no_wrap=name not in ("run", "config"), overflow="fold")
     for row in rows:
         step = "" if row.step is None else f"{row.step:,}" + ("" if row.steps is None else f"/{row.steps:,}")
-        table.add_row(
-            str(row.folder.relative_to(folder)),
-            row.config or "",
-            step + " trials" * (row.kind == "sweep"),
-            _format_loss(row.valid_loss),
-            _format_loss(row.best_valid_loss),
-            "" if row.best_step is None else f"{row.best_step:,}",
-            row.status,
-            "" if row.launched is None else time.strftime("%b %d %H:%M", time.localtime(row.launched)),
-            style="yellow" if row.problem else "",
-        )
-    console.print(table)
+        cells = {
+            "run": str(row.folder.relative_to(folder)),
+            "config": row.config or "",
+            "step": step + " trials" * (row.kind == "sweep"),
+            "valid": _format_loss(row.valid_loss),
+            "best": _format_loss(row.best_valid_loss),
+            "at step": "" if row.best_step is None else f"{row.best_step:,}",
+            "status": row.status,
+            "launched": "" if row.launched is None else time.strftime("%b %d %H:%M", time.localtime(row.launched)),
+        }
+        table.add_row(*(cells[name] for name in names), style="yellow" if row.problem else "")
+    console.print(table, width=width)
     for row in rows:
         if row.problem:
             console.print(row.problem, style="yellow", highlight=False, soft_wrap=True)

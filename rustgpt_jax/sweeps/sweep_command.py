@@ -20,7 +20,7 @@ from rustgpt_jax.sweeps.search_space import TPE, Overrides, SuccessiveHalving
 from rustgpt_jax.sweeps.sweep import Sweep, SweepInfo, SweepOptions, check_options, check_trials, open_sweep
 from rustgpt_jax.sweeps.trial_batching import Plan, group_by_shape, make_plan
 from rustgpt_jax.sweeps.trials import Trial, describe_overrides
-from rustgpt_jax.tracking.console import format_bytes, format_count, show_progress, show_spinner
+from rustgpt_jax.tracking.console import format_bytes, format_count, format_duration, show_progress, show_spinner
 from rustgpt_jax.training.memory_estimate import check_training_memory
 
 # The share of the peak FLOP/s that training is assumed to reach. Small models reach less, above all on accelerators.
@@ -128,12 +128,13 @@ def describe_duration(duration: Duration, machine: Machine) -> str:
     """Describe an estimate and what it is based on."""
     device = "core" if machine.platform == "cpu" else machine.platform.upper()
     devices = f"{machine.n_devices} {device}{'s' * (machine.n_devices > 1)}"
-    hours, device_hours = duration.seconds / 3600, duration.device_seconds / 3600
+    hours, least = duration.seconds / 3600, UTILIZATION * duration.seconds / 3600
+    each = f"{duration.device_seconds / 3600:.2g} {device}-hours"
     measured = ", measured here" if machine.platform == "cpu" else ""
     peak = f"{format_bytes(duration.peak_flops).removesuffix('B')}FLOP/s per {device}{measured}"
     return (
-        f"About {hours:.2g} hours on the {devices} of this machine, {device_hours:.2g} {device}-hours, if training "
-        f"reaches {UTILIZATION:.0%} of the peak of {peak}; at least {UTILIZATION * hours:.2g} hours at that peak. "
+        f"About {hours:.2g} hours ({format_duration(duration.seconds)}) on the {devices} of this machine, {each}, if "
+        f"training reaches {UTILIZATION:.0%} of the peak of {peak}; at least {least:.2g} hours at that peak. "
         "Compilation, evaluation and checkpoints are not included."
     )
 
@@ -141,7 +142,7 @@ def describe_duration(duration: Duration, machine: Machine) -> str:
 def measure_core_flops() -> float:
     """Measure the peak FLOP/s of one CPU core, with a float32 matrix product on all cores and without JAX."""
     matrix = np.ones((1024, 1024), np.float32)
-    seconds = min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=4))
+    seconds = min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=8))
     return 2 * len(matrix) ** 3 / seconds / count_cores()
 
 
