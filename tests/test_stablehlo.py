@@ -35,9 +35,10 @@ from rustgpt_jax.model.positions import POSITIONS
 from rustgpt_jax.tokenizers import Message, encode_prompt, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "how_to" / "stablehlo.md").read_text(encoding="utf-8")
-SCRIPTS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-GENERATE = next(script for script in SCRIPTS if "def generate(" in script)
+PAGES = {name: (ROOT / "docs" / "how_to" / f"{name}.md").read_text(encoding="utf-8") for name in ("stablehlo", "iree")}
+(GENERATE,), (COMPILE_IREE, GENERATE_IREE) = (
+    re.findall(r"```python\n(.*?)```", page, re.DOTALL) for page in PAGES.values()
+)
 
 CONTEXT = 24
 PROMPTS = [np.random.default_rng(length).integers(0, 61, length).tolist() for length in (5, 17, 1)]
@@ -238,3 +239,30 @@ def test_every_component_generates_the_same(positional_mean: None, isolated: Any
     found = dict(zip(CASES, isolated(*((tmp_path / name, PROMPTS, CONTEXT) for name in CASES)), strict=True))
     for name in CASES:
         assert_same_steps(found[name], expected[name])
+
+
+@pytest.mark.extras
+def test_iree_compiles_all_but_deltanet_to_the_same_tokens(positional_mean: None, tmp_path: Path) -> None:
+    pytest.importorskip("iree.compiler")
+    pytest.importorskip("iree.runtime")
+    (tmp_path / "compile_iree.py").write_text(COMPILE_IREE)
+    generate: Any = {"__name__": "generate_iree"}
+    exec(GENERATE_IREE, generate)
+    prompt = PROMPTS[0]
+    options = ExportOptions(batch=1, platforms=("cpu",), prefill_lengths=(CONTEXT,))
+    for name in ("attention", "local_attention", "rg_lru", "deltanet", "moe with a capacity"):
+        (tmp_path / name).mkdir()
+        generator = make_generator(**CASES[name][0])
+        write_stablehlo(generator, tmp_path / name, options)
+        command = [sys.executable, str(tmp_path / "compile_iree.py"), str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if name == "deltanet":
+            assert "lapack_strsm_ffi" in done.stderr and done.returncode
+            continue
+        assert done.returncode == 0, done.stderr
+        found = list(generate["generate"](tmp_path / name, prompt, CONTEXT))
+        expected = generate_here(generator, [prompt])
+        stops = [index for index, (token_B, _) in enumerate(expected) if token_B[0] in generator.tokenizer.stop_ids]
+        for (token, logits_V), (token_B, logits_BV) in zip(found, expected[: min(stops, default=None)], strict=True):
+            assert token == token_B[0]
+            np.testing.assert_allclose(logits_V, logits_BV[0], atol=2e-5)
