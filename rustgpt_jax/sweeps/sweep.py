@@ -116,7 +116,9 @@ class Sweep:
         """The trackers of the trials, except those that are local to each trial."""
         return [name for name in self.config.logging.trackers if name not in LOCAL] if self.config else []
 
-    def track(self, summary: Mapping[str, float | str], files: Sequence[Path], message: Callable[[str], None]) -> None:
+    def write_to_trackers(
+        self, summary: Mapping[str, float | str], files: Sequence[Path], message: Callable[[str], None]
+    ) -> None:
         """Write the result of the sweep to its trackers."""
         assert self.config is not None
         logging = self.config.logging

@@ -270,7 +270,7 @@ def _finish(sweep: Sweep, path: Path, launcher: str, console: Console) -> int:
         page = report(path, console)
         console.print(f"Report: {page}", highlight=False, soft_wrap=True)
         if sweep.trackers:
-            sweep.track(summarize(path), [page, path / "results.csv"], console.print)
+            sweep.write_to_trackers(summarize(path), [page, path / "results.csv"], console.print)
     except UserError as error:
         # No trial finished. This is a result of the sweep, not a usage error.
         console.print(str(error), highlight=False, soft_wrap=True)
