@@ -146,7 +146,7 @@ def _run_line(block: Block, line: str, expected: int, folder: Path) -> None:
     _announce(block, line)
     commands = split_commands(line)
     arguments = rustgpt_arguments(commands[0])
-    is_plain = len(commands) == 1 and commands[0][0] == "rustgpt" and not re.search(r"[<>*$]", line)
+    is_plain = len(commands) == 1 and commands[0][0] == "rustgpt" and not re.search(r"[<>$]", line)
     if commands[0][0] == "export":
         os.environ.update(word.split("=", 1) for word in commands[0][1:])
         return

@@ -81,7 +81,7 @@ def run_train(args: argparse.Namespace) -> VerbResult:
         options = args.barrier_timeout, args.profile, args.allow_oversubscription, args.extend
         status = train(config, folder, origins, console, *options)
     if status == 0:
-        console.print(f"Talk to it:  {program_name()} chat {folder}", highlight=False, soft_wrap=True)
+        console.print(f"Talk to it:  {program_name()} chat {folder}", highlight=False)
     if not DOCUMENT.is_requested:
         return VerbResult(status, {})
     document = describe_run(folder)
@@ -138,7 +138,7 @@ def _submit(args: argparse.Namespace, folder: Path, config: Any) -> VerbResult:
     validate_components(config)
     flags = [flag for flag in args.flags if not flag.startswith(("--launcher=", "--slurm=", "--json"))]
     overrides = [f"--config.{path}={text}" for path, text in args.overrides]
-    is_checkout = Path(sys.argv[0]).name == "launch.py"
+    is_checkout = program_name() == "python launch.py"
     program = [os.path.abspath(sys.argv[0])] if is_checkout else ["-P", "-m", "rustgpt_jax"]
     command = [sys.executable, *program, "train", *flags, *overrides]
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
