@@ -4,12 +4,16 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rustgpt_jax.cli.arguments import MAX_PROCESSES, VerbParser, key_value, read_config, whole_number
 from rustgpt_jax.cli.output import DOCUMENT, VerbResult
 from rustgpt_jax.errors import UserError, program_name
+
+if TYPE_CHECKING:
+    from rustgpt_jax.sweeps.trials import Trial
 
 
 def add_train_arguments(parser: VerbParser) -> None:
@@ -154,9 +158,9 @@ def add_sweep_arguments(parser: VerbParser) -> None:
     parser.add_argument("--run", metavar="DIR", help="The sweep folder. Default: runs/ and the name of the config.")
     help = "The sweep to run: the config file's function sweep_NAME()."
     parser.add_argument("--sweep", metavar="NAME", default="sweep", help=help)
-    parser.add_argument(
-        "--launcher", metavar="inline|processes|slurm|ray", default="inline", help="Where the trials run."
-    )
+    help = "Where the trials run; manifest writes jobs for Kubernetes and SkyPilot instead."
+    launchers = "inline|processes|slurm|ray|manifest"
+    parser.add_argument("--launcher", metavar=launchers, default="inline", help=help)
     help = "How trials of equal shapes run: fused (vmap), exact (sequentially in one program), or solo (one by one)."
     parser.add_argument("--mode", metavar="auto|fused|exact|solo", default="auto", help=help)
     count = whole_number(1, MAX_PROCESSES)
@@ -167,8 +171,22 @@ def add_sweep_arguments(parser: VerbParser) -> None:
     parser.add_slurm()
     help = "An option of Ray, such as address=auto or num_gpus=1. May be repeated."
     parser.add_argument("--ray", metavar="KEY=VALUE", type=key_value, action="append", default=[], help=help)
+    help = "An option of the manifests, such as image=IMAGE or gpus=1. May be repeated."
+    parser.add_argument("--manifest", metavar="KEY=VALUE", type=key_value, action="append", default=[], help=help)
+    parser.add_argument("--to", metavar="DIR", help="The new folder for the manifests.")
+    help = "Run one of N parts of the trials, I from 0 on. Other processes run the others in the same folder."
+    parser.add_argument("--part", metavar="I/N", type=_parse_part, help=help)
     parser.add_switch("dry_run", "List the trials, shape classes, memory and cost, and run nothing.")
     parser.add_allow_oversubscription()
+
+
+def _parse_part(text: str) -> tuple[int, int]:
+    index, _, number = text.partition("/")
+    if all(word.isascii() and word.isdigit() and len(word) < 6 for word in (index, number)):
+        part = int(index), int(number)
+        if part[0] < part[1]:
+            return part
+    raise argparse.ArgumentTypeError(f"{text!r} is not I/N, with I from 0 to N - 1.")
 
 
 def run_sweep(args: argparse.Namespace) -> VerbResult:
@@ -180,7 +198,10 @@ def run_sweep(args: argparse.Namespace) -> VerbResult:
 
     if args.config is None:
         raise UserError("No sweep given: add --config=NAME or --config=FILE, a config file that defines sweep().")
-    values, fixed, origins = read_config(args, is_remote=args.launcher in ("slurm", "ray"))
+    for flag, launcher in (("slurm", "slurm"), ("ray", "ray"), ("manifest", "manifest"), ("to", "manifest")):
+        if getattr(args, flag) and args.launcher != launcher:
+            raise UserError(f"--{flag} is for --launcher={launcher}, not --launcher={args.launcher}.")
+    values, fixed, origins = read_config(args, is_remote=args.launcher in ("slurm", "ray", "manifest"))
     function = load_sweep_function(args.config, args.sweep)
     try:
         spec = function()
@@ -189,10 +210,19 @@ def run_sweep(args: argparse.Namespace) -> VerbResult:
         raise
     except Exception as error:
         raise UserError(f"{args.config}: {function.__name__}() fails: {type(error).__name__}: {error}.") from error
+    if isinstance(spec, Search) and (args.part or args.launcher == "manifest"):
+        flag = "--part" if args.part else "--launcher=manifest"
+        raise UserError(
+            f"{flag} divides a list of trials, but {function.__name__}() returns a search, which chooses trials by the "
+            "results of others. Use --launcher=slurm or --launcher=ray."
+        )
     if isinstance(spec, TPE):
         trials = sample_feasible_points(values, spec, fixed)
     else:
         trials = make_trials(values, spec.trials if isinstance(spec, SuccessiveHalving) else spec, fixed)
+    name = "_".join([Path(args.config).stem, *function.__name__.split("_", 1)[1:]])
+    if args.launcher == "manifest":
+        return _write_manifests(args, name, trials)
     from rustgpt_jax.sweeps import sweep_command as sweeps
     from rustgpt_jax.sweeps.report import describe_sweep
     from rustgpt_jax.sweeps.sweep import SweepInfo, SweepOptions
@@ -200,8 +230,7 @@ def run_sweep(args: argparse.Namespace) -> VerbResult:
     launcher_options = dict({"slurm": args.slurm, "ray": args.ray}.get(args.launcher, ()))
     settings = SweepOptions(args.launcher, args.mode, args.width, args.workers, launcher_options)
     info = SweepInfo(args.config, function.__name__, origins)
-    sweep_args = sweeps.SweepArgs(info, settings, args.dry_run, args.allow_oversubscription)
-    name = "_".join([Path(args.config).stem, *function.__name__.split("_", 1)[1:]])
+    sweep_args = sweeps.SweepArgs(info, settings, args.dry_run, args.allow_oversubscription, args.part)
     folder = Path(args.run or Path("runs") / name)
     status, preview = sweeps.run_sweep(values, spec, trials, fixed, folder, sweep_args, PlainTextConsole())
     if preview is None:
@@ -215,6 +244,53 @@ def run_sweep(args: argparse.Namespace) -> VerbResult:
         "shape_classes": [plan.describe() for plan in preview.plans],
     }
     return VerbResult(status, document)
+
+
+# The flags of `sweep` that are not passed to the pods of a manifest.
+LOCAL_FLAGS = ("--config", "--run", "--launcher", "--manifest", "--to", "--json", "--nojson", "--nodry_run")
+
+
+def _write_manifests(args: argparse.Namespace, name: str, trials: Sequence["Trial"]) -> VerbResult:
+    """Write the manifests of a sweep for Kubernetes and SkyPilot, and print how to apply them."""
+    from rustgpt_jax.config.config_files import find_config_file, list_recipes
+    from rustgpt_jax.sweeps.manifests import SweepCommand, parse_options, write_manifests
+    from rustgpt_jax.workdir.code_snapshot import user_modules
+
+    if args.to is None:
+        raise UserError("--launcher=manifest: add --to=DIR, a new folder for the manifests.")
+    refused = {
+        "part": "each pod runs one",
+        "run": "the pods write to a folder of the volume; set --manifest=name=NAME",
+        "module_path": "install your modules in the image",
+        "dry_run": "it runs nothing",
+    }
+    for flag, reason in refused.items():
+        if getattr(args, flag):
+            raise UserError(f"--launcher=manifest does not take --{flag}: {reason}.")
+    options = parse_options(dict(args.manifest), name, len(trials))
+    files, packages = dict[str, str](), list[str]()
+    if args.config not in list_recipes():
+        file = find_config_file(args.config)
+        for source in [file, *user_modules({Path.cwd(), file.absolute().parent})]:
+            if source.is_dir():
+                packages.append(source.name)
+            else:
+                files[source.name] = source.read_text(encoding="utf-8")
+    arguments = [flag for flag in args.flags if flag.partition("=")[0] not in LOCAL_FLAGS]
+    arguments += [f"--config.{path}={text}" for path, text in args.overrides]
+    command = SweepCommand(Path(args.config).name if files else args.config, files, arguments)
+    folder = Path(args.to)
+    commands = write_manifests(folder, command, options)
+    print(f"{len(trials)} trials in {options.parts} parts, for the image {options.image}. Nothing was run.")
+    for title, lines in commands.items():
+        print(f"\n{title}:", *lines, sep="\n  ")
+    print(f"\nThe results will be in {options.mount}/{options.name} on the volume {options.volume}.")
+    paths = sorted({path for trial in trials for path in trial.config.data.paths})
+    if missing := [*packages, *paths]:
+        print(f"The image or the volume must have what the config uses: {', '.join(missing)}.")
+    written = sorted(path for path in folder.rglob("*") if path.is_file())
+    document = {"manifests": folder, "files": written, "n_trials": len(trials), "n_parts": options.parts}
+    return VerbResult(0, document | {"sweep": f"{options.mount}/{options.name}", "commands": commands})
 
 
 def add_report_arguments(parser: VerbParser) -> None:

@@ -36,6 +36,7 @@ from rustgpt_jax.tracking.metric_writer import TrackedRun
 from rustgpt_jax.tracking.trackers import LOCAL, open_trackers
 from rustgpt_jax.training.config_checks import validate_components
 from rustgpt_jax.training.run_inputs import RunInputs
+from rustgpt_jax.workdir.event_log import hold_lock
 from rustgpt_jax.workdir.run_dir import create_run_dir as create_run
 from rustgpt_jax.workdir.run_dir import update_trackers
 
@@ -143,20 +144,22 @@ class Sweep:
         Raises:
             UserError: A trial cannot run.
         """
-        planned = self.ledger.planned()
-        deleted = {
-            trial.id for trial in trials if trial.id in planned and not self.folder.trial(trial.id).config_file.exists()
-        }
-        for trial in trials:
-            if trial.id in deleted or trial.id not in planned:
+        # Other launches may add the same trials at the same time.
+        with hold_lock(self.folder.lock_file):
+            planned = self.ledger.planned()
+            new = [
+                trial
+                for trial in trials
+                if trial.id not in planned or not self.folder.trial(trial.id).config_file.exists()
+            ]
+            for trial in new:
                 origins = {**self._info.origins, **dict.fromkeys(trial.overrides, "sweep")}
                 create_run(self.folder.trial(trial.id).path, trial.config, origins)
-            elif not self.ledger.is_done(trial.id):
-                update_trackers(self.folder.trial(trial.id), trial.config)
-        # Another launch may have recorded them in the meantime.
-        planned = self.ledger.planned()
-        if new := [trial for trial in trials if trial.id in deleted or trial.id not in planned]:
-            self.ledger.append_all([(trial.id, "planned", {"overrides": trial.overrides}) for trial in new])
+            if new:
+                self.ledger.append_all([(trial.id, "planned", {"overrides": trial.overrides}) for trial in new])
+            for trial in trials:
+                if trial not in new and not self.ledger.is_done(trial.id):
+                    update_trackers(self.folder.trial(trial.id), trial.config)
         self._ids |= dict.fromkeys(trial.id for trial in trials)
         self.config = self.config or trials[0].config
         write_sweep_info(self.folder, {**_make_launch_info(self._info, self._options), "trials": list(self._ids)})

@@ -18,7 +18,8 @@ from rustgpt_jax.sweeps import search
 from rustgpt_jax.sweeps.report import report, summarize
 from rustgpt_jax.sweeps.search_space import TPE, Overrides, SuccessiveHalving
 from rustgpt_jax.sweeps.sweep import Sweep, SweepInfo, SweepOptions, check_options, check_trials, open_sweep
-from rustgpt_jax.sweeps.trial_batching import Plan, group_by_shape, make_plan
+from rustgpt_jax.sweeps.sweep_dir import ENDED
+from rustgpt_jax.sweeps.trial_batching import Plan, group_by_shape, make_plan, select_part
 from rustgpt_jax.sweeps.trials import Trial, describe_overrides
 from rustgpt_jax.tracking.console import format_bytes, format_count, format_duration, show_progress, show_spinner
 from rustgpt_jax.training.memory_estimate import check_training_memory
@@ -174,12 +175,13 @@ def _classes_table(plans: Sequence[Plan]) -> Table:
 
 @dataclass(frozen=True)
 class SweepArgs:
-    """The arguments of the `sweep` command."""
+    """The arguments of the `sweep` command; `part` is (index, number of parts) if only a part of the trials runs."""
 
     info: SweepInfo
     options: SweepOptions
     dry_run: bool
     allow_oversubscription: bool = False
+    part: tuple[int, int] | None = None
 
 
 def run_sweep(
@@ -228,7 +230,12 @@ def run_sweep(
                     sweep.message(f"{points} skipped, the last because: {skipped[-1]}")
             case _:
                 sweep.add(trials)
-                sweep.run(trials)
+                if args.part is None:
+                    sweep.run(trials)
+                else:
+                    part = select_part(group_by_shape(trials, assets), args.part)
+                    sweep.run(part)
+                    return _finish_part(sweep, path, part, trials, options.launcher, console), None
     return _finish(sweep, path, options.launcher, console), None
 
 
@@ -258,6 +265,22 @@ def _check_memory(trial: Trial) -> None:
         check_training_memory(trial.config, machine, mesh)
     except UserError as error:
         raise UserError(f"The trial {describe_overrides(trial.overrides)} is invalid: {error}") from error
+
+
+def _finish_part(
+    sweep: Sweep, path: Path, part: Sequence[Trial], trials: Sequence[Trial], launcher: str, console: Console
+) -> int:
+    """Print how a part of a sweep ended, write the report if it was the last part, and return the exit status."""
+    states = sweep.ledger.states()
+    waiting = [trial for trial in trials if states[trial.id]["event"] not in ENDED]
+    if sweep.stop or not waiting:
+        status = _finish(sweep, path, launcher, console)
+    else:
+        console.print(f"This part has ended; trials of other parts that have not: {len(waiting)}.", highlight=False)
+        status = 0
+    if sweep.stop:
+        return status
+    return 1 if sweep.failed() & {trial.id for trial in part} else 0
 
 
 def _finish(sweep: Sweep, path: Path, launcher: str, console: Console) -> int:

@@ -206,3 +206,21 @@ def _select_mode(shape_class: ShapeClass, machine: Machine) -> tuple[str, str]:
     if seconds < IDLE_SECONDS:
         return "fused", f"{took} leaves the device idle"
     return "exact", f"{took} saturates the device"
+
+
+def select_part(classes: Sequence[ShapeClass], part: tuple[int, int]) -> list[Trial]:
+    """Return one part of a sweep, (index, number of parts), such that all parts cost about the same.
+
+    The trials of a shape class are consecutive, so that most of them are in the same part. Every trial is in exactly
+    one part, on whatever machine this is computed.
+    """
+    index, n_parts = part
+    total = sum(len(shape_class.trials) * shape_class.cost.total_flops for shape_class in classes)
+    selected, before = [], 0.0
+    for shape_class in classes:
+        cost = shape_class.cost.total_flops
+        for trial in shape_class.trials:
+            if int(n_parts * (before + cost / 2) / total) == index:
+                selected.append(trial)
+            before += cost
+    return selected

@@ -9,7 +9,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -96,6 +97,17 @@ def _parse(line: bytes) -> Event | None:
     except (ValueError, RecursionError):
         return None
     return event if isinstance(event, dict) and {"time", "event"} <= event.keys() else None
+
+
+@contextmanager
+def hold_lock(file: Path) -> Iterator[None]:
+    """Hold an exclusive lock, waiting for other processes that hold it. The file is created if it does not exist."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        _lock(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _lock(descriptor: int) -> None:
