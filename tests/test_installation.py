@@ -66,6 +66,7 @@ def test_a_loaded_config_is_new_and_follows_its_file(tmp_path: Path) -> None:
     {
         "rustgtp": "There is no recipe 'rustgtp', and no file of that name. Did you mean 'rustgpt'?",
         "configs/tiny.py": "The config file configs/tiny.py does not exist. Did you mean the recipe 'tiny'?",
+        "runs": "There is no recipe 'runs', and no file of that name. `rustgpt configs` lists the recipes.",
         "nothing/like.py": "The config file nothing/like.py does not exist.",
     }.items(),
 )

@@ -14,7 +14,7 @@ from rustgpt_jax.atomic_io import is_special
 from rustgpt_jax.config import schema
 from rustgpt_jax.config.schema import FIELDS
 from rustgpt_jax.config.validation import flatten_tree
-from rustgpt_jax.errors import UserError, suggest_names
+from rustgpt_jax.errors import UserError, program_name, suggest_names
 
 # The values of a config, and the origin of each of them, by dotted path.
 ValuesAndOrigins = tuple[dict[str, Any], dict[str, str]]
@@ -72,7 +72,8 @@ def find_config_file(config: str) -> Path:
     if path.is_file():
         return path
     if path.name == config and path.suffix != ".py":
-        raise UserError(f"There is no recipe {config!r}, and no file of that name.{suggest_names(config, recipes)}")
+        hint = suggest_names(config, recipes) or f" `{program_name()} configs` lists the recipes."
+        raise UserError(f"There is no recipe {config!r}, and no file of that name.{hint}")
     beside = [str(path.with_name(other.name)) for other in path.parent.glob("*.py")]
     hint = suggest_names(config, beside)
     if not hint and path.stem in recipes:

@@ -374,7 +374,7 @@ def check_combinations(config: Config) -> None:
     if training.epochs is None and config.schedule.warmup_steps > training.steps:
         raise UserError(
             f"config.schedule.warmup_steps={config.schedule.warmup_steps} is more than "
-            f"config.training.steps={training.steps}."
+            f"config.training.steps={training.steps}; --config.schedule.warmup_steps=N sets another number."
         )
     if config.data.corpus == "files" and not config.data.paths:
         raise UserError(

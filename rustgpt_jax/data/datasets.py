@@ -373,7 +373,8 @@ def _expand_pattern(pattern: str) -> list[str]:
         several = "; repeat the flag for each path, or give a Python list" if "," in pattern else ""
         unreadable = _unreadable_folder(pattern)
         reason = f"; the folder {unreadable} is not readable" if unreadable else ""
-        raise UserError(f"config.data.paths: {pattern!r} matches no file{folder}{several}{reason}.")
+        hint = folder + several + reason or "; name your text with --config.data.paths=FILE"
+        raise UserError(f"config.data.paths: {pattern!r} matches no file{hint}.")
     return files
 
 
