@@ -120,9 +120,12 @@ def run_runs(args: argparse.Namespace) -> VerbResult:
     else:
         console.print(f"No runs in {', '.join(args.folders or ['runs'])}.", highlight=False)
     if args.plot is not None:
-        from rustgpt_jax.tracking.plots import draw_runs
+        from rustgpt_jax.tracking.plots import MAX_RUNS, draw_runs
 
-        draw_runs([row.folder for row in rows if row.kind == "run" and row.problem is None], Path(args.plot))
+        drawn = [row.folder for row in rows if row.kind == "run" and row.status != "damaged"]
+        draw_runs(drawn[:MAX_RUNS], Path(args.plot))
+        if len(drawn) > MAX_RUNS:
+            console.print(f"The figure shows the first {MAX_RUNS} of {len(drawn)} runs.", highlight=False)
         console.print(f"Loss curves: {args.plot}", highlight=False, soft_wrap=True)
     return VerbResult(0, {"runs": [vars(row) for row in rows], "plot": args.plot})
 

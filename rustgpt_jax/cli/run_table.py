@@ -28,6 +28,8 @@ from rustgpt_jax.workdir.run_dir import RunDir, check_no_special_files, load_sta
 SECONDS_TO_SILENCE = 600
 # Widths of a terminal with room for all columns, and of lines that are not written to a terminal.
 WIDE, PIPE_WIDTH = 100, 200
+# The number of problems to print below the table.
+MAX_PROBLEMS = 8
 _HOLDER = re.compile(r"process (?P<pid>\d+) on (?P<host>.+)")
 
 
@@ -264,9 +266,11 @@ def print_runs(rows: Sequence[RunSummary], console: Console) -> None:
         }
         table.add_row(*(cells[name] for name in names), style="yellow" if row.problem else "")
     console.print(table, width=width)
-    for row in rows:
-        if row.problem:
-            console.print(row.problem, style="yellow", highlight=False, soft_wrap=True)
+    problems = [row.problem for row in rows if row.problem]
+    for problem in problems[:MAX_PROBLEMS]:
+        console.print(problem, style="yellow", highlight=False, soft_wrap=True)
+    if len(problems) > MAX_PROBLEMS:
+        console.print(f"and {len(problems) - MAX_PROBLEMS} more problems", style="yellow", highlight=False)
 
 
 def _format_loss(loss: float | None) -> str:

@@ -102,15 +102,13 @@ def draw_loss_curves(folder: Path) -> Path:
 
 
 def draw_runs(folders: Sequence[Path], file: Path) -> None:
-    """Draw the loss curves of several runs in one PNG file.
+    """Draw the loss curves of several runs, at most MAX_RUNS, in one PNG file.
 
     Raises:
-        UserError: There are too many runs, no run has recorded a finite loss, or the file cannot be written.
+        UserError: No run has recorded a finite loss, or the file cannot be written.
     """
     from matplotlib.figure import Figure
 
-    if len(folders) > MAX_RUNS:
-        raise UserError(f"A plot shows at most {MAX_RUNS} runs, and these are {len(folders)}: name some of them.")
     found = {
         folder: [_split_stages(read_columns(folder, name), name) for name in (TRAIN_LOSS, VALID_LOSS)]
         for folder in folders
