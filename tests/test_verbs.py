@@ -86,7 +86,7 @@ def test_costs_by_module_agree_with_the_model_and_with_xla(name: str) -> None:
     assert flops[BACKWARD] == 2 * flops[FORWARD]
     assert (flops["update"] > 0) == (name == "plain") and (flops[RECOMPUTED] > 0) == (name == "remat")
     # XLA counts the body of each loop once.
-    assert costs.once.total_flops + costs.once.other_flops == pytest.approx(xla["flops"], rel=0.01)
+    assert costs.once.total_flops + costs.once.other_flops == pytest.approx(xla["flops"], rel=0.004)
     assert costs.once.bytes == pytest.approx(xla["bytes accessed"], rel=0.05)
     # Almost everything belongs to a module, and the parts of a module are in it.
     assert costs.total("other").operations < 0.1 * costs.total().operations
@@ -278,6 +278,8 @@ def test_runs_sorts_and_lists_the_trials_of_a_sweep(tmp_path: Path) -> None:
     assert [(row["folder"].name, row["status"]) for row in listed] == [
         *(("y", "diverged"), ("z", "finished"), ("x", "finished"))
     ]
+    latest = listings.run_runs(make_namespace([sweep], sort="launched")).document["runs"]
+    assert [row["folder"].name for row in latest] == ["z", "y", "x"]
     (row,) = listings.run_runs(make_namespace([tmp_path / "runs"])).document["runs"]
     assert (row["kind"], row["config"], row["step"], row["steps"]) == ("sweep", "mine.py", 2, 4)
     assert (row["status"], row["best_valid_loss"], row["problem"]) == ("stopped", 1.0, None)
