@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import os
 import reprlib
 import sys
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ from rustgpt_jax.jax_internals import is_out_of_memory_message
 
 # Maximum length of an error message.
 MAX_CHARACTERS = 560
+PROGRAM_VARIABLE = "RUSTGPT_JAX_PROGRAM"
 
 
 class UserError(Exception):
@@ -32,8 +34,11 @@ class UserError(Exception):
 def program_name() -> str:
     """Return how the command line was started, for messages that suggest a command.
 
-    This is `python launch.py` in a checkout, or `python -m rustgpt_jax`; else `rustgpt`, also in other programs.
+    This is `python launch.py` in a checkout, or `python -m rustgpt_jax`; else `rustgpt`, also in other programs. In a
+    child process it is the name in the parent, which sets $RUSTGPT_JAX_PROGRAM.
     """
+    if given := os.environ.get(PROGRAM_VARIABLE):
+        return given
     *_, folder, name = ("", *PurePath(sys.argv[0]).parts)[-2:] if sys.argv[0] else ("", "")
     if name == "launch.py":
         return "python launch.py"

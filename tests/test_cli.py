@@ -97,7 +97,13 @@ FILES = "--config.data.corpus=files"
 SWEEP = ["sweep", "--config=swept.py"]
 MISTAKES = {
     "verb": (["tarin"], "Unknown verb 'tarin'. Did you mean 'train'?"),
-    "argument": (["train", "configs/tiny.py"], "train does not take the argument 'configs/tiny.py'"),
+    "argument": (["train", "configs/tiny.py"], "the argument 'configs/tiny.py'. Did you mean --config=configs/"),
+    "recipe": (
+        ["explain", "rustgtp", "tiny"],
+        "explain does not take the argument 'tiny'. Did you mean --config=tiny?",
+    ),
+    "no such verb": (["status"], "Unknown verb 'status'. `python launch.py --help` lists the verbs."),
+    "knob without config": ([TINY, "--steps=3"], "Unknown flag --steps. Did you mean --config.training.steps?"),
     "flag": (["train", "--confg=x"], "Unknown flag --confg. Did you mean --config?"),
     "flag without a value": (["train", "--config"], "config"),
     "flag of another verb": (["check", TINY], "check does not read --config; verbs that do: train, sweep, "),

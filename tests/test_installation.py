@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 import rustgpt_jax
 from rustgpt_jax.config.config_files import list_recipes
 from rustgpt_jax.config.validation import resolve
-from rustgpt_jax.errors import UserError, program_name
+from rustgpt_jax.errors import PROGRAM_VARIABLE, UserError, program_name
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -109,6 +109,9 @@ def test_type_checkers_see_the_public_names() -> None:
 def test_messages_name_the_program_as_it_was_called(argument: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [argument, "train"])
     assert program_name() == name
+    # The name in the parent process.
+    monkeypatch.setenv(PROGRAM_VARIABLE, "python launch.py")
+    assert program_name() == "python launch.py"
 
 
 # The wheel.
@@ -201,16 +204,18 @@ def test_the_wheel_works_outside_a_checkout(installed: Run) -> None:
     assert "Talk to it:  rustgpt chat runs/tiny\n" in trained.stdout
     rerun = installed("rustgpt", "rerun", "runs/tiny").stdout
     assert "The code of runs/tiny is the code installed here." in rerun and "bit-identical for 12 steps" in rerun
+    assert re.search(r"Talk to it:  rustgpt chat \S+/runs/tiny.rerun\n", rerun)
     (archive,) = (work / "runs" / "tiny" / "code").glob("*.zip")
     with zipfile.ZipFile(archive) as code:
         assert {name.split("/")[0] for name in code.namelist()} == {"rustgpt_jax"}
         assert "rustgpt_jax/configs/tiny.py" in code.namelist()
+    (work / "old.py").write_text("from configs import tiny\n")
+    assert "rustgpt_jax.load_config('tiny')" in installed("rustgpt", "explain", "--config=old.py", code=2).stderr
     (work / "mine.py").write_text(SWEPT)
     swept = installed("rustgpt", "sweep", "--config=mine.py", "--launcher=processes", "--workers=1", *FEW_STEPS)
     assert "Report: runs/mine/report.html" in swept.stdout.replace("\n", "")
     sweep = json.loads((work / "runs" / "mine" / "sweep.json").read_text())
     assert sweep["command"].startswith("rustgpt sweep --config=mine.py ") and len(sweep["trials"]) == 2
-    # A folder of the user's with the name of one in a checkout is not taken for it.
     installed("python", "-c", "import rustgpt_jax; assert rustgpt_jax.load_config('tiny').training.batch_size == 8")
     assert installed("python", "-m", "rustgpt_jax", "--help").stdout.startswith("usage: python -m rustgpt_jax VERB")
     # A job starts the package by its name.

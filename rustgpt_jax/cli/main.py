@@ -209,7 +209,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     DOCUMENT.configure(verb, is_requested=json_flags[-1:] == ["--json"])
     _check_words(argv[1:])
     if positionals and positionals[0] not in parsers:
-        fail(f"Unknown verb {positionals[0]!r}.{suggest_names(positionals[0], parsers)}")
+        hint = suggest_names(positionals[0], parsers) or f" `{program_name()} --help` lists the verbs."
+        fail(f"Unknown verb {positionals[0]!r}.{hint}")
     args, unknown = parser.parse_known_args([*positionals[:1], *flags, *positionals[1:]])
     if args.verb is None:
         fail(f"No verb given; `{program_name()} --help` lists them.")
@@ -243,14 +244,21 @@ def _check_words(words: Sequence[str]) -> None:
 
 def _reject_argument(verb: str, word: str, parsers: dict[str, VerbParser]) -> NoReturn:
     """End the process because a verb does not take an argument."""
+    from rustgpt_jax.config.config_files import list_recipes
+    from rustgpt_jax.config.schema import FIELDS
+
     name = word.lstrip("-").partition("=")[0]
+    takes_config = "--config" in parsers[verb].takes_value
     if not word.startswith("-"):
-        fail(f"{verb} does not take the argument {word!r}; flags begin with --.")
+        is_config = takes_config and (word.endswith(".py") or word in list_recipes())
+        hint = f"Did you mean --config={word}?" if is_config else "Flags begin with --."
+        fail(f"{verb} does not take the argument {word!r}. {hint}")
     readers = [other for other, parser in parsers.items() if f"--{name}" in parser.takes_value]
     if readers:
         fail(f"{verb} does not read --{name}; verbs that do: {', '.join(readers)}.")
-    known = {flag.removeprefix("--") for parser in parsers.values() for flag in parser.takes_value if flag[:2] == "--"}
-    near = difflib.get_close_matches(name, known, n=1)
+    known = [flag.removeprefix("--") for flag in parsers[verb].takes_value if flag.startswith("--")]
+    fields = [f"config.{path}" for path in FIELDS if path.rsplit(".", 1)[-1] == name and VERBS[verb].reads_overrides]
+    near = fields or difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean --{near[0]}?" if near else f" See `{program_name()} {verb} --help`."
     fail(f"Unknown flag --{name}.{hint}")
 

@@ -142,7 +142,7 @@ def _submit(args: argparse.Namespace, folder: Path, config: Any) -> VerbResult:
     validate_components(config)
     flags = [flag for flag in args.flags if not flag.startswith(("--launcher=", "--slurm=", "--json"))]
     overrides = [f"--config.{path}={text}" for path, text in args.overrides]
-    is_checkout = program_name() == "python launch.py"
+    is_checkout = Path(sys.argv[0]).name == "launch.py"
     program = [os.path.abspath(sys.argv[0])] if is_checkout else ["-P", "-m", "rustgpt_jax"]
     command = [sys.executable, *program, "train", *flags, *overrides]
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)

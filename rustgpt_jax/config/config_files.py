@@ -126,7 +126,11 @@ def _run_file(config: str) -> dict[str, Any]:
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        raise UserError(f"{config} cannot be read as a config: {type(error).__name__}: {error}.") from error
+        hint = ""
+        # Files of a checkout can import the recipes beside them.
+        if isinstance(error, ModuleNotFoundError) and error.name in RECIPE_FOLDERS:
+            hint = " Recipes are loaded by name: rustgpt_jax.load_config('tiny')."
+        raise UserError(f"{config} cannot be read as a config: {type(error).__name__}: {error}.{hint}") from error
 
 
 # A command reads the config and the sweep of the same file.

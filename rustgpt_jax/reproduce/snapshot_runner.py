@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, NamedTuple
 
-from rustgpt_jax.errors import UserError
+from rustgpt_jax.errors import PROGRAM_VARIABLE, UserError, program_name
 from rustgpt_jax.process_setup import SIGNALS
 from rustgpt_jax.sweeps.local_launchers import find_visible_gpus
 from rustgpt_jax.workdir.code_snapshot import list_differing_files, read_verified_code, write_code
@@ -74,7 +74,8 @@ class SnapshotCode(NamedTuple):
 
     def _variables(self) -> dict[str, str]:
         path = os.pathsep.join(filter(None, [str(self.folder), os.environ.get("PYTHONPATH")]))
-        variables = environment_variables(self.launch.environment, self.launch.devices) | {"PYTHONPATH": path}
+        variables = environment_variables(self.launch.environment, self.launch.devices)
+        variables |= {"PYTHONPATH": path, PROGRAM_VARIABLE: program_name()}
         if gpus := find_visible_gpus():
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[: self.launch.devices])
         return variables

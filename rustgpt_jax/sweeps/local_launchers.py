@@ -17,6 +17,7 @@ from typing import TypeVar
 import jax
 
 from rustgpt_jax.data.preprocess import AssetCache
+from rustgpt_jax.errors import PROGRAM_VARIABLE, program_name
 from rustgpt_jax.sweeps.sweep_dir import DONE, Ledger, SweepDir, is_done_until
 from rustgpt_jax.sweeps.trial_batching import Chunk
 from rustgpt_jax.sweeps.worker import Worker
@@ -192,7 +193,7 @@ class _WorkerProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=os.environ | {"PYTHONPATH": path} | own_gpu,
+                env=os.environ | {"PYTHONPATH": path, PROGRAM_VARIABLE: program_name()} | own_gpu,
                 text=True,
                 # Ctrl-C should reach only the launcher, which lets its workers save.
                 start_new_session=True,
