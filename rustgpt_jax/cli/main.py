@@ -157,9 +157,10 @@ class _ShowVersion(argparse.Action):
         from importlib import metadata
 
         try:
-            parser.exit(message=f"rustgpt {metadata.version('rustgpt_jax')}\n")
+            print(f"rustgpt {metadata.version('rustgpt_jax')}")
         except metadata.PackageNotFoundError:
             fail("The package is not installed, and a checkout has no version.")
+        parser.exit()
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
