@@ -85,7 +85,7 @@ def run_train(args: argparse.Namespace) -> VerbResult:
         options = args.barrier_timeout, args.profile, args.allow_oversubscription, args.extend
         status = train(config, folder, origins, console, *options)
     if status == 0:
-        console.print(f"Talk to it:  {program_name()} chat {folder}", highlight=False)
+        console.print(f"Talk to it:  {program_name()} chat {folder}", highlight=False, soft_wrap=True)
     if not DOCUMENT.is_requested:
         return VerbResult(status, {})
     document = describe_run(folder)
