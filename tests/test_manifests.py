@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from rustgpt_jax.cli.output import load_schema
 from rustgpt_jax.data.preprocess import AssetCache
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps import product, seeds, values
-from rustgpt_jax.sweeps.manifests import SweepCommand, kubernetes_job, parse_options, write_manifests
+from rustgpt_jax.sweeps.manifests import ManifestOptions, SweepCommand, kubernetes_job, parse_options, write_manifests
 from rustgpt_jax.sweeps.trial_batching import group_by_shape, select_part
 from rustgpt_jax.sweeps.trials import make_trials
 
@@ -208,6 +209,14 @@ def test_invalid_options_are_one_sentence(given: dict[str, str], message: str) -
     with pytest.raises(UserError) as raised:
         parse_options(given, "rates", 4)
     assert message in str(raised.value)
+
+
+def test_documentation_lists_the_options_with_their_defaults() -> None:
+    page = (Path(LAUNCH).parent / "docs" / "how_to" / "kubernetes.md").read_text()
+    rows = dict(re.findall(r"^\| `--manifest=(\w+)=\w+` \| (.*?) \|", page, re.MULTILINE))
+    options = vars(ManifestOptions())
+    assert rows.keys() == options.keys()
+    assert all(rows[name].strip("`") == str(value) for name, value in options.items() if value or name == "gpus")
 
 
 OPTIONS: dict[str, dict[str, str]] = {

@@ -1,6 +1,7 @@
 """--launcher=ray on a real Ray gives the results of --launcher=processes, even if workers, nodes or the driver die."""
 
 import os
+import re
 import signal
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 from test_loop import assert_same_bits, metrics, stored_state
 from test_sweep import (
     FAKE_WORKER,
+    LAUNCH,
     PROCESSES,
     SECONDS,
     Launcher,
@@ -203,6 +205,12 @@ def test_invalid_options_are_one_sentence(options: dict[str, str], message: str)
     with pytest.raises(UserError) as raised:
         ray_launcher.check_options(options)
     assert message in str(raised.value)
+
+
+def test_documentation_lists_the_options() -> None:
+    page = (Path(LAUNCH).parent / "docs" / "how_to" / "ray.md").read_text()
+    rows = set(re.findall(r"^\| `--ray=([\w.]+)=", page, re.MULTILINE))
+    assert rows | {"address"} == set(ray_launcher.OPTIONS)
 
 
 def test_missing_ray_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
