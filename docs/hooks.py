@@ -109,13 +109,26 @@ def verbs() -> str:
     from rustgpt_jax.cli.main import VERBS, build_parsers
 
     _, parsers = build_parsers()
-    sections = []
+    # argparse has no public way to list a parser's arguments.
+    arguments = {
+        name: {
+            argument_entry(action): bool(action.option_strings)
+            for action in parser._actions
+            if action.help != argparse.SUPPRESS and action.dest != "help"
+        }
+        for name, parser in parsers.items()
+    }
+    shared = [entry for entry in arguments["train"] if all(entry in entries for entries in arguments.values())]
+    sections = ["\n".join(["## Flags of every verb\n", *shared])]
     for name, parser in parsers.items():
-        # argparse has no public way to list a parser's arguments.
-        actions = [each for each in parser._actions if each.help != argparse.SUPPRESS and each.dest != "help"]
-        entries = [argument_entry(action) for action in actions]
-        example = f"```\nrustgpt {name} {VERBS[name].example}\n```\n"
-        sections.append("\n".join([f"## {name}\n", f"{escape(parser.description or '')}\n", example, *entries]))
+        own = sorted(set(arguments[name]) - set(shared), key=list(arguments[name]).index)
+        # Positional arguments come first.
+        own.sort(key=arguments[name].__getitem__)
+        summary = escape(parser.description or "")
+        if VERBS[name].reads_overrides:
+            summary += " Reads `--config.x.y=VALUE`."
+        example = f"```\nrustgpt {name} {VERBS[name].example}".rstrip() + "\n```\n"
+        sections.append("\n".join([f"## {name}\n", f"{summary}\n", example, *own]))
     return "\n".join(sections)
 
 

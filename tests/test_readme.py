@@ -118,6 +118,7 @@ def test_generated_reference_has_every_knob_and_verb() -> None:
     knobs, verbs = hooks.knobs(), hooks.verbs()
     assert [path for path in (*FIELDS, "stages") if f"`{path}`{{ #{path} }}\n:   " not in knobs] == []
     assert re.findall(r"^## (\w+)$", verbs, re.MULTILINE) == list(VERBS)
+    assert verbs.count("`--json`\n:   ") == 1 and verbs.index("`--json`") < verbs.index("## train")
     assert "`--init_from=RUN[@STEP]`\n:   Begin a new run" in verbs and "%(default)s" not in verbs
 
 
