@@ -24,7 +24,7 @@ def findings() -> list[str]:
 
 
 def test_experiments_and_main_benchmarks_report_findings() -> None:
-    main = {"accelerator", "family_logits", "run", "sweep_throughput"}
+    main = {"accelerator", "exported_decoding", "family_logits", "run", "sweep_throughput"}
     expected = {file.stem for file in (ROOT / "experiments").glob("*.py")} | main
     assert {name.rsplit(".", 1)[-1] for name in findings()} == expected
 
