@@ -145,7 +145,7 @@ class Sweep:
             UserError: A trial cannot run.
         """
         # Other launches may add the same trials at the same time.
-        with hold_lock(self.folder.lock_file):
+        with hold_lock(self.folder.adding_lock):
             planned = self.ledger.planned()
             new = [
                 trial

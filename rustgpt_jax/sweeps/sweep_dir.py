@@ -27,7 +27,7 @@ class SweepDir:
         code: The folder of the code snapshots of all launches, named by their hashes.
         study_file: The journal of an Optuna search.
         jobs: The folder of submitit's scripts, logs and results.
-        lock_file: Locked by the launch that adds trials.
+        adding_lock: Locked by a launch while it adds trials. (A search holds the lock of a run folder, `.lock`.)
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,7 +36,7 @@ class SweepDir:
         self.trials, self.tokenizers, self.code, self.jobs = (
             path / name for name in ("trials", "tokenizers", "code", "jobs")
         )
-        self.study_file, self.lock_file = path / "study.journal", path / ".lock"
+        self.study_file, self.adding_lock = path / "study.journal", path / ".adding.lock"
 
     def trial(self, name: str) -> RunDir:
         """Return the run folder of a trial."""
