@@ -124,9 +124,12 @@ class MetricWriter:
 
     Attributes:
         location: Where to find the run, such as a URL, for a message to the user.
+        is_durable: Whether everything before a `flush` is kept if the process is killed. If not, everything since the
+            last `close` is written again after a kill.
     """
 
     location: str = ""
+    is_durable: bool = True
 
     def write_scalars(self, step: int, scalars: Mapping[str, float], wall_time: float) -> None:
         """Write the scalars of a step, which never decreases except after `rewind`.

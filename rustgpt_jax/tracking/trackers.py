@@ -2,6 +2,7 @@
 
 import importlib.util
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,8 @@ FLUSH_SECONDS = 5.0
 # wait for it only briefly, so that a sweep without network is not delayed again by each trial.
 CLOSE_SECONDS = 20.0
 CLOSE_SECONDS_AFTER_TIMEOUT = 1.0
+# The time after which Python lets another thread run.
+SWITCH_SECONDS = 0.0005
 # More than the number of lines of any step.
 ALL_LINES = 2**31
 
@@ -111,6 +114,8 @@ class BackgroundWriter(MetricWriter):
         self._status: str | None = None
         metrics_file = RunDir(run.folder).metrics_file
         self._record_end = metrics_file.stat().st_size if metrics_file.exists() else 0
+        # A thread that computes would otherwise delay the one that trains by 5 ms each time.
+        sys.setswitchinterval(min(SWITCH_SECONDS, sys.getswitchinterval()))
         # The thread may be in the middle of a request when the process exits.
         self._thread = threading.Thread(target=self._serve, name=f"tracker {name}", daemon=True)
         self._thread.start()
@@ -187,6 +192,7 @@ class BackgroundWriter(MetricWriter):
             self._write_queue(writer)
             self._flush(writer)
             writer.close(self._status or "failed")
+            self._save_position()
         # Libraries raise anything, and some call sys.exit.
         except BaseException as error:
             self._give_up(f"failed ({' '.join(str(error).split()) or type(error).__name__})")
@@ -229,6 +235,10 @@ class BackgroundWriter(MetricWriter):
 
     def _flush(self, writer: MetricWriter) -> None:
         writer.flush()
+        if writer.is_durable:
+            self._save_position()
+
+    def _save_position(self) -> None:
         if not self._tracked.is_sweep:
             self._position.save()
 

@@ -4,6 +4,7 @@ import os
 import secrets
 import threading
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,24 @@ EXIT_CODES = {"finished": 0, "stopped": 255}
 _init_lock = threading.Lock()
 
 
+@cache
+def _use_own_service() -> None:
+    """Let wandb start its service for this process only.
+
+    It would share that of a parent process, which keeps the run of a killed process open, so that nobody can resume it.
+    """
+    os.environ.pop("WANDB_SERVICE", None)
+
+
 class WandbWriter(MetricWriter):
     """Writes a run to Weights & Biases, online or offline as its environment variables say.
 
     Steps are a metric, the x axis of all others, because wandb's own steps cannot go back when a run is resumed from an
     earlier step.
     """
+
+    # wandb's service loses what it has not written when it ends because this process was killed.
+    is_durable = False
 
     def __init__(self, run: TrackedRun) -> None:
         import wandb
@@ -34,6 +47,7 @@ class WandbWriter(MetricWriter):
         config = {name: list(value) if isinstance(value, tuple) else value for name, value in run.params.items()}
         sweep = run.folder if run.is_sweep else run.sweep
         with _init_lock:
+            _use_own_service()
             # Its messages would break the progress bar, and it would ask for an API key in the middle of training.
             wandb.setup(wandb.Settings(silent=True))
             self._run: Any = wandb.init(
@@ -55,6 +69,10 @@ class WandbWriter(MetricWriter):
                     console="off", silent=True, init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS
                 ),
             )
+        last_step = self._run.summary.get("step") if self._run.resumed else None
+        if isinstance(last_step, (int, float)):
+            # The server knows what it has; the last step may lack lines.
+            run.save_state(NAME, step=int(last_step), n_lines=0)
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step", step_sync=True)
         folder = Path(self._run.dir).parent
