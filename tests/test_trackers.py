@@ -301,8 +301,7 @@ def test_a_killed_tracker_gets_what_it_had_not_written(tmp_path: Path, monkeypat
     monkeypatch.setattr(trackers, "FLUSH_SECONDS", 0.0)
     writer, _ = open_one(tmp_path / "run")
     writer.write(1, {"train/loss": 1.0})
-    state = tmp_path / "run" / "trackers.json"
-    while not state.exists():
+    while TrackedRun(tmp_path / "run").load_state(OWN).get("step") != 1:
         time.sleep(0.01)
     monkeypatch.setattr(trackers._Position, "save", lambda self: None)
     for step in (2, 3):
