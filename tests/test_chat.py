@@ -411,7 +411,7 @@ def test_two_interrupts_in_a_row_end_the_session(fake_model: FakeModel) -> None:
     session = RecordedSession()
     session.run(reader([KeyboardInterrupt, "a", KeyboardInterrupt, "b", KeyboardInterrupt, KeyboardInterrupt, "c"]))
     assert session.conversation == dialogue("a", "ok", "b", "ok")
-    assert session.output.count("Press Ctrl-C again or Ctrl-D to leave.") == 3
+    assert session.output.count("Press Ctrl-C again or Ctrl-D to exit.") == 3
 
 
 def test_an_interrupt_outside_of_a_reply_is_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,7 +421,7 @@ def test_an_interrupt_outside_of_a_reply_is_not_an_error(monkeypatch: pytest.Mon
     monkeypatch.setattr(Conversation, "prompt", interrupt)
     session = RecordedSession()
     session.run(reader(["Hi", "/seed"]))
-    assert session.output == "\nPress Ctrl-C again or Ctrl-D to leave.\nseed 0\n"
+    assert session.output == "\nPress Ctrl-C again or Ctrl-D to exit.\nseed 0\n"
 
 
 def test_a_pipe_prints_questions_and_replies(monkeypatch: pytest.MonkeyPatch, fake_model: FakeModel) -> None:

@@ -108,7 +108,7 @@ Quick start:  {program} train --config=rustgpt
 # What each exit status means, in short; docs/reference/command_line.md says more.
 EXIT_STATUSES = {
     "0": "success",
-    "1": "the answer is negative: runs differ, a check or a trial failed, a plan does not fit; or an unexpected error",
+    "1": "the result is negative: runs differ, a check or a trial failed, a plan does not fit; or an unexpected error",
     "2": "an error in the command line, a config or a file, or a run that diverged: one sentence on standard error",
     "75": "stopped by SIGTERM, SIGUSR1 or SIGUSR2, and saved: the same command resumes",
     "76": "another process of the run was lost: the same command resumes",

@@ -129,7 +129,7 @@ class Session:
                 return
             except KeyboardInterrupt:
                 interrupts += 1
-                self.note("" if interrupts == 2 else "\nPress Ctrl-C again or Ctrl-D to leave.")
+                self.note("" if interrupts == 2 else "\nPress Ctrl-C again or Ctrl-D to exit.")
 
     def respond(self, line: str) -> None:
         """Run a command or write a reply. A line that begins with a space is not a command."""
@@ -259,7 +259,7 @@ COMMANDS: dict[str, Command] = {
         "[SETTING [VALUE]]", "change or show a sampling setting; without arguments, show all", Session._set
     ),
     "/save": Command("FILE", "write the conversation to a new file", Session._save),
-    "/quit": Command("", "leave, like Ctrl-D", Session._quit),
+    "/quit": Command("", "exit, like Ctrl-D", Session._quit),
 }
 
 
@@ -278,7 +278,7 @@ def chat(generator: TextGenerator, sampling: SamplingConfig, console: Console, t
     session.show(f"{title}, {format_count(total_size(generator.params))} parameters\n", "bold")
     verb = "answers" if generator.is_dialogue else "continues"
     session.note(f"The model {verb} what you write, with {describe_sampling(sampling)}.")
-    session.note("/help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves.\n")
+    session.note("/help lists the commands, Ctrl-C stops a reply, Ctrl-D exits.\n")
     with _line_editing(cache_folder() / "chat_history"):
         session.run(_read_typed_line)
     return session.turns
