@@ -54,6 +54,7 @@ def test_config_without_dtype_is_rejected(says: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_resolved_dtype_is_recorded(tmp_path: Path) -> None:
     command = ("train", TINY, AUTO, f"--run={tmp_path / 'run'}", "--config.training.steps=2")
     first = launch(*command, "--config.schedule.warmup_steps=1", cwd=tmp_path)

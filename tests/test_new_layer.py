@@ -187,6 +187,7 @@ def test_checks_of_layers_without_cache_and_inputs(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_components_of_the_page_are_trained_and_generate(lab: Path) -> None:
     fields = (
         "--config.model.mixers=my_lab.mixers:Retention",

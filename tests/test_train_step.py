@@ -164,6 +164,7 @@ def test_microbatches_give_the_gradient_of_the_batch(parts: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_layer_metrics_are_averaged_and_the_auxiliary_loss_is_minimized() -> None:
     experts = {"model.feedforwards": ("moe", "swiglu"), "model.n_layers": 4, "model.moe.n_experts": 3}
     config, batch = tiny(**experts, **{"model.moe.load_balance_loss_weight": 0.7}), batch_of(tiny())
