@@ -2,8 +2,8 @@
 
 rustgpt train --config=gpt2_124m --config.data.paths='openwebtext/*.jsonl'
 
-`rustgpt plan --config=gpt2_124m --chip=h100` estimates 8 GB of device memory, which has not been measured on a GPU. A
-microbatch has 16 sequences, so it can be split over 2, 4, 8 or 16 devices.
+`rustgpt plan --config=gpt2_124m --devices=1 --chip=h100` estimates 8 GB of device memory, which has not been measured
+on a GPU. A microbatch has 16 sequences, so it can be split over 2, 4, 8 or 16 devices.
 """
 
 from ml_collections import ConfigDict

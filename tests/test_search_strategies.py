@@ -52,9 +52,9 @@ def three_knobs(point: Point) -> float:
 
 WIDE = log_uniform(1e-5, 1e3)
 PROBLEMS: dict[str, tuple[Loss, dict[str, Any]]] = {
-    "one knob": (one_knob, {"rate": WIDE}),
-    "two knobs": (two_knobs, {"rate": log_uniform(1e-5, 10), "decay": log_uniform(1e-3, 10)}),
-    "three knobs": (three_knobs, {"first": WIDE, "second": WIDE, "third": WIDE}),
+    "one field": (one_knob, {"rate": WIDE}),
+    "two fields": (two_knobs, {"rate": log_uniform(1e-5, 10), "decay": log_uniform(1e-3, 10)}),
+    "three fields": (three_knobs, {"first": WIDE, "second": WIDE, "third": WIDE}),
 }
 
 
@@ -105,7 +105,7 @@ def _told(asked: Any, loss: float | None, of_diverged: dict[str, Any]) -> Frozen
 
 
 def test_search_learns_to_avoid_diverging_points() -> None:
-    runs = {strategy: [asked("one knob", strategy, seed, 40) for seed in range(2)] for strategy in STRATEGIES}
+    runs = {strategy: [asked("one field", strategy, seed, 40) for seed in range(2)] for strategy in STRATEGIES}
     diverged = {
         strategy: sum(math.isinf(loss) for run in found for _, loss in run[20:]) for strategy, found in runs.items()
     }
