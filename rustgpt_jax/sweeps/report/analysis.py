@@ -230,9 +230,10 @@ def describe_comparisons(results: Results, ranked: tuple[RankedSetting, ...]) ->
     n_tests = sum(row.comparison is not None for row in ranked)
     if n_tests:
         metric = METRICS[results.metric]
+        at_once = f"hold for all {n_tests} comparisons at once and " if n_tests > 1 else ""
         sentences.append(
             f"These are differences of the {metric.name} in {metric.unit}, paired by seed. The p-values and the 95% "
-            f"intervals hold for all {n_tests} comparisons at once and account for selecting the best setting on the "
+            f"intervals {at_once}account for selecting the best setting on the "
             'same losses: if all settings were equal, the probability of any "better than" would be at most 5%, for '
             "normal losses (docs/concepts/statistics.md)."
         )
