@@ -64,7 +64,7 @@ class VerbParser(argparse_flags.ArgumentParser):
 
     def add_checkpoint(self) -> None:
         """Add --checkpoint."""
-        help = "The checkpoint to load: the last one, the one with the lowest validation loss, or the one of a step."
+        help = "The checkpoint to load: the last one, the best by config.logging.best_metric, or the one of a step."
         self.add_argument("--checkpoint", metavar="last|best|STEP", type=_checkpoint, default="last", help=help)
 
     def add_allow_oversubscription(self) -> None:
