@@ -30,20 +30,12 @@ class KVCache(NamedTuple):
         return first.shape[_tokens_axis(first)]
 
     def write(self, new: Any, inputs: BlockInputs) -> "KVCache":
-        """Return the cache with new tokens in their slots; if there are more tokens than slots, the last ones.
-
-        The tokens of a row have consecutive positions, and padding follows them.
-        """
-        is_token_BT, first_B1 = inputs.segments_BT > 0, inputs.positions_BT[:, :1]
-        if inputs.positions_BT.shape[1] == 1:
-            # Writes to the slot after the last one are dropped.
-            slots_BT = jnp.where(is_token_BT, inputs.positions_BT % self.slots, self.slots)
-            return KVCache(jax.tree.map(partial(_write_tokens, slots_BT=slots_BT), self.buffers, new))
-        # Each slot takes its last token. Unlike a scatter, this has no index out of bounds, for which compilers differ.
-        token_BS = self.positions(last_position(inputs)) - first_B1
-        is_new_BS = (token_BS >= 0) & jnp.any(is_token_BT, axis=1, keepdims=True)
-        select = partial(_select_tokens, token_BS=jnp.maximum(token_BS, 0), is_new_BS=is_new_BS)
-        return KVCache(jax.tree.map(select, self.buffers, new))
+        """Return the cache with new tokens in their slots; if there are more tokens than slots, the last ones."""
+        fits_BT = inputs.positions_BT > last_position(inputs)[:, None] - self.slots
+        is_written_BT = (inputs.segments_BT > 0) & fits_BT
+        # Writes to the slot after the last one are dropped.
+        slots_BT = jnp.where(is_written_BT, inputs.positions_BT % self.slots, self.slots)
+        return KVCache(jax.tree.map(partial(_write_tokens, slots_BT=slots_BT), self.buffers, new))
 
     def positions(self, newest_B: jax.Array) -> jax.Array:
         """Return positions_BS of the tokens in the slots, given the newest position; negative in empty slots."""
@@ -134,22 +126,19 @@ def _tokens_axis(x: jax.Array) -> int:
 
 
 def _write_tokens(buffer: jax.Array, new: jax.Array, slots_BT: jax.Array) -> jax.Array:
-    """Write tokens to their slots; tokens without a slot are dropped."""
+    """Write tokens to their slots; tokens for the slot after the last one are dropped."""
     if buffer.ndim != 4:
-        return buffer.at[jnp.arange(slots_BT.shape[0])[:, None], slots_BT].set(new, mode="drop")
+        rows_B1 = jnp.arange(slots_BT.shape[0])[:, None]
+        if slots_BT.shape[1] == 1:
+            return buffer.at[rows_B1, slots_BT].set(new, mode="drop")
+        # A prompt has padding, which is written to one more slot: compilers differ in what they do out of bounds.
+        padded = jnp.pad(buffer, [(0, 0), (0, 1), *[(0, 0)] * (buffer.ndim - 2)])
+        return padded.at[rows_B1, slots_BT].set(new)[:, :-1]
     # With heads as rows, XLA on CPUs updates the cache in place for any number of rows.
     flat = buffer.reshape(-1, *buffer.shape[2:])
     slots_BT = jnp.repeat(slots_BT, buffer.shape[1], axis=0)
     # Not len(flat): the batch size of exported programs may be symbolic.
     return _write_tokens(flat, new.reshape(flat.shape[0], *new.shape[2:]), slots_BT).reshape(buffer.shape)
-
-
-def _select_tokens(buffer: jax.Array, new: jax.Array, token_BS: jax.Array, is_new_BS: jax.Array) -> jax.Array:
-    """Return the token `token_BS` of `new` in slots where `is_new_BS`, and the buffer's in others."""
-    axis = _tokens_axis(buffer)
-    others = [each for each in range(1, buffer.ndim) if each != axis]
-    index, is_new = (jnp.expand_dims(x_BS, others) for x_BS in (token_BS, is_new_BS))
-    return jnp.where(is_new, jnp.take_along_axis(new, index, axis=axis).astype(buffer.dtype), buffer)
 
 
 def last_position(inputs: BlockInputs) -> jax.Array:
