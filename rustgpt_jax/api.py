@@ -11,6 +11,7 @@ Each function does what the verb of the same name does. Paths may be strings. Im
 """
 
 import csv
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from rustgpt_jax.cache_dir import cache_folder
-from rustgpt_jax.config.config_files import ValuesAndOrigins, flatten_config
+from rustgpt_jax.config.config_files import ValuesAndOrigins, flatten_config, load_config
 from rustgpt_jax.config.schema import Config, SamplingConfig, stages, to_dict
 from rustgpt_jax.config.validation import resolve as resolve_values
 from rustgpt_jax.data.preprocess import AssetCache, StageData, fill_vocab_size, prepare_stage
@@ -76,7 +77,7 @@ def resolve(config: Any, overrides: Mapping[str, Any] = NO_OVERRIDES) -> Config:
     """Return the validated, immutable form of a config, as the functions of the package take it.
 
     Args:
-        config: A ConfigDict, such as from `load_config`, a nested dict, or a Config.
+        config: A ConfigDict, such as from `load_config`, a nested dict, a Config, or the name of a recipe.
         overrides: Values by dotted path, such as `{"optimizer.learning_rate": 3e-4}`.
 
     Raises:
@@ -87,7 +88,9 @@ def resolve(config: Any, overrides: Mapping[str, Any] = NO_OVERRIDES) -> Config:
 
 def _resolve(config: Any, overrides: Mapping[str, Any]) -> tuple[Config, dict[str, str]]:
     """Return the resolved config and the origin of each value, with 'auto' values chosen for this machine."""
-    (values, origins), given = _flatten(config), dict(overrides)
+    values, origins = _flatten(config)
+    # Scalars of NumPy and JAX become numbers of Python.
+    given = {path: value.item() if getattr(value, "shape", None) == () else value for path, value in overrides.items()}
     origins |= dict.fromkeys(given, ORIGIN)
     resolve_auto_values(values, given, origins)
     return resolve_values(values, given), origins
@@ -95,6 +98,10 @@ def _resolve(config: Any, overrides: Mapping[str, Any]) -> tuple[Config, dict[st
 
 def _flatten(config: Any) -> ValuesAndOrigins:
     """Return the values of a config by dotted path, and their origins."""
+    if isinstance(config, str | Path):
+        config = load_config(str(config))
+    if not isinstance(config, Config) and not hasattr(config, "items"):
+        raise UserError(f"A config is a ConfigDict, a nested dict, a Config or the name of a recipe, not {config!r}.")
     return flatten_config(to_dict(config) if isinstance(config, Config) else config, ORIGIN)
 
 
@@ -109,7 +116,7 @@ def train(
     """Train a run in a folder, or resume it from its last checkpoint. Call it from the main thread.
 
     Args:
-        config: A ConfigDict, a nested dict, or a Config.
+        config: A ConfigDict, a nested dict, a Config, or the name of a recipe.
         workdir: The run folder. The verbs of the command line read it, too.
         overrides: Values by dotted path that replace those of the config.
         is_quiet: Whether to print nothing.
@@ -122,6 +129,7 @@ def train(
         UserError: The config cannot work, the folder holds another run, or training diverged.
         KeyboardInterrupt: Training was interrupted. It has saved a checkpoint, from which the same call continues.
     """
+    _check_main_thread()
     resolved, origins = _resolve(config, overrides)
     enable_compilation_cache()
     status = train_run(
@@ -145,10 +153,10 @@ def sweep(
     mode: str = "auto",
     is_quiet: bool = False,
 ) -> list[dict[str, str]]:
-    """Run the unfinished trials of a sweep, and write its results.csv and report.html.
+    """Run the unfinished trials of a sweep, and write its results.csv and report.html. Call it from the main thread.
 
     Args:
-        config: A ConfigDict, a nested dict, or a Config.
+        config: A ConfigDict, a nested dict, a Config, or the name of a recipe.
         trials: Overrides by dotted path for each trial, from the functions of `rustgpt_jax.sweeps`, or a search.
         workdir: The sweep folder. It continues a sweep that this function began there.
         launcher: Where the trials run: "inline", in this process, or "processes", in a worker for each core or GPU.
@@ -162,6 +170,7 @@ def sweep(
         UserError: The config, a trial or the folder cannot work.
         KeyboardInterrupt: The sweep was interrupted; the same call continues it.
     """
+    _check_main_thread()
     values, origins = _flatten(config)
     resolve_auto_values(values, {}, origins)
     spec = trials if isinstance(trials, Search) else list(trials)
@@ -207,11 +216,17 @@ def generate(model: LoadedModel, prompts: Sequence[str] | str, **sampling: Any) 
     Raises:
         UserError: A field is unknown or out of range, or a prompt leaves no room in the model's context.
     """
+    if not isinstance(model, LoadedModel):
+        raise UserError(f"generate() takes a model from load(), not {model!r}.")
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"generate(): a prompt is a string, not {text!r}.")
     values = {f"sampling.{name}": value for name, value in sampling.items()}
     config: SamplingConfig = resolve_values(to_dict(model.config), values).sampling
     generator = model.generator.with_weight_layout(select_weight_layout(config))
-    texts = [prompts] if isinstance(prompts, str) else prompts
-    return generate_text(generator, [generator.encode_prompt(text) for text in texts], config)
+    prompt_tokens = [generator.encode_prompt(text) for text in texts]
+    return generate_text(generator, prompt_tokens, config) if texts else []
 
 
 def load_data(source: Any) -> Data:
@@ -240,6 +255,12 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     if not Path(run).is_dir():
         raise UserError(f"{run} is not a folder.")
     return read_run_metrics(Path(run))
+
+
+def _check_main_thread() -> None:
+    """Raise UserError in any other thread: only the main thread of Python receives signals, which stop training."""
+    if threading.current_thread() is not threading.main_thread():
+        raise UserError("Training has to be called from the main thread, which receives the signals that stop it.")
 
 
 def _make_console(is_quiet: bool) -> Console:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,26 @@ def test_sweep_returns_the_rows_of_its_results(tmp_path: Path) -> None:
     assert rows == rustgpt_jax.sweep(
         tiny.get_config(), [OVERRIDES | trial for trial in seeds(2)], tmp_path / "sweep", is_quiet=True
     )
+
+
+def test_misuse_is_a_user_error_and_writes_nothing(run: str, tmp_path: Path) -> None:
+    model = rustgpt_jax.load(run)
+    assert rustgpt_jax.generate(model, []) == []
+    for arguments in ((model, b"Snow"), (model, ["Snow", 3]), (run, "Snow")):
+        with pytest.raises(UserError, match="generate"):
+            rustgpt_jax.generate(*arguments)
+    with pytest.raises(UserError, match="A config is"):
+        rustgpt_jax.resolve(3)
+    assert rustgpt_jax.resolve("tiny", {"training.steps": np.int64(30)}).training.steps == 30
+    errors = list[str]()
+
+    def train() -> None:
+        try:
+            rustgpt_jax.train("tiny", tmp_path / "run")
+        except UserError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert "main thread" in errors[0] and not (tmp_path / "run").exists()

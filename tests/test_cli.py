@@ -437,3 +437,16 @@ def test_help_of_a_verb_shows_its_flags_and_a_valid_example(verb: str, capsys: p
     assert "--module_path DIR" in output and "%" not in output
     assert ("Default: last." in " ".join(output.split())) == ("--checkpoint" in output)
     assert parse_args(["launch.py", verb, *shlex.split(VERBS[verb].example)]).verb == verb
+
+
+def test_interrupt_during_an_import_ends_with_a_document(tmp_path: Path) -> None:
+    (tmp_path / "slow_module.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    code = (
+        "import signal, sys; from rustgpt_jax.cli.main import DOCUMENT, handle_interrupt\n"
+        "signal.signal(signal.SIGINT, handle_interrupt); DOCUMENT.configure('train', True)\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "import slow_module"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert ended.returncode == 130 and "Traceback" not in ended.stderr
+    assert json.loads(ended.stdout)["status"] == 130

@@ -197,15 +197,24 @@ def test_impossible_config_change_is_an_error_and_changes_nothing(
     assert contents(finished) == before
 
 
-def test_losses_on_other_batches_do_not_count_for_the_best_checkpoint(finished: Path, tmp_path: Path) -> None:
-    """Evaluations of fewer batches continue the run; rerun applies the change at the same step."""
+@pytest.mark.parametrize(
+    ("change", "metric", "message"),
+    [
+        ({"logging.eval_batches": 1}, "valid/loss", "do not count for the best checkpoint"),
+        ({"logging.best_metric": "train/mean_loss"}, "train/mean_loss", "chosen among the evaluations after that step"),
+    ],
+)
+def test_incomparable_evaluations_do_not_count_for_the_best_checkpoint(
+    change: dict[str, Any], metric: str, message: str, finished: Path, tmp_path: Path
+) -> None:
+    """Evaluations of fewer batches, or of another metric, continue the run; rerun applies the change there."""
     run = Path(shutil.copytree(finished, tmp_path / "run"))
-    lines = [line | {"valid/loss": -1.0} if "valid/loss" in line else line for line in metrics(run)]
+    lines = [line | {metric: -1.0} if "valid/loss" in line else line for line in metrics(run)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    longer = tiny(**{"schedule.name": "cosine", "logging.eval_batches": 1, "logging.eval_every": 3}, **LONGER)
+    longer = tiny(**{"schedule.name": "cosine", "logging.eval_every": 3}, **change, **LONGER)
     said = extend(longer, run)
-    assert "logging.eval_batches is 1 instead of 2" in said and "do not count for the best checkpoint" in said
-    losses = {line["step"]: line["valid/loss"] for line in metrics(run) if "valid/loss" in line and line["step"] > 10}
+    assert f"{next(iter(change))} is " in said and message in said
+    losses = {line["step"]: line[metric] for line in metrics(run) if metric in line and line["step"] > 10}
     assert set(losses) == {12, 15, 16}
     assert json.loads((run / "checkpoints" / "best").read_bytes())[0] == min(losses, key=losses.__getitem__)
 

@@ -13,8 +13,10 @@ import re
 import resource
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
 from absl import app, logging
@@ -266,7 +268,29 @@ def _reject_argument(verb: str, word: str, parsers: dict[str, VerbParser]) -> No
 
 def run_command() -> None:
     """Run the command line of this process, and exit with the verb's exit status."""
+    signal.signal(signal.SIGINT, handle_interrupt)
     app.run(main, flags_parser=parse_args)
+
+
+def handle_interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, or end the process during an import. Training has a handler of its own.
+
+    An exception crashes some extension modules while they are imported. JAX calls `_xla_gc_callback` during garbage
+    collection, where Python ignores exceptions, so the signal is sent again a moment later.
+    """
+    del number
+    names = set()
+    while frame is not None:
+        names |= {frame.f_code.co_name, frame.f_code.co_filename}
+        frame = frame.f_back
+    if "_xla_gc_callback" in names:
+        threading.Timer(0.05, signal.raise_signal, [signal.SIGINT]).start()
+    elif "<frozen importlib._bootstrap>" in names:
+        print("stopped", file=sys.stderr, flush=True)
+        DOCUMENT.write_error("The command was interrupted.", INTERRUPTED)
+        os._exit(INTERRUPTED)
+    else:
+        raise KeyboardInterrupt
 
 
 def main(args: argparse.Namespace) -> int:

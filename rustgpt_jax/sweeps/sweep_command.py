@@ -280,7 +280,8 @@ def _finish_part(
         status = 0
     if sweep.stop:
         return status
-    return 1 if sweep.failed() & {trial.id for trial in part} else 0
+    has_none = not waiting and all(states[trial.id]["event"] != "finished" for trial in trials)
+    return 1 if has_none or sweep.failed() & {trial.id for trial in part} else 0
 
 
 def _finish(sweep: Sweep, path: Path, launcher: str, console: Console) -> int:

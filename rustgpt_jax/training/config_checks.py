@@ -115,6 +115,8 @@ def plan_resume(path: Path, config: Config, extends: bool = False) -> ResumePlan
             "Validation losses before that step are from other batches, so they do not count for the best checkpoint."
         )
         messages = (*messages, message)
+    if any(knob.endswith("logging.best_metric") for knob in changed):
+        messages = (*messages, "The best checkpoint is chosen among the evaluations after that step.")
     return ResumePlan(
         config, (*earlier, EarlierConfig(n_done, stored)), (f"From step {n_done} on, {values}.", *messages)
     )

@@ -180,7 +180,7 @@ class LogMetrics:
 class Evaluate:
     """A hook that evaluates on the validation split of a stage, and writes samples.
 
-    Values of `logging.best_metric` up to step `incomparable_until` are from other batches and do not count.
+    Evaluations up to step `incomparable_until` had other batches or another `logging.best_metric` and do not count.
     """
 
     data: StageData

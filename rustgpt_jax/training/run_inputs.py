@@ -14,6 +14,7 @@ from rustgpt_jax.config.schema import (
     Config,
     EarlierConfig,
     Hyperparams,
+    Stage,
     StaticConfig,
     partition,
     stages,
@@ -67,11 +68,15 @@ class RunInputs:
         """The total number of steps of all stages."""
         return self.stages[-1].stage.end_step
 
-    def last_step_with_other_eval_batches(self, data: StageData) -> int:
-        """Return the last step before a stage whose validation losses were measured on other batches, or 0."""
+    def last_incomparable_step(self, data: StageData) -> int:
+        """Return the last step before a stage whose evaluations had other batches or another best metric, or 0."""
+
+        def evaluation(stage: Stage) -> tuple[int | None, str]:
+            return stage.config.logging.eval_batches, stage.config.logging.best_metric
+
         earlier = [each.stage for each in self.stages[: self.stages.index(data)]]
-        n_batches = data.stage.config.logging.eval_batches
-        return max((stage.last_step for stage in earlier if stage.config.logging.eval_batches != n_batches), default=0)
+        others = [stage.last_step for stage in earlier if evaluation(stage) != evaluation(data.stage)]
+        return max(others, default=0)
 
     @cached_property
     def programs(self) -> list[StageProgram]:

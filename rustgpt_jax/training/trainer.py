@@ -425,7 +425,7 @@ class Trainer:
         """The hooks of the stage of the last step, in the order in which they are called."""
         if self._hooks is None:
             assert self._writer is not None, "begin() opens the metrics file"
-            data, incomparable_until = self.stage, self.inputs.last_step_with_other_eval_batches(self.stage)
+            data, incomparable_until = self.stage, self.inputs.last_incomparable_step(self.stage)
             log = LogMetrics(data, self._writer, self._progress, self.plan, self._seconds_per_step)
             evaluate = Evaluate(data, self.folder, self.inputs.tokenizer, log, incomparable_until)
             self._hooks = log, evaluate, SaveCheckpoint(data, self.checkpoints, self.end_step)

@@ -70,6 +70,8 @@ def report(folder: Path, console: Console) -> Path:
     counts = ", ".join(f"{number} {status}" for status, number in results.counts.items())
     if not results.finished:
         reasons = [f" {trial.error}" for trial in results.trials if trial.status == MISSING][:1]
+        # It may be the report of trials that the sweep no longer has.
+        (folder / "report.html").unlink(missing_ok=True)
         raise NoFinishedTrialError(
             f"{folder} has no finished trial yet ({counts or 'none is planned'}).{''.join(reasons)}"
         )
