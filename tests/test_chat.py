@@ -433,6 +433,11 @@ def test_a_pipe_prints_questions_and_replies(monkeypatch: pytest.MonkeyPatch, fa
     assert turns == [Turn(message, "Because.", "stop", 1) for message in ("Why?", "Why\x1b not?")]
 
 
+def test_closed_input_has_no_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert chat(DIALOGUES, CONFIG.sampling, memory_console(), "run") == []
+
+
 def test_a_pipe_may_contain_any_bytes(monkeypatch: pytest.MonkeyPatch, fake_model: FakeModel) -> None:
     fake_model("Because.")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\x00\xc3\n"), encoding="utf-8"))

@@ -88,6 +88,7 @@ MISTAKES = {
     "verb": (["tarin", "--json"], None),
     "no verb": (["--json"], None),
     "flag": (["train", "--json", "--confg=x"], "train"),
+    "verbosity": (["configs", "--verbosity=bogus", "--json"], "configs"),
     "not UTF-8": (["generate", "--prompt=a\udcff", "-json"], "generate"),
     "config": (["--json=true", "explain", "--config=nowhere.py"], "explain"),
     "run": (["evaluate", "nowhere", "--json"], "evaluate"),
@@ -109,6 +110,29 @@ def test_mistakes_are_documents_too(tmp_path: Path) -> None:
         document = parse(out, MISTAKES[name][1])
         assert status == document["status"] == 2
         assert error == f"error: {document['error']}\n"
+
+
+FULL = "error: Cannot write to standard output"
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "n_documents", "message"),
+    [
+        ("train --json 2>&-", 0, 1, ""),
+        ("train --json >&-", 2, 0, ""),
+        ("train --json >/dev/full", 2, 0, f"{FULL}: No space left on device."),
+        ("train >/dev/full", 2, 0, f"{FULL} or a file: No space left on device."),
+    ],
+)
+def test_standard_streams_may_be_closed_or_full(
+    words: str, status: int, n_documents: int, message: str, tmp_path: Path
+) -> None:
+    command = f"{shlex.join([sys.executable, LAUNCH])} schema {words}"
+    environ = os.environ | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert done.returncode == status and "Traceback" not in done.stderr
+    assert (done.stderr.splitlines() or [""])[-1] == message
+    assert [parse(line + "\n", "schema")["status"] for line in done.stdout.splitlines()] == [status] * n_documents
 
 
 def test_a_bug_is_a_document_and_a_traceback(tmp_path: Path) -> None:

@@ -154,6 +154,10 @@ def test_components_describes_every_entry_of_every_registry(capsys: pytest.Captu
             assert each["import_path"] is None or callable(import_object(each["import_path"], kind))
     with pytest.raises(UserError, match="unknown registry 'mixer'. Did you mean 'mixers'?"):
         listings.run_components(Namespace(registries=["mixer"]))
+    one = listings.run_components(Namespace(registries=["mixers/attention"])).document["registries"]
+    assert one == {"mixers": [each for each in found["mixers"] if each["name"] == "attention"]}
+    with pytest.raises(UserError, match="mixers has no 'atention'. Did you mean 'attention'?"):
+        listings.run_components(Namespace(registries=["mixers/atention"]))
 
 
 # data.

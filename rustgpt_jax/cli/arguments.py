@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,10 +20,15 @@ MAX_WHOLE_NUMBER, MAX_PROCESSES = 10**9 - 1, 2**16
 
 def fail(message: str) -> NoReturn:
     """Print an error message and end the process with exit status 2."""
-    sys.stdout.flush()
     error = UserError(message)
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    DOCUMENT.write_error(str(error), 2)
+    # A stream is None if it is closed, and writes to standard output may be what failed.
+    if sys.stdout is not None:
+        with suppress(OSError):
+            sys.stdout.flush()
+    if sys.stderr is not None:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    with suppress(OSError):
+        DOCUMENT.write_error(str(error), 2)
     # Not sys.exit: after a failed write, library threads wait for it, and their exit handlers print tracebacks.
     os._exit(2)
 

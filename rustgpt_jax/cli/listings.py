@@ -147,10 +147,15 @@ def run_components(args: argparse.Namespace) -> VerbResult:
     from rustgpt_jax.tracking.trackers import TRACKERS
 
     registries: dict[str, Mapping[str, Any]] = {**REGISTRIES, "attention_kernels": KERNELS, "trackers": TRACKERS}
-    for name in args.registries:
-        if name not in registries:
-            raise UserError(f"components: unknown registry {name!r}.{suggest_names(name, registries)}")
-    selected = {name: registries[name] for name in args.registries or registries}
+    selected: dict[str, Mapping[str, Any]] = {}
+    for given in args.registries or registries:
+        kind, _, name = given.partition("/")
+        if kind not in registries:
+            raise UserError(f"components: unknown registry {kind!r}.{suggest_names(kind, registries)}")
+        registry = registries[kind]
+        if name and name not in registry:
+            raise UserError(f"components: {kind} has no {name!r}.{suggest_names(name, registry)}")
+        selected[kind] = {**selected.get(kind, {}), name: registry[name]} if name else registry
     found = {
         kind: [{"name": name, **describe_component(value)} for name, value in registry.items()]
         for kind, registry in selected.items()

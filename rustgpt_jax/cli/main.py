@@ -6,6 +6,7 @@ JAX is imported by the `run` functions of the verbs that need it, so that help a
 
 import argparse
 import difflib
+import errno
 import gc
 import io
 import os
@@ -33,6 +34,9 @@ from rustgpt_jax.process_setup import keep_freed_memory
 
 # Imports and tracing create many long-lived objects, so collect garbage less often than by default.
 OBJECTS_BETWEEN_COLLECTIONS = (50_000, 20, 50)
+
+# Errors of a write that names no file, such as one to standard output.
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 # The values that absl accepts for a boolean flag.
 SWITCH_VALUES = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
@@ -203,13 +207,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
                 flags.append(flag if SWITCH_VALUES[value.lower()] else f"--no{name}")
             else:
                 flags.append(f"{flag}{equals}{value}" if flag in takes_value else word)
-    flags = [_parse_verbosity(flag) if flag.startswith(("-v=", "--verbosity=")) else flag for flag in flags]
     if len(argv) == 1:
         parser.print_help()
         parser.exit()
     json_flags = [flag for flag in flags if flag in ("--json", "--nojson")]
     verb = positionals[0] if positionals and positionals[0] in parsers else None
     DOCUMENT.configure(verb, is_requested=json_flags[-1:] == ["--json"])
+    flags = [_parse_verbosity(flag) if flag.startswith(("-v=", "--verbosity=")) else flag for flag in flags]
     _check_words(argv[1:])
     if positionals and positionals[0] not in parsers:
         hint = suggest_names(positionals[0], parsers) or f" `{program_name()} --help` lists the verbs."
@@ -332,13 +336,20 @@ def main(args: argparse.Namespace) -> int:
         if isinstance(error, OSError) and error.filename is not None:
             # For example, the path is too long or permission is denied. An error that names no file is a bug.
             fail(f"{os.fsdecode(error.filename)}: {error.strerror}.")
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+            fail(f"Cannot write to standard output or a file: {error.strerror}.")
         if is_out_of_memory(error):
             fail(_describe_out_of_memory(args))
         held_errors.release()
         DOCUMENT.write_error(f"{type(error).__name__}: {error}", 1)
         raise
     held_errors.release()
-    DOCUMENT.write_result(result)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        DOCUMENT.write_result(result)
+    except OSError as error:
+        fail(f"Cannot write to standard output: {error.strerror}.")
     return result.status
 
 

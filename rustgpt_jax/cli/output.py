@@ -5,6 +5,7 @@ docs/reference/json.md describes the document. The folder schemas has its JSON S
 the result of each verb.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -93,9 +94,19 @@ class DocumentWriter:
         The file descriptor is redirected, so that libraries and child processes follow.
         """
         if self._is_requested and self._descriptor == 1:
+            if sys.stdout is None:
+                # Standard output is closed, so there is nowhere to write the document.
+                raise SystemExit(2)
             sys.stdout.flush()
-            # Child processes do not inherit this descriptor.
-            self._descriptor = os.dup(1)
+            # Child processes do not inherit this descriptor, which must not take the place of a closed stream.
+            self._descriptor = fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3)
+            try:
+                os.fstat(2)
+            except OSError:
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, 2)
+                if null != 2:
+                    os.close(null)
             os.dup2(2, 1)
             # A stream that was opened for a file asks for its position, which a terminal or a pipe does not have.
             sys.stdout = open(1, "w", encoding=sys.stdout.encoding, buffering=1, closefd=False)
@@ -109,7 +120,7 @@ class DocumentWriter:
         self._write(status, error=message)
 
     def _write(self, status: int, **content: Any) -> None:
-        if not self._is_requested:
+        if not self._is_requested or sys.stdout is None:
             return
         # One document per process, even if an error follows.
         self._is_requested = False

@@ -272,6 +272,9 @@ def chat(generator: TextGenerator, sampling: SamplingConfig, console: Console, t
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     session = Session(generator, sampling, console)
+    if sys.stdin is None:
+        # Standard input is closed.
+        return session.turns
     if not sys.stdin.isatty():
         session.run(lambda: _read_piped_line(session))
         return session.turns
