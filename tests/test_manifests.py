@@ -203,12 +203,31 @@ def test_recipe_needs_no_files_and_text_is_escaped(tmp_path: Path) -> None:
         ({"memory": "16Gi"}, "'16Gi' is not a whole number from 1 on."),
         ({"name": "Rates"}, "use at most 45 lower-case letters, digits and inner hyphens."),
         ({"mount": "sweeps"}, "--manifest=mount=sweeps: it is not an absolute path."),
+        ({"mount": "//config/../config/runs"}, "the config file is in /config; use another folder."),
+        ({"image": "an image"}, "--manifest=image=an image: it has a space or a control character."),
+        ({"storage_class": "nfs\x7f"}, "it has a space or a control character."),
+        ({"parts": "100000"}, "--manifest=parts=100000: a sweep has at most 99999 parts."),
     ],
 )
 def test_invalid_options_are_one_sentence(given: dict[str, str], message: str) -> None:
     with pytest.raises(UserError) as raised:
         parse_options(given, "rates", 4)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["a config.py", "caf\u00e9.py", "..py"])
+def test_files_that_a_config_map_cannot_hold_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="name of a file in a ConfigMap"):
+        write_manifests(tmp_path / "jobs", SweepCommand(name, {name: ""}), parse_options({}, "rates", 4))
+    assert not (tmp_path / "jobs").exists()
+
+
+def test_config_that_is_not_utf8_is_one_sentence(tmp_path: Path) -> None:
+    text = f"# -*- coding: latin-1 -*-\n# caf\u00e9\n{CONFIG}{sweep_of(40, (1e-3,))}"
+    (tmp_path / "old.py").write_bytes(text.encode("latin-1"))
+    command = [sys.executable, LAUNCH, "sweep", "--config=old.py", "--launcher=manifest", "--to=jobs"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and "old.py: a ConfigMap holds UTF-8" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_documentation_lists_the_options_with_their_defaults() -> None:

@@ -198,6 +198,7 @@ def make_launch(path: Path, trials: list[str], n_workers: int, options: dict[str
         ({"num_gpus": "0.5"}, "'0.5' is not a whole number. To share a GPU among trials, use --mode=fused."),
         ({"memory": "16GB"}, "--ray=memory=16GB: '16GB' is not a whole number."),
         ({"resources.TPU": "four"}, "--ray=resources.TPU=four: 'four' is not a number."),
+        ({"resources.TPU": "\u00b2"}, "--ray=resources.TPU=\u00b2: '\u00b2' is not a number."),
         ({"address": "ray://head:10001"}, "Ray Client (ray://) is not supported."),
     ],
 )
@@ -205,6 +206,13 @@ def test_invalid_options_are_one_sentence(options: dict[str, str], message: str)
     with pytest.raises(UserError) as raised:
         ray_launcher.check_options(options)
     assert message in str(raised.value)
+
+
+def test_a_task_must_request_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_launcher, "_nodes", lambda: [{"CPU": 2.0}])
+    assert ray_launcher.count_tasks({}) == (2, 0)
+    with pytest.raises(UserError, match="a task must request something"):
+        ray_launcher.count_tasks({"num_cpus": "0"})
 
 
 def test_documentation_lists_the_options() -> None:

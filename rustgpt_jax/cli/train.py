@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -85,7 +86,7 @@ def run_train(args: argparse.Namespace) -> VerbResult:
         options = args.barrier_timeout, args.profile, args.allow_oversubscription, args.extend
         status = train(config, folder, origins, console, *options)
     if status == 0:
-        console.print(f"Talk to it:  {program_name()} chat {folder}", highlight=False, soft_wrap=True)
+        console.print(f"Talk to it:  {program_name()} chat {shlex.quote(str(folder))}", highlight=False, soft_wrap=True)
     if not DOCUMENT.is_requested:
         return VerbResult(status, {})
     document = describe_run(folder)
@@ -275,7 +276,10 @@ def _write_manifests(args: argparse.Namespace, name: str, trials: Sequence["Tria
             if source.is_dir():
                 packages.append(source.name)
             else:
-                files[source.name] = source.read_text(encoding="utf-8")
+                try:
+                    files[source.name] = source.read_text(encoding="utf-8")
+                except UnicodeDecodeError:
+                    raise UserError(f"{source}: a ConfigMap holds UTF-8, which this file is not: convert it.") from None
     arguments = [flag for flag in args.flags if flag.partition("=")[0] not in LOCAL_FLAGS]
     arguments += [f"--config.{path}={text}" for path, text in args.overrides]
     command = SweepCommand(Path(args.config).name if files else args.config, files, arguments)

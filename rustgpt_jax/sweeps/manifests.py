@@ -4,11 +4,12 @@ The pods share a volume with the sweep's folder, and with it the ledger and the 
 its part.
 """
 
+import posixpath
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -22,7 +23,11 @@ NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 MAX_NAME = 45
 # A ConfigMap holds at most 1 MiB.
 MAX_CONFIG_BYTES = 2**20 - 2**16
+# The name of a file in a ConfigMap.
+FILE_NAME = re.compile(r"(?!\.\.)[-._A-Za-z0-9]{1,253}")
 DEFAULT_PARTS = 8
+# The most that --part accepts.
+MAX_PARTS = 99_999
 # A pod that fails is replaced this often, apart from those that were preempted.
 MAX_RETRIES = 3
 # Where the pods find the config file.
@@ -97,8 +102,18 @@ def parse_options(given: Mapping[str, str], sweep: str, n_trials: int) -> Manife
             raise UserError(
                 f"--manifest={key}={value}: use at most {MAX_NAME} lower-case letters, digits and inner hyphens."
             )
+    for key in ("mount", "image", "storage_class", "gpu_resource", "accelerator"):
+        value = getattr(options, key)
+        if any(letter.isspace() or not letter.isprintable() for letter in value):
+            raise UserError(f"--manifest={key}={value}: it has a space or a control character.")
+    if options.parts > MAX_PARTS:
+        raise UserError(f"--manifest=parts={options.parts}: a sweep has at most {MAX_PARTS} parts.")
     if not options.mount.startswith("/"):
         raise UserError(f"--manifest=mount={options.mount}: it is not an absolute path.")
+    # Two slashes at the beginning of a path are kept.
+    mount = PurePosixPath(posixpath.normpath("/" + options.mount.lstrip("/")))
+    if mount.is_relative_to(CONFIG_FOLDER):
+        raise UserError(f"--manifest=mount={options.mount}: the config file is in {CONFIG_FOLDER}; use another folder.")
     return options
 
 
@@ -246,8 +261,13 @@ def write_manifests(folder: Path, command: SweepCommand, options: ManifestOption
         The commands that apply them, for Kubernetes and for SkyPilot.
 
     Raises:
-        UserError: The folder exists and is not empty, or cannot be written.
+        UserError: The folder exists and is not empty, or cannot be written, or a ConfigMap cannot hold the files.
     """
+    for name in command.files:
+        if name == "." or not FILE_NAME.fullmatch(name):
+            raise UserError(
+                f"{name}: the name of a file in a ConfigMap has only letters, digits and -_. of ASCII: rename it."
+            )
     if sum(len(text.encode()) for text in command.files.values()) > MAX_CONFIG_BYTES:
         raise UserError(f"{command.config} is larger than a ConfigMap of Kubernetes: install it in the image instead.")
     volume, job = folder / "kubernetes-volume.yaml", folder / "kubernetes.yaml"

@@ -46,7 +46,7 @@ def check_options(options: Mapping[str, str]) -> None:
                 hint = " To share a GPU among trials, use --mode=fused." if key == "num_gpus" else ""
                 raise UserError(f"--ray={key}={value}: {value!r} is not a whole number.{hint}")
         elif key.startswith(CUSTOM):
-            if not value.replace(".", "", 1).isdigit():
+            if not (value.isascii() and value.replace(".", "", 1).isdigit()):
                 raise UserError(f"--ray={key}={value}: {value!r} is not a number.")
         elif key not in OPTIONS:
             raise UserError(f"--ray={key}: unknown option.{suggest_names(key, OPTIONS)}")
@@ -108,6 +108,8 @@ def count_tasks(options: Mapping[str, str]) -> tuple[int, int]:
     """Return how many tasks the cluster has room for, apart from those of other jobs, and the GPUs of each task."""
     requested = _requested_resources(options)
     needed = {name: amount for name, amount in requested.items() if amount}
+    if not needed:
+        raise UserError("--ray=num_cpus=0: a task must request something, such as a CPU or a GPU.")
     rooms = [min(int(node.get(name, 0) // amount) for name, amount in needed.items()) for node in _nodes()]
     return sum(rooms), int(requested["GPU"])
 

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shlex
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -76,7 +77,7 @@ class WandbWriter(MetricWriter):
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step", step_sync=True)
         folder = Path(self._run.dir).parent
-        self.location = self._run.url or f"offline; upload it with `wandb sync {folder}`"
+        self.location = self._run.url or f"offline; upload it with `wandb sync {shlex.quote(str(folder))}`"
         self._samples = run.read_samples()
 
     @staticmethod

@@ -1,6 +1,7 @@
 """Training of a run from start to finish: preparation, the loop, and messages to the user."""
 
 import math
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -224,7 +225,7 @@ def _divergence_message(run: Trainer, path: Path) -> str:
     return (
         f"{path} diverged: the loss, the gradient or the update of step {run.diverged_at} is not finite{before}, and "
         f"training ended there. The last checkpoint is from step {run.checkpoints.step() or 0}. A lower learning "
-        f"rate usually helps; `{program_name()} doctor {path}` looks for the cause."
+        f"rate usually helps; `{program_name()} doctor {shlex.quote(str(path))}` looks for the cause."
     )
 
 
