@@ -80,6 +80,7 @@ def test_device_and_file_batches_train_bit_exactly(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_device_and_file_batches_train_bit_exactly_on_a_mesh(tmp_path: Path) -> None:
     code = copy_code(tmp_path / "code")
     file = code / "rustgpt_jax" / "training" / "batch_source.py"

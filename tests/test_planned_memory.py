@@ -84,7 +84,7 @@ CASES = {
     "remat": {"model.remat": "full", "training.loss_chunk_size": 16},
     "offload": {"optimizer.offload_state": True},
 }
-LONG_CASES = ("experts", "latent attention", "recurrent")
+LONG_CASES = ("llama", "experts", "latent attention", "recurrent", "microbatches")
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ def assert_ray_has_ended(mark: Path) -> None:
 
 
 @pytest.mark.extras
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_sweep_gives_the_results_of_processes(launcher: Launcher, undisturbed: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     path, seen = tmp_path / "killed", list[tuple[dict[str, int], int]]()
