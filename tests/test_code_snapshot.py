@@ -1,5 +1,6 @@
 """Code snapshots: their content, hash, and git state."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -240,6 +241,17 @@ def test_components_in_the_config_are_copied_from_any_folder(
 
 def test_installed_packages_are_not_copied() -> None:
     assert user_modules({Path(os.__file__).parent, Path(hypothesis.__file__).parent.parent}) == []
+
+
+def test_namespace_package_without_its_parent_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a library leaves behind that removes its own package from sys.modules."""
+    (tmp_path / "parent_package" / "inner").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    inner = importlib.import_module("parent_package.inner")
+    monkeypatch.delitem(sys.modules, "parent_package")
+    monkeypatch.syspath_prepend(tmp_path / "other")
+    monkeypatch.setitem(sys.modules, "parent_package.inner", inner)
+    assert user_modules({tmp_path / "absent"}) == []
 
 
 # Reading archives.

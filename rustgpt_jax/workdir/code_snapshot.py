@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -203,9 +204,11 @@ def user_modules(folders: set[Path]) -> list[Path]:
 
 def _module_source(module: ModuleType) -> Path | None:
     """Return the file of a module or the folder of a package, or None for a built-in module."""
-    # A package without an __init__.py has no __file__, only a __path__.
-    files = [vars(module).get("__file__"), *list(vars(module).get("__path__", []))[:1]]
-    file = next(filter(None, files), None)
+    file = vars(module).get("__file__")
+    if not file:
+        # A package without an __init__.py has only a __path__, which raises KeyError if its parent is no longer loaded.
+        with suppress(KeyError):
+            file = next(iter(vars(module).get("__path__", [])), None)
     source = None if file is None else Path(file)
     return source.parent if source is not None and source.name == "__init__.py" else source
 
