@@ -91,7 +91,7 @@ def test_type_checkers_see_the_public_names() -> None:
         assert getattr(rustgpt_jax, name) is getattr(importlib.import_module(module), name)
         assert name in dir(rustgpt_jax)
     with pytest.raises(AttributeError, match="no attribute 'load_confg'"):
-        rustgpt_jax.load_confg  # noqa: B018
+        rustgpt_jax.load_confg  # noqa: B018 (reading the name raises)
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_the_manifest_describes_the_programs(tmp_path: Path) -> None:
         assert names[-1] == ("positions" if name == "decode" else "lengths")
         # JAX guarantees that its own custom calls keep working; there are none of ours.
         assert set(re.findall(r"custom_call @(\w+)", exported.mlir_module())) <= {"lapack_strsm_ffi"}
-    assert "I8" in {header.get_slice(name).get_dtype() for name in header.keys()}  # noqa: SIM118
+    assert "I8" in {header.get_slice(name).get_dtype() for name in header.keys()}  # noqa: SIM118 (not a mapping)
     backend = Tokenizer.from_file(str(tmp_path / manifest["tokenizer"]))
     assert backend.encode("text").ids == encode_prompt(generator.tokenizer, [Message("text", "text")])
     tokens = manifest["tokens"]
@@ -160,7 +160,7 @@ def test_the_manifest_describes_the_programs(tmp_path: Path) -> None:
 def test_rows_that_do_not_fit_are_nan(tmp_path: Path) -> None:
     write_stablehlo(make_generator(), tmp_path, ExportOptions(prefill_lengths=(16,), cache_length=16))
     header = safe_open(tmp_path / "weights.safetensors", "np")
-    weights = {name: header.get_tensor(name) for name in header.keys()}  # noqa: SIM118
+    weights = {name: header.get_tensor(name) for name in header.keys()}  # noqa: SIM118 (not a mapping)
     prefill, decode = (read_exported(tmp_path, name).call for name in ("prefill_16", "decode"))
     logits, cache = jax.jit(prefill)(weights, np.ones((3, 16), np.int32), np.array([0, 16, 17], np.int32))
     assert np.isnan(logits).all(axis=1).tolist() == [True, False, True]

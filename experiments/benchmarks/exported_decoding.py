@@ -1,11 +1,11 @@
-"""How fast does an exported model start and decode, in JAX alone and in IREE, beside `generate` and llama.cpp?
+"""How fast do exported models (JAX, IREE) start and decode, compared with `generate` and llama.cpp?
 
 python -m experiments.benchmarks.exported_decoding
 
 A random Llama in float32 with 34M parameters decodes one row greedily on the CPU, after a prompt of 16 tokens: with
 this package (`generate`), with the scripts of docs/how_to/stablehlo.md (JAX) and docs/how_to/iree.md (IREE), and with
 llama.cpp from a GGUF file of the same weights. Needs the extras `iree` and `bench`; --only=generate,jax selects some.
-Contenders take turns, each time in a process of its own; after the first turn, JAX finds its programs in the
+Contenders take turns, each in a new process; after the first turn, JAX finds its programs in the
 compilation cache. They measure the time from the start of the process to the first token, the peak of resident memory,
 and each decode step including the choice of the token. The table has the lowest values of all turns. --smoke measures a
 tiny model.
@@ -197,7 +197,7 @@ def work(name: str, folder: Path, started: float, is_smoke: bool) -> None:
 
 
 def measure(name: str, folder: Path, is_smoke: bool) -> dict[str, Any]:
-    """Measure a contender in a process of its own."""
+    """Measure a contender in a new process."""
     command = [sys.executable, "-m", "experiments.benchmarks.exported_decoding", f"--work={name}", f"--folder={folder}"]
     command += [f"--started={time.time()}", *(["--smoke"] if is_smoke else [])]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}

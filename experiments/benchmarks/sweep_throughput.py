@@ -169,7 +169,7 @@ def measure(
         more = more_of[profile] = added / (len(bench.trials) - SEEDS)
         console.print(f"{name}: one more trial, {profile}: {more:.2f} s, {more / bare:.2f} of its bare steps")
     for cold, at_once in ((True, 1), (False, 1), (True, 2), (False, 2)):
-        kind = f"{'cold' if cold else 'warm'} cache, {'one after another' if at_once == 1 else 'two at a time'}"
+        kind = f"{'cold' if cold else 'warm'} cache, {'one at a time' if at_once == 1 else 'two at a time'}"
         add(f"16 train processes, {kind}", bench.processes(n, cold, at_once))
     best = min(seconds for label, seconds in rows if "processes," in label)
     table = Table("16 trials of " + name, "seconds", "per trial", "in bare steps", "against cold processes", box=None)

@@ -277,7 +277,7 @@ def run_command() -> None:
 
 
 def handle_interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt, or end the process during an import. Training has a handler of its own.
+    """Raise KeyboardInterrupt, or end the process during an import. Training installs its own handler.
 
     An exception crashes some extension modules while they are imported. JAX calls `_xla_gc_callback` during garbage
     collection, where Python ignores exceptions, so the signal is sent again a moment later.

@@ -169,7 +169,7 @@ def kubernetes_job(command: SweepCommand, options: ManifestOptions) -> list[dict
         "image": options.image,
         "command": [*words, f"--part=$(JOB_COMPLETION_INDEX)/{options.parts}"],
         **({"workingDir": CONFIG_FOLDER} if command.files else {}),
-        # Equal requests and limits: whole cores of their own where the nodes assign cores statically.
+        # Equal requests and limits: exclusive whole cores where the nodes assign cores statically.
         "resources": {"requests": resources, "limits": dict(resources)},
         "volumeMounts": mounts,
     }

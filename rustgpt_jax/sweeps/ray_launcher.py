@@ -1,6 +1,6 @@
 """Ray: the launcher of sweeps on a Ray cluster, or on a local Ray that ends with the sweep, with one task per chunk.
 
-A task runs its chunk in a process of its own, as --launcher=processes does, with the copy of the code taken at launch:
+A task runs its chunk in a separate process, as --launcher=processes does, with the copy of the code taken at launch:
 Ray's workers would import the driver's modules instead. The outcomes of trials are read from the ledger, so a task
 only returns how its process ended.
 """
@@ -224,7 +224,7 @@ def _get_death(task: Any) -> str:
 
 
 def run_chunk_in_process(folder: str, code: str, chunk: str, log: str, n_cores: int, variables: dict[str, str]) -> str:
-    """Run a chunk in a process of its own, which saves its trials when the task is canceled or its worker dies.
+    """Run a chunk in a separate process, which saves its trials when the task is canceled or its worker dies.
 
     Args:
         folder: The folder of the sweep.

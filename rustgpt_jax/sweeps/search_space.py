@@ -1,7 +1,7 @@
 """Building blocks of sweeps: each trial is a mapping of config paths to values that override the sweep's config.
 
     values, seeds              one knob over several values
-    product, zip_, chain       combine sweeps: all combinations, element by element, or one after another
+    product, zip_, chain       combine sweeps: all combinations, element by element, or concatenated
     sample, sobol              points of a space, which maps knobs to distributions
     successive_halving, tpe    searches, whose trials depend on earlier results
 

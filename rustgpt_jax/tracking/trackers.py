@@ -97,7 +97,7 @@ def flatten_params(config: Config) -> dict[str, Any]:
 
 
 class BackgroundWriter(MetricWriter):
-    """A tracker that is opened, used and closed by a thread of its own, with a bounded queue.
+    """A tracker that is opened, used and closed by its own thread, with a bounded queue.
 
     The methods only add to the queue, so that a slow, failing or unreachable tracker never delays training. If the
     queue is full, metrics are dropped; after an error, all further ones are. Either is reported once.

@@ -103,7 +103,7 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
     except SafetensorError as error:
         raise UserError(f"{file} is damaged or truncated: {error}.") from error
     # A safe_open handle is not a mapping: it has keys() but cannot be iterated over.
-    slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+    slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (see above)
     return {
         name: StoredTensor(file, name, each.get_dtype(), tuple(each.get_shape()), handle)
         for name, each in slices.items()
